@@ -1,0 +1,283 @@
+"""What the CamVid and the CIFAR-10 study share: rows, columns, standard errors, table, results file."""
+
+import hashlib
+import json
+import os
+import platform
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import equifast
+from equifast.attacks import BPDA, PGD
+from equifast.defenses import Averaging, RandomNoise
+from equifast.evaluate import Estimate, difference
+
+Array = np.ndarray[Any, Any]
+
+CACHE = Path(__file__).resolve().parent / "cache"
+ROWS = ("none", "random", "averaging", "paper", "fast")
+COLUMNS = ("clean", "PGD", "BPDA")
+DIFFERENCES = (("paper", "none"), ("paper", "random"), ("fast", "paper"), ("fast", "averaging"))
+DEFENSE_SEED, ATTACK_SEED = 0, 1  # the attacks start elsewhere than the purifiers do
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """One data set, one model, one attack strength.
+
+    `judge` takes logits and labels of a batch to a result per image, (N, ...); `estimate` takes such results to the
+    figure of the table. `slow_images` is the number of images on which the row `paper` is attacked by BPDA.
+    """
+
+    name: str
+    figure: str
+    model: nn.Module
+    images: Tensor
+    labels: Tensor
+    judge: Callable[[Tensor, Tensor], Array]
+    estimate: Callable[[Array], Estimate]
+    batch: int
+    slow_images: int
+    eps: float
+    step_size: float
+    eps_purify: float
+    steps: int = 30
+    bpda_steps: int = 20
+    eot: int = 1
+    features: str | None = None
+    stand_in: bool = False
+
+    def settings(self) -> dict[str, object]:
+        """What determines the results, as values that JSON can hold."""
+        left_out = ("model", "images", "labels", "judge", "estimate")
+        chosen = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in left_out}
+        return chosen | {"images": len(self.images), "defense_seed": DEFENSE_SEED, "attack_seed": ATTACK_SEED}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The results of some images, by index, under one defense and one attack."""
+
+    results: Array
+    indices: list[int]
+    seconds: float
+
+
+def _purify_nothing(x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
+    return x.detach()
+
+
+def defended(study: Study, row: str) -> nn.Module:
+    """The model behind the defense that a row names: `(x, ids, draw) -> logits`."""
+    model, eps, features = study.model, study.eps_purify, study.features
+    if row == "averaging":
+        return Averaging(model, seed=DEFENSE_SEED)
+    if row == "none":
+        return equifast.Defended(model, _purify_nothing)
+    if row == "random":
+        return equifast.Defended(model, RandomNoise(eps, seed=DEFENSE_SEED))
+    if row == "paper, last step":  # from a random corner of the ball, which is where the steps before it end
+        purifier = equifast.Purifier(model, features, "paper", eps, DEFENSE_SEED, steps=1, start="corner", noise=False)
+    else:
+        purifier = equifast.Purifier(model, features, row, eps, DEFENSE_SEED)
+    return equifast.Defended(model, purifier)
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _fingerprint(study: Study) -> str:
+    """Changes with the settings, the weights, the images and the source of equifast and of the studies."""
+    state = hashlib.sha256()
+    for tensor in (*study.model.state_dict().values(), study.images, study.labels):
+        state.update(tensor.contiguous().numpy().tobytes())
+    package, bench = Path(equifast.__file__).parent, Path(__file__).parent
+    for source in sorted([*package.glob("*.py"), *package.glob("evaluate/*.py"), *bench.glob("*.py")]):
+        if source.name in ("cli.py", "models.py"):
+            continue
+        state.update(source.read_bytes())
+    return _digest(study.settings(), state.hexdigest(), torch.__version__, machine())
+
+
+class _Runner:
+    """Computes cells batch by batch and keeps every batch: an interrupted run goes on where it stopped."""
+
+    def __init__(self, study: Study, progress: Progress) -> None:
+        self._study = study
+        self._progress = progress
+        self._folder = CACHE / f"{study.name}-{_fingerprint(study)}"
+        self._folder.mkdir(parents=True, exist_ok=True)
+
+    def _cached(self, compute: Callable[[], dict[str, Tensor]], *key: object) -> dict[str, Tensor]:
+        path = self._folder / f"{_digest(*key)}.safetensors"
+        if not path.exists():
+            beside = path.with_suffix(".partial")
+            save_file({name: value.contiguous() for name, value in compute().items()}, beside)
+            beside.replace(path)
+        return load_file(path)
+
+    def _attacked(self, row: str, column: str, ids: Tensor) -> Tensor:
+        """The images as the row's defense gets them."""
+        study = self._study
+        x, y = study.images[ids], study.labels[ids]
+        if column == "clean":
+            return x
+        if column == "PGD":
+            row = "none"
+
+        def compute() -> dict[str, Tensor]:
+            steps = study.steps if column == "PGD" else study.bpda_steps
+            attack = PGD(study.model, eps=study.eps, step_size=study.step_size, steps=steps, seed=ATTACK_SEED)
+            task = self._progress.add_task(f"  {column} on {row}", total=steps)
+
+            def advance(done: int, total: int) -> None:
+                self._progress.update(task, completed=done)
+
+            if column == "BPDA" and row != "none":
+                known = "paper, last step" if row == "paper" and study.stand_in else row
+                defense = defended(study, known)
+                adversarial = BPDA(attack, defense, eot=study.eot)(x, y, ids, advance)
+            else:
+                adversarial = attack(x, y, ids, advance)
+            self._progress.remove_task(task)
+            return {"x": adversarial}
+
+        return self._cached(compute, "attack", row, column, ids.tolist())["x"]
+
+    def cell(self, row: str, column: str) -> Cell:
+        study = self._study
+        if row == "none" and column == "BPDA":
+            column = "PGD"  # nothing to know
+        indices = list(range(len(study.images)))
+        if row == "paper" and column == "BPDA":
+            chosen = np.linspace(0, len(indices) - 1, min(study.slow_images, len(indices)))
+            indices = sorted({round(i) for i in chosen.tolist()})
+        model = defended(study, row)
+        task = self._progress.add_task(f"{row}, {column}", total=len(indices))
+        parts, seconds = [], 0.0
+        for ids in torch.tensor(indices).split(study.batch):
+
+            def compute(ids: Tensor = ids) -> dict[str, Tensor]:
+                x = self._attacked(row, column, ids)
+                start = time.perf_counter()
+                with torch.no_grad():
+                    logits = model(x, ids=ids, draw=0)  # BPDA's attacker draws from 1 on
+                elapsed = torch.tensor(time.perf_counter() - start)
+                return {"results": torch.from_numpy(study.judge(logits, study.labels[ids])), "seconds": elapsed}
+
+            result = self._cached(compute, "cell", row, column, ids.tolist())
+            parts.append(result["results"])
+            seconds += float(result["seconds"])
+            self._progress.update(task, advance=len(ids))
+        return Cell(torch.cat(parts).numpy(), indices, seconds / len(indices))
+
+
+def figure(study: Study, cell: Cell) -> dict[str, float]:
+    """The figure of a cell, its standard error and the number of images."""
+    return _entry(study.estimate(cell.results), len(cell.results))
+
+
+def paired(study: Study, a: Cell, b: Cell) -> dict[str, float]:
+    """a - b over the images that both have, resampled in pairs."""
+    common = sorted(set(a.indices) & set(b.indices))
+    left, right = (cell.results[[cell.indices.index(i) for i in common]] for cell in (a, b))
+    return _entry(difference(left, right), len(common))
+
+
+def _entry(estimate: Estimate, images: int) -> dict[str, float]:
+    return {"value": estimate.value, "error": estimate.standard_error, "images": images}
+
+
+def machine() -> dict[str, object]:
+    """CPU model, cores that may be used, threads; no names."""
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists() and (found := re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)):
+        model = found[1]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"cpu": model, "cores": cores, "threads": torch.get_num_threads(), "system": platform.system()}
+
+
+def versions() -> dict[str, str]:
+    return {
+        "equifast": equifast.__version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "scipy": scipy.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _cells(study: Study, progress: Progress) -> Iterator[tuple[str, str, Cell]]:
+    runner = _Runner(study, progress)
+    task = progress.add_task(study.name, total=len(ROWS) * len(COLUMNS))
+    for column in COLUMNS:
+        for row in ROWS:
+            yield row, column, runner.cell(row, column)
+            progress.update(task, advance=1)
+
+
+def _text(entry: Mapping[str, float], everyone: int) -> str:
+    note = "" if entry["images"] == everyone else f" ({entry['images']:.0f} images)"
+    return f"{entry['value']:.1f} ± {entry['error']:.1f}{note}"
+
+
+def run(study: Study, output: Path | None) -> dict[str, object]:
+    """Fill the table, print it, write it."""
+    console = Console()
+    progress = Progress(console=Console(stderr=True), transient=True)
+    with progress:
+        cells = {(row, column): cell for row, column, cell in _cells(study, progress)}
+    everyone = len(study.images)
+    table = Table(title=f"{study.name}: {study.figure}, {everyone} images, ± standard error by bootstrap")
+    if study.stand_in:
+        table.caption = "paper under BPDA: the attacker follows Algorithm 1's last step alone"
+    for heading in ("defense", *COLUMNS, "s/image"):
+        table.add_column(heading, justify="left" if heading == "defense" else "right")
+    results: dict[str, dict[str, object]] = {}
+    for row in ROWS:
+        entries = {column: figure(study, cells[row, column]) for column in COLUMNS}
+        seconds = cells[row, "PGD"].seconds
+        results[row] = {**entries, "seconds": seconds}
+        table.add_row(row, *(_text(entry, everyone) for entry in entries.values()), f"{seconds:.3f}")
+    console.print(table)
+    differing = Table(title="differences, paired over images")
+    for heading in ("", *COLUMNS):
+        differing.add_column(heading, justify="right" if heading else "left")
+    differences: dict[str, dict[str, object]] = {}
+    for a, b in DIFFERENCES:
+        entries = {column: paired(study, cells[a, column], cells[b, column]) for column in COLUMNS}
+        differences[f"{a} - {b}"] = dict(entries)
+        differing.add_row(f"{a} - {b}", *(_text(entry, everyone) for entry in entries.values()))
+    console.print(differing)
+    speed = cells["paper", "PGD"].seconds / cells["fast", "PGD"].seconds
+    console.print(f"fast is {speed:.1f} times as fast as paper")
+    document: dict[str, object] = {
+        "results": results,
+        "differences": differences,
+        "speed_fast_over_paper": speed,
+        "settings": study.settings(),
+        "purifiers": {row: defended(study, row).purifier.settings() for row in ("paper", "fast")},
+        "versions": versions(),
+        "machine": machine(),
+    }
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        beside = output.with_name(output.name + ".partial")
+        beside.write_text(json.dumps(document, indent=2) + "\n")
+        beside.replace(output)
+    return document

@@ -1,0 +1,25 @@
+"""Build information: what this build of equifast was compiled from, by and for."""
+
+version: str
+"""Version of the sources that were compiled; equals `equifast.__version__` unless the build is stale."""
+
+compiler: str
+"""Name and version of the C++ compiler, such as `"GNU 12.2.0"`."""
+
+cxx_standard: int
+"""C++ standard, such as `17`."""
+
+cuda_compiler: str | None
+"""Name and version of the CUDA compiler, or `None` where none was usable at build time."""
+
+cuda_architectures: tuple[str, ...]
+"""Architectures that CUDA kernels were compiled for, such as `("80", "90")`; empty without kernels."""
+
+operator_libraries: tuple[str, ...]
+"""Operator libraries built beside this module, by stem: a subset of `("_ops", "_ops_cuda")`."""
+
+def instruction_sets() -> tuple[str, ...]:
+    """Which of avx2, fma, f16c, avx512f, avx512_bf16, amx_bf16 this machine can run, now.
+
+    Counts an extension only where the processor has it and the operating system saves its registers.
+    """

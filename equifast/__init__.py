@@ -1,0 +1,18 @@
+"""equifast: fast, honest test-time robustness for vision models, by equivariance."""
+
+from equifast import attacks, defenses, ops, reference, rng, views
+from equifast._version import __version__
+from equifast.purifier import Defended, Purifier, purify
+
+__all__ = [
+    "Defended",
+    "Purifier",
+    "__version__",
+    "attacks",
+    "defenses",
+    "ops",
+    "purify",
+    "reference",
+    "rng",
+    "views",
+]

@@ -1,0 +1,153 @@
+"""Checks of arguments: one sentence that names the argument, what it was and what it must be."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+TOLERANCE = 1e-6  # by how much an image may leave [0, 1] through rounding; it is clamped
+
+
+def shape(tensor: Tensor) -> str:
+    """The shape of a tensor as text."""
+    return str(tuple(tensor.shape))
+
+
+def tensor(name: str, value: object, rank: int, layout: str) -> Tensor:
+    """A floating-point tensor of the given rank."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; it must be a tensor {layout}")
+    if value.dim() != rank:
+        raise ValueError(f"{name} has shape {shape(value)}; it must be {layout}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} has dtype {value.dtype}; it must be floating point")
+    return value
+
+
+def images(name: str, value: object, channels: int | None = None) -> Tensor:
+    """Images in [0, 1]: checked, and clamped where rounding took them out by up to 1e-6."""
+    wanted = "C" if channels is None else str(channels)
+    x = tensor(name, value, 4, f"(N, {wanted}, H, W)")
+    if channels is not None and x.shape[1] != channels:
+        raise ValueError(f"{name} has shape {shape(x)}; it must be (N, {channels}, H, W)")
+    if x.is_meta:
+        raise ValueError(f"{name} is on meta, which holds no values; it must be on a real device")
+    if 0 in x.shape[1:]:
+        raise ValueError(f"{name} has shape {shape(x)}; an image must have at least one pixel and channel")
+    if x.numel() == 0:
+        return x
+    low, high = (float(bound) for bound in torch.aminmax(x.detach()))
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(f"{name} has values that are NaN or infinite; they must lie in [0, 1]")
+    if low < -TOLERANCE or high > 1 + TOLERANCE:
+        raise ValueError(f"{name} has values from {low:g} to {high:g}; they must lie in [0, 1]")
+    return x.clamp(0, 1) if low < 0 or high > 1 else x
+
+
+def same_device(name: str, value: Tensor, other: str, reference: Tensor) -> None:
+    """Two tensors on one device."""
+    if value.device != reference.device:
+        raise ValueError(f"{name} is on {value.device}, {other} on {reference.device}; they must be on one device")
+
+
+def number(
+    name: str,
+    value: object,
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    most: float | None = None,
+) -> float:
+    """A finite number within bounds."""
+    wanted = "a finite number"
+    wanted += "" if above is None else f" above {above:g}"
+    wanted += "" if least is None else f" of at least {least:g}"
+    wanted += "" if most is None else f" of at most {most:g}"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} is {value!r}; it must be {wanted}")
+    if (
+        not math.isfinite(value)
+        or (above is not None and value <= above)
+        or (least is not None and value < least)
+        or (most is not None and value > most)
+    ):
+        raise ValueError(f"{name} is {value!r}; it must be {wanted}")
+    return float(value)
+
+
+def integer(name: str, value: object, least: int, most: int) -> int:
+    """An integer within bounds."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is {value!r}; it must be an integer from {least} to {most}")
+    if not least <= value <= most:
+        raise ValueError(f"{name} is {value}; it must be an integer from {least} to {most}")
+    return value
+
+
+def boolean(name: str, value: object) -> bool:
+    """True or False, and nothing that only counts as one."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}; it must be True or False")
+    return value
+
+
+def choice(name: str, value: object, options: Sequence[str]) -> str:
+    """One of some words."""
+    if not isinstance(value, str) or value not in options:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, options))}")
+    return value
+
+
+def seed(value: object) -> None:
+    """A seed: 0..2**32-1 or None."""
+    if value is not None:
+        integer("seed", value, 0, 2**32 - 1)
+
+
+def ids(value: object, n: int, device: torch.device) -> Tensor:
+    """Image ids (N,) int64; None means 0 for every image."""
+    if value is None:
+        return torch.zeros(n, dtype=torch.int64, device=device)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"ids is a {type(value).__name__}; it must be an int64 tensor (N,)")
+    if value.dtype != torch.int64:
+        raise TypeError(f"ids has dtype {value.dtype}; it must be int64")
+    if value.shape != (n,):
+        raise ValueError(f"ids has shape {shape(value)}; it must be ({n},), one id per image")
+    return value.to(device)
+
+
+def theta(value: object, n: int | None = None, k: int | None = None) -> Tensor:
+    """Matrices (K, N, 2, 3), float32 or float64; finite and invertible where they lie in host memory."""
+    matrices = tensor("theta", value, 4, "(K, N, 2, 3)")
+    if matrices.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"theta has dtype {matrices.dtype}; it must be float32 or float64")
+    if (
+        matrices.shape[2:] != (2, 3)
+        or (n is not None and matrices.shape[1] != n)
+        or (k is not None and matrices.shape[0] != k)
+    ):
+        wanted = f"({'K' if k is None else k}, {'N' if n is None else n}, 2, 3)"
+        raise ValueError(f"theta has shape {shape(matrices)}; it must be {wanted}")
+    if matrices.shape[0] == 0:
+        raise ValueError("theta has shape " + shape(matrices) + "; there must be at least one view")
+    if matrices.device.type == "cpu" and matrices.numel():
+        t = matrices.detach().to(torch.float64)
+        if not bool(t.isfinite().all()):
+            raise ValueError("theta has values that are NaN or infinite; they must be finite")
+        determinant = t[..., 0, 0] * t[..., 1, 1] - t[..., 0, 1] * t[..., 1, 0]
+        if float(determinant.abs().min()) < 1e-12:
+            raise ValueError("theta has a singular matrix; every matrix must be invertible")
+    return matrices
+
+
+def size(name: str, value: object) -> tuple[int, int]:
+    """A size (h, w) of positive integers."""
+    if (
+        not isinstance(value, Sequence)
+        or len(value) != 2
+        or not all(isinstance(side, int) and side >= 1 for side in value)
+    ):
+        raise ValueError(f"{name} is {value!r}; it must be a pair (h, w) of positive integers")
+    return value[0], value[1]

@@ -1,0 +1,127 @@
+"""The one projected-gradient ascent: the purifier and every attack are this loop with another objective."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from equifast import _checks, rng
+from equifast.balls import STARTS, Ball
+from equifast.objectives import Objective
+from equifast.reference import row_sum
+
+__all__ = ["Ascent", "Progress"]
+
+Progress = Callable[[int, int], object]
+"""Called as ``progress(done, total)`` after every step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ascent:
+    """``x <- P(x + step_size * direction(gradient / |gradient|_2 + sigma_t * xi))``, for each image on its own.
+
+    Args:
+        ball: the set that is searched, and its steps and projection.
+        steps: T, the number of steps of one run.
+        step_size: length of a step, in units of image values.
+        start: ``"origin"``, ``"uniform"`` in the ball or on a random ``"corner"`` of it.
+        noise: with True, ``sigma_t = (T - 1 - t) / T`` (paper: Algorithm 1), else 0.
+        momentum: decay of the accumulated gradient, each term over its mean magnitude (Dong et al. 2018, Eq. 6);
+            None for none.
+        restarts: runs from starts of their own; every one needs a random start.
+        keep: ``"last"`` iterate, or the ``"best"`` of all, by the objective (with restarts, ``"last"`` keeps the
+            best of the last iterates). Where the objective is random this costs another value per iterate: all are
+            compared at one realization.
+    """
+
+    ball: Ball
+    steps: int
+    step_size: float
+    start: str = "origin"
+    noise: bool = False
+    momentum: float | None = None
+    restarts: int = 1
+    keep: str = "last"
+
+    def __post_init__(self) -> None:
+        _checks.integer("steps", self.steps, 0, rng.MAX_STEP)
+        _checks.number("step_size", self.step_size, above=0)
+        _checks.choice("start", self.start, STARTS)
+        _checks.boolean("noise", self.noise)
+        if self.momentum is not None:
+            _checks.number("momentum", self.momentum, least=0)
+        _checks.integer("restarts", self.restarts, 1, rng.MAX_STEP)
+        _checks.choice("keep", self.keep, ("last", "best"))
+        if self.restarts > 1 and self.start == "origin":
+            raise ValueError(
+                "start is 'origin' with several restarts; it must be 'uniform' or 'corner', or they are equal"
+            )
+        if self.steps * self.restarts > rng.MAX_STEP:
+            raise ValueError(f"steps times restarts is {self.steps * self.restarts}; it must be at most {rng.MAX_STEP}")
+
+    def __call__(
+        self,
+        objective: Objective,
+        x: Tensor,
+        *,
+        seed: int,
+        ids: Tensor,
+        draw: int = 0,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """Climb ``objective`` from ``x``.
+
+        Args:
+            objective: gives values and gradients; step ``t`` of restart ``r`` asks it for ``r * steps + t``.
+            x: (N, C, H, W) in [0, 1].
+            seed, ids, draw: the realization, as in :mod:`equifast.rng`.
+            progress: called after every step.
+
+        Returns:
+            (N, C, H, W), in the ball and in [0, 1], no graph.
+        """
+        origin = x.detach()
+        if origin.numel() == 0:
+            return origin.clone()
+        compare = self.restarts > 1 or self.keep == "best"
+        best, best_value = origin.clone(), torch.full((len(origin),), -torch.inf, device=origin.device)
+
+        def offer(candidate: Tensor, value: Tensor) -> None:
+            better = value > best_value
+            best[better], best_value[better] = candidate[better], value[better].to(best_value.dtype)
+
+        total = self.steps * self.restarts
+        for restart in range(self.restarts):
+            first = restart * self.steps
+            x = self.ball.start(origin, self.start, seed=seed, ids=ids, draw=draw, step=restart * max(1, self.steps))
+            momentum = torch.zeros_like(origin)
+            for t in range(self.steps):
+                value, gradient = objective.gradient(x, first + t)
+                if self.keep == "best":
+                    offer(x, value if objective.fixed else objective.value(x))
+                if self.momentum is not None:
+                    momentum = self.momentum * momentum + _mean_normalized(gradient)
+                    gradient = momentum
+                sigma = (self.steps - 1 - t) / self.steps if self.noise else 0.0
+                x = self.ball.step(
+                    x,
+                    gradient,
+                    origin,
+                    size=self.step_size,
+                    sigma=sigma,
+                    seed=seed,
+                    ids=ids,
+                    draw=draw,
+                    t=first + t,
+                )
+                if progress is not None:
+                    progress(first + t + 1, total)
+            if compare:
+                offer(x, objective.value(x))
+        return best if compare else x
+
+
+def _mean_normalized(gradient: Tensor) -> Tensor:
+    mean = row_sum(gradient.flatten(1).abs()) / gradient[0].numel()
+    return gradient / mean.clamp(min=torch.finfo(gradient.dtype).tiny).view(-1, 1, 1, 1)

@@ -1,0 +1,140 @@
+"""The balls that an ascent stays in: where it starts, how it steps, how it is projected."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from equifast import _checks, ops, rng
+from equifast.reference import row_sum, unit
+
+__all__ = ["L2", "STARTS", "Ball", "Linf", "make"]
+
+STARTS = ("origin", "uniform", "corner")
+
+
+@dataclass(frozen=True)
+class Ball:
+    """All images in [0, 1] within ``eps`` of an image, in the norm that the subclass names."""
+
+    eps: float
+
+    def __post_init__(self) -> None:
+        _checks.number("eps", self.eps, above=0)
+
+    def start(self, origin: Tensor, kind: str, *, seed: int, ids: Tensor, draw: int, step: int) -> Tensor:
+        """A first point, (N, C, H, W): the origin, uniform in the ball, or uniform on its corners (L2: its surface)."""
+        if kind == "origin" or origin.numel() == 0:
+            return origin.clone()
+        offset = self._offset(origin, kind, seed, ids, draw, step).to(torch.promote_types(origin.dtype, torch.float32))
+        return self.project(origin + offset, origin).to(origin.dtype)
+
+    def _offset(self, origin: Tensor, kind: str, seed: int, ids: Tensor, draw: int, step: int) -> Tensor:
+        raise NotImplementedError
+
+    def step(
+        self,
+        x: Tensor,
+        gradient: Tensor,
+        origin: Tensor,
+        *,
+        size: float,
+        sigma: float,
+        seed: int,
+        ids: Tensor,
+        draw: int,
+        t: int,
+    ) -> Tensor:
+        """One step of steepest ascent of length ``size``, noisy where ``sigma`` > 0, and its projection."""
+        raise NotImplementedError
+
+    def project(self, x: Tensor, origin: Tensor) -> Tensor:
+        """The projection on the ball and on [0, 1]."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Linf(Ball):
+    """Every value within ``eps``, at most 1; steps are sign steps (:func:`equifast.ops.signed_step`)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.eps > 1:
+            raise ValueError(f"eps is {self.eps!r}; it must be at most 1, as images lie in [0, 1]: 6/255 rather than 6")
+
+    def _offset(self, origin: Tensor, kind: str, seed: int, ids: Tensor, draw: int, step: int) -> Tensor:
+        u = rng.uniform(seed, rng.Stream.START, ids, draw, step, origin[0].numel()).view(origin.shape)
+        return self.eps * (torch.where(u < 0.5, -1.0, 1.0) if kind == "corner" else 2 * u - 1)
+
+    def step(
+        self,
+        x: Tensor,
+        gradient: Tensor,
+        origin: Tensor,
+        *,
+        size: float,
+        sigma: float,
+        seed: int,
+        ids: Tensor,
+        draw: int,
+        t: int,
+    ) -> Tensor:
+        return ops.signed_step(x, gradient, origin, self.eps, size, sigma, seed, ids, draw, t)
+
+    def project(self, x: Tensor, origin: Tensor) -> Tensor:
+        return x.clamp(origin - self.eps, origin + self.eps).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class L2(Ball):
+    """Euclidean distance within ``eps``; steps are along the gradient at unit length."""
+
+    def _offset(self, origin: Tensor, kind: str, seed: int, ids: Tensor, draw: int, step: int) -> Tensor:
+        count = origin[0].numel()
+        normal = rng.normal(seed, rng.Stream.START, ids, draw, step, count + 1)
+        direction = unit(normal[:, :count]).view(origin.shape)
+        radius = torch.ones(len(origin), 1, 1, 1, dtype=torch.float64, device=origin.device)
+        if kind == "uniform":
+            # the normal left over, through its distribution function, is one more uniform number
+            u = 0.5 * (1 + torch.erf(normal[:, count] / math.sqrt(2)))
+            radius = (u ** (1 / count)).view(-1, 1, 1, 1)
+        return self.eps * radius * direction
+
+    def step(
+        self,
+        x: Tensor,
+        gradient: Tensor,
+        origin: Tensor,
+        *,
+        size: float,
+        sigma: float,
+        seed: int,
+        ids: Tensor,
+        draw: int,
+        t: int,
+    ) -> Tensor:
+        if x.numel() == 0:
+            return x.clone()
+        # squares and their sums leave half precision
+        direction = unit(gradient.to(_wide(x)))
+        if sigma > 0:
+            noise = rng.normal(seed, rng.Stream.NOISE, ids, draw, t, x[0].numel()).view(x.shape)
+            direction = unit(direction + sigma * unit(noise).to(direction.dtype))
+        return self.project(x.to(direction.dtype) + size * direction, origin)
+
+    def project(self, x: Tensor, origin: Tensor) -> Tensor:
+        center = origin.to(_wide(origin))
+        delta = x.to(center.dtype) - center
+        norm = row_sum(delta.flatten(1).square()).sqrt().view(-1, 1, 1, 1)
+        # clamping to [0, 1], a convex set that holds the origin, brings no point farther from it
+        return (center + delta * (self.eps / norm.clamp(min=self.eps))).clamp(0, 1).to(origin.dtype)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def make(norm: str, eps: float) -> Ball:
+    """The ball of a norm, ``"linf"`` or ``"l2"``."""
+    return {"linf": Linf, "l2": L2}[_checks.choice("norm", norm, ("linf", "l2"))](eps)

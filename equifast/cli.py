@@ -1,0 +1,346 @@
+"""The command line: ``equifast demo``, ``equifast purify``, ``equifast doctor``."""
+
+import hashlib
+import json
+import os
+import platform
+import sys
+import time
+from fractions import Fraction
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor, nn
+
+from equifast import _C, __version__, ops
+from equifast.demo import report
+from equifast.features import Features, evaluating, suggest
+from equifast.models import find_images, first_line, load_model, read_image, write_image
+from equifast.purifier import PRESETS, Purifier, has_fast_bfloat16
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+_out = Console()
+_err = Console(stderr=True)
+
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")]
+
+
+def _fail(message: str) -> typer.Exit:
+    _err.print(f"equifast: {message}", highlight=False, markup=False, soft_wrap=True)
+    return typer.Exit(2)
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        console=_err,
+        transient=True,
+    )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        _out.print(f"equifast {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    """Test-time purification by equivariance, and what it is worth."""
+
+
+@app.command()
+def demo(
+    output: Output = Path("equifast-demo"),
+    scenes: Annotated[int, typer.Option(min=1, max=16, help="How many of the bundled scenes to use.")] = 4,
+) -> None:
+    """Attack and purify the bundled scenes with the bundled model: a table, and a panel per scene."""
+    begun = time.perf_counter()
+    try:
+        with _progress() as progress:
+            task = progress.add_task("starting", total=1)
+            rows, similarity = report.run(
+                output,
+                scenes,
+                lambda what, done, total: progress.update(task, description=what, completed=done, total=total),
+            )
+    except OSError as error:
+        raise _fail(f"cannot write to {str(output)!r}: {error.strerror or error}") from error
+    table = Table(
+        title="mIoU in percent ± standard error over scenes; "
+        f"attacks within {report.ATTACK_EPS * 255:.0f}/255, defenses within {report.PURIFY_EPS * 255:.0f}/255"
+    )
+    table.add_column("defense")
+    for name in ("clean", "PGD", "attacker knows*", "similarity", "s/image"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            row.defense,
+            str(row.clean),
+            str(row.pgd),
+            str(row.adaptive),
+            f"{row.similarity:.3f}",
+            f"{row.seconds:.4f}",
+        )
+    _out.print(table)
+    _out.print(
+        f"PGD: {report.STEPS} steps on the model. * {report.ADAPTIVE_STEPS} steps of BPDA through the defense, a draw "
+        "for each, none of them\nthe evaluation's; averaging: through its own gradient; paper: through its one-step "
+        "equal, tested on paper;\nnone: PGD as before.\n"
+        f"Similarity of PGD images after the defense; clean images have {similarity['clean']:.3f}.\n"
+        f"Panels and results.json are in {output}{os.sep} ({time.perf_counter() - begun:.0f} s).",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _fraction(text: str) -> float:
+    try:
+        return float(Fraction(text))
+    except (ValueError, ZeroDivisionError) as error:
+        raise typer.BadParameter(f"{text!r} is no number such as 6/255 or 0.02") from error
+
+
+@app.command()
+def purify(
+    paths: Annotated[list[Path], typer.Argument(help="Image files, or folders of PNG, JPEG and WebP files.")],
+    output: Output,
+    model: Annotated[
+        str, typer.Option(help="demo, torchvision:NAME[:WEIGHTS] (none: random ones), timm:NAME or file.py:function.")
+    ],
+    features: Annotated[str | None, typer.Option(help="Submodule whose output is used; found where not given.")] = None,
+    preset: Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}.")] = "fast",
+    eps: Annotated[str, typer.Option(help="Radius of the ball, as 6/255.")] = "6/255",
+    seed: Annotated[int, typer.Option(help="Seed of the random numbers.")] = 0,
+    device: Annotated[str, typer.Option(help="Device to run on, such as cpu or cuda.")] = "cpu",
+) -> None:
+    """Purify image files; results are PNG files with the same names, and purified.jsonl with a line per image.
+
+    Started again with the same settings, it goes on where it stopped.
+    """
+    radius = _fraction(eps)
+    try:
+        targets = _targets(list(find_images(paths, output)), output)
+        if not targets:
+            raise ValueError(f"no PNG, JPEG or WebP file in {', '.join(map(str, paths))}")
+        network = load_model(model).to(_device(device))
+        purifier = Purifier(network, features, preset, radius, seed)  # refuses bad settings before any work
+        output.mkdir(parents=True, exist_ok=True)
+        ledger = _Ledger(output, _arguments(model, network, purifier, features))
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        raise _fail(first_line(error)) from error
+    failed = 0
+    with ledger, _progress() as progress:
+        task = progress.add_task("purifying", total=len(targets))
+        for source, name in targets:
+            progress.update(task, description=str(name))
+            steps = progress.add_task("  steps", total=None)
+
+            def advance(done: int, total: int, steps: TaskID = steps) -> None:
+                progress.update(steps, completed=done, total=total)
+
+            try:
+                digest = hashlib.sha256(source.read_bytes()).hexdigest()
+                if not ledger.has(name, digest):
+                    x = read_image(source)[None].to(_device(device))
+                    if features is None:  # found on the first image, the same for all
+                        features = _find_features(network, x)
+                        purifier = Purifier(network, features, preset, radius, seed)
+                    line = _purify_one(purifier, features, x, output / name, advance)
+                    ledger.add({"image": name.as_posix(), "source": str(source), "sha256": digest, **line})
+            except Exception as error:  # one bad file, or one that the model chokes on: report it, do the rest
+                failed += 1
+                _err.print(f"equifast: {source}: {first_line(error)}", highlight=False, markup=False, soft_wrap=True)
+            finally:
+                progress.remove_task(steps)
+            progress.advance(task)
+    _out.print(
+        f"{len(targets) - failed} of {len(targets)} images purified in {output}{os.sep}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    if failed:
+        raise typer.Exit(1)
+
+
+def _device(name: str) -> torch.device:
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {name!r}, but no CUDA device can be used here")
+    return device
+
+
+def _arguments(model: str, network: nn.Module, purifier: Purifier, features: str | None) -> dict[str, Any]:
+    """What decides the results, but for the images: lines of another run of these do not count."""
+    weights = hashlib.sha256()
+    for tensor in network.state_dict().values():
+        weights.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return {
+        "version": __version__,
+        "model": model,
+        "weights": weights.hexdigest()[:16],
+        "features": features,
+        **{key: value for key, value in purifier.settings().items() if key != "views"},
+        "device": next((p.device.type for p in network.parameters()), "cpu"),
+    }
+
+
+def _targets(found: list[tuple[Path, Path]], output: Path) -> list[tuple[Path, Path]]:
+    targets: dict[Path, Path] = {}
+    for source, name in found:
+        target = name.with_suffix(".png")
+        if targets.setdefault(target, source) != source:
+            raise ValueError(f"{str(targets[target])!r} and {str(source)!r} would both be written to {str(target)!r}")
+        if (output / target).resolve() == source.resolve():
+            raise ValueError(f"{str(source)!r} would be overwritten; choose another output folder")
+    return [(source, target) for target, source in targets.items()]
+
+
+def _purify_one(purifier: Purifier, features: str | None, x: Tensor, target: Path, progress: Any) -> dict[str, Any]:
+    before = float(purifier.score(x))
+    begun = time.perf_counter()
+    purified = purifier(x, progress=progress)
+    if purified.is_cuda:
+        torch.cuda.synchronize(purified.device)
+    seconds = time.perf_counter() - begun
+    write_image(target, purified[0])
+    return {
+        "height": x.shape[2],
+        "width": x.shape[3],
+        "score_before": before,
+        "score_after": float(purifier.score((purified * 255).round() / 255)),  # of what the file holds
+        "seconds": seconds,
+        "settings": {**purifier.settings(), "features": features},
+    }
+
+
+def _find_features(network: nn.Module, x: Tensor) -> str | None:
+    """The model's own output where it is dense, else its last dense submodule."""
+    try:
+        with evaluating(x, network), torch.no_grad():
+            Features(network)(x)
+    except ValueError:
+        name = suggest(network, x)
+        if name is None:
+            raise ValueError(
+                "the model has no submodule with features (N, C, h, w); name one with --features"
+            ) from None
+        _err.print(f"equifast: features of {name!r}, the model's last dense submodule", highlight=False, markup=False)
+        return name
+    return None
+
+
+class _Ledger:
+    """``purified.jsonl``: what is done, one line per image, each written at once and whole."""
+
+    def __init__(self, folder: Path, arguments: dict[str, Any]) -> None:
+        self._folder = folder
+        self._path = folder / "purified.jsonl"
+        self._arguments = arguments
+        self._lines: dict[str, dict[str, Any]] = {}
+
+        if self._path.exists():
+            for text in self._path.read_text().splitlines():
+                try:
+                    line = json.loads(text)
+                except json.JSONDecodeError:
+                    continue  # half a line, from a run that was killed while writing it
+                if not isinstance(line, dict) or not {"image", "sha256", "arguments"} <= line.keys():
+                    raise ValueError(f"{self._path} has a line that equifast did not write; choose another folder")
+                changed = [key for key, now in arguments.items() if line["arguments"].get(key) != now]
+                if changed:
+                    was = ", ".join(f"{key} was {line['arguments'].get(key)!r}" for key in changed)
+                    raise ValueError(f"{folder} holds results of other settings ({was}); choose another folder")
+                self._lines[line["image"]] = line
+        self._rewrite()
+
+    def __enter__(self) -> "_Ledger":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def _rewrite(self) -> None:
+        part = self._path.with_suffix(".part")
+        part.write_text("".join(json.dumps(line) + "\n" for line in self._lines.values()))
+        part.replace(self._path)
+        self._file = self._path.open("a")
+
+    def has(self, name: Path, digest: str) -> bool:
+        line = self._lines.get(name.as_posix())
+        return line is not None and line["sha256"] == digest and (self._folder / name).is_file()
+
+    def add(self, line: dict[str, Any]) -> None:
+        known = line["image"] in self._lines
+        self._lines[line["image"]] = {**line, "arguments": self._arguments}
+        if known:  # the source has changed since
+            self._file.close()
+            self._rewrite()
+            return
+        self._file.write(json.dumps(self._lines[line["image"]]) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def _installed(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, backends built and usable, GPU, threads and instruction sets."""
+    table = Table(show_header=False, box=None)
+    table.add_column(style="bold")
+    table.add_column()
+    sets = _C.instruction_sets()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = {
+        "equifast": __version__
+        + ("" if _C.version == __version__ else f" (compiled part is {_C.version}: build again)"),
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "torch": f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})",
+        **{name: _installed(name) for name in ("torchvision", "timm", "triton", "numpy")},
+        "backend": f"{ops.backend()}, pure PyTorch; this version has no other",
+        "operator libraries": ", ".join(_C.operator_libraries) or "none in this version",
+        "compiled by": f"{_C.compiler}, C++{_C.cxx_standard}; CUDA compiler: {_C.cuda_compiler or 'none found'}",
+        "GPU": _gpu(),
+        "threads": f"{torch.get_num_threads()} of {os.cpu_count()} processors",
+        "instruction sets": ", ".join(sets) or "none beyond the baseline",
+        "dtype='auto'": f"{'bfloat16' if has_fast_bfloat16(device) else 'float32'} on {device.type}",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    _out.print(table, highlight=False)
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        return "none usable"
+    major, minor = torch.cuda.get_device_capability()
+    return f"{torch.cuda.get_device_name()} (sm_{major}{minor})"
+
+
+if __name__ == "__main__":
+    sys.exit(app())

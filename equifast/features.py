@@ -1,0 +1,232 @@
+"""Where a model's features come from, and the state in which a model is run."""
+
+import contextlib
+import difflib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from equifast import _checks
+
+__all__ = ["Features", "evaluating", "output", "suggest"]
+
+Model = Callable[[Tensor], Any]
+
+
+def output(result: Any) -> Tensor:
+    """A model's output as one tensor: a dict with ``"out"`` (torchvision's segmentation models) is understood."""
+    if isinstance(result, Mapping):
+        if "out" not in result:
+            raise TypeError(f"model returned a dict with keys {sorted(map(str, result))}; it must have 'out'")
+        result = result["out"]
+    if not isinstance(result, Tensor):
+        raise TypeError(f"model returned a {type(result).__name__}; it must be a tensor, or a dict with 'out'")
+    return result
+
+
+class _Reached(Exception):
+    """Ends a forward pass at the submodule whose output is wanted."""
+
+
+class Features:
+    """The map F: images (N, 3, H, W) -> features (N, C, h, w).
+
+    Args:
+        model: takes images in [0, 1].
+        where: ``None``, the model's own dense output; a dotted submodule name, whose output at its first call is
+            taken (what the model computes after it is not run); or a callable ``x -> (N, C, h, w)``.
+
+    Raises:
+        ValueError: if the submodule is unknown (with the nearest names).
+        TypeError: if ``model`` is not callable, or a name is given for one that is not an ``nn.Module``.
+    """
+
+    def __init__(self, model: Model, where: str | Model | None = None) -> None:
+        if not callable(model):
+            raise TypeError(f"model is a {type(model).__name__}; it must be callable")
+        if where is not None and not isinstance(where, str) and not callable(where):
+            raise TypeError(f"features is {where!r}; it must be None, the name of a submodule or a callable")
+        self.model = model
+        self.where = where
+        self._module: nn.Module | None = None
+        if isinstance(where, str):
+            if not isinstance(model, nn.Module):
+                raise TypeError(f"features is {where!r}, but model is a {type(model).__name__}; it must be a Module")
+            modules = dict(model.named_modules())
+            if where not in modules or not where:
+                names = [name for name in modules if name]
+                near = difflib.get_close_matches(where, names, n=3, cutoff=0.4) or names[:3]
+                hint = f"; the nearest names are {', '.join(map(repr, near))}" if near else ""
+                raise ValueError(f"features is {where!r}, which is no submodule of the model{hint}")
+            self._module = modules[where]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._module is not None:
+            features = self._until(self._module, x)
+        elif callable(self.where):
+            features = output(self.where(x))
+        else:
+            features = output(self.model(x))
+        if features.dim() != 4:
+            raise ValueError(
+                f"features have shape {_checks.shape(features)}; they must be (N, C, h, w): "
+                "choose a submodule with features= (equifast.features.suggest names one)"
+            )
+        if features.shape[0] != x.shape[0]:
+            raise ValueError(
+                f"features have shape {_checks.shape(features)} for {x.shape[0]} images; the first sizes must agree"
+            )
+        return features
+
+    def modules(self) -> tuple[nn.Module, ...]:
+        """The Modules that a callable ``features`` is, or is a bound method of."""
+        owner = getattr(self.where, "__self__", self.where)
+        return (owner,) if isinstance(owner, nn.Module) else ()
+
+    def _until(self, module: nn.Module, x: Tensor) -> Tensor:
+        caught: list[Any] = []
+
+        def catch(_module: nn.Module, _inputs: Any, result: Any) -> None:
+            caught.append(result)
+            raise _Reached
+
+        handle = module.register_forward_hook(catch)
+        try:
+            self.model(x)
+        except _Reached:
+            pass
+        finally:
+            handle.remove()
+        if not caught:
+            raise ValueError(f"features is {self.where!r}, a submodule that the model's forward pass does not call")
+        return output(caught[0])
+
+
+def suggest(model: nn.Module, x: Tensor) -> str | None:
+    """The last submodule whose output on ``x`` is (N, C, h, w) with more than one position, or None.
+
+    For a classifier this is where its dense features end: a good first choice for ``features``. Containers count,
+    so that the outermost name is given (``"layer4"``, not ``"layer4.1.relu"``).
+    """
+    found: list[str] = []
+    handles = []
+    for name, module in model.named_modules():
+        if name:
+
+            def note(_module: nn.Module, _inputs: Any, result: Any, name: str = name) -> None:
+                if isinstance(result, Tensor) and result.dim() == 4 and result.shape[2] * result.shape[3] > 1:
+                    found.append(name)
+
+            handles.append(module.register_forward_hook(note))
+    try:
+        with evaluating(x, model), torch.no_grad():
+            model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[-1] if found else None
+
+
+class _LoneImage(TorchFunctionMode):
+    """Makes a convolution of one image round like one of several, on the CPU.
+
+    PyTorch sends float32 convolutions of a single small map to another algorithm than those of several maps. Here
+    they run as one of two, so that the result for an image does not depend on its batch.
+    """
+
+    _CONVOLUTIONS = frozenset(
+        (
+            torch.conv1d,
+            torch.conv2d,
+            torch.conv3d,
+            torch.conv_transpose1d,
+            torch.conv_transpose2d,
+            torch.conv_transpose3d,
+        )
+    )
+    # Above this size PyTorch takes the algorithm of several maps (20480 in its source) for a lone one too.
+    _LARGE = 32768
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self._CONVOLUTIONS and args:
+            x = args[0]
+            if isinstance(x, Tensor) and x.shape[0] == 1 and x.numel() <= self._LARGE and x.device.type == "cpu":
+                return func(torch.cat((x, x)), *args[1:], **(kwargs or {}))[:1]
+        return func(*args, **(kwargs or {}))
+
+
+class _FrozenNorm(TorchFunctionMode):
+    """Runs batch norm in eval mode as the affine map that it is.
+
+    Where neither its statistics nor its weights need a gradient, the backward pass wants only the scale. PyTorch's
+    own operator keeps its whole input all the same, which is about half of what a network's graph holds.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is functional.batch_norm and torch.is_grad_enabled():
+            scaled = self._affine(*args, **(kwargs or {}))
+            if scaled is not None:
+                return scaled
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _affine(
+        x: Tensor,
+        mean: Tensor | None,
+        variance: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor | None:
+        if training or mean is None or variance is None or x.dtype != variance.dtype:
+            return None
+        if any(p is not None and p.requires_grad for p in (weight, bias)):
+            return None
+        scale = (variance + eps).rsqrt()
+        scale = scale if weight is None else scale * weight
+        shift = -mean * scale if bias is None else bias - mean * scale
+        shape = (1, -1, *[1] * (x.dim() - 2))
+        return (x * scale.view(shape)).add_(shift.view(shape))
+
+
+@contextlib.contextmanager
+def evaluating(x: Tensor, *models: Model, lean: bool = False) -> Iterator[None]:
+    """Run models in eval mode, without gradients for their parameters, and leave them as they were found.
+
+    Also when an exception passes through. Inside, an image on the CPU gets the same result alone as in a batch.
+    With ``lean`` the graphs of float32 models with batch norm hold about half as much, and their batch norm rounds
+    otherwise than the model's own. A function that is no Module is run as it is.
+
+    Raises:
+        ValueError: if a model is on another device than ``x``.
+    """
+    known = [model for model in models if isinstance(model, nn.Module)]
+    for model in known:
+        parameter = next(model.parameters(), None)
+        if parameter is not None and parameter.device != x.device:
+            raise ValueError(f"x is on {x.device}, the model on {parameter.device}; they must be on one device")
+    training = [module for model in known for module in model.modules() if module.training]
+    trainable = [p for model in known for p in model.parameters() if p.requires_grad]
+    modes = contextlib.ExitStack()
+    try:
+        for module in training:
+            module.training = False
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        with modes:
+            if lean:
+                modes.enter_context(_FrozenNorm())
+            if x.shape[0] == 1 and x.device.type == "cpu":
+                modes.enter_context(_LoneImage())
+            yield
+    finally:
+        for module in training:
+            module.training = True
+        for parameter in trainable:
+            parameter.requires_grad_(True)

@@ -1,0 +1,324 @@
+"""Purification: the image near an image on which the model agrees with itself, and a model that predicts from it."""
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from equifast import _C, _checks, rng
+from equifast.ascent import Ascent, Progress
+from equifast.balls import STARTS, make
+from equifast.features import Features, evaluating, output
+from equifast.objectives import PAIRINGS, Equivariance, average_predictions
+from equifast.views import View, as_set, paper, sample
+
+__all__ = ["PRESETS", "Defended", "DefendedModel", "Preset", "Purifier", "Purify", "purify"]
+
+Purify = Callable[..., Tensor]
+"""What :class:`Defended` takes: ``(x, ids=None, draw=0) -> x``, images to images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """Named settings of a :class:`Purifier`; each is also a keyword of it.
+
+    Args:
+        steps: T.
+        relative_step: step size over the radius of the ball.
+        start: ``"origin"``, ``"uniform"`` or ``"corner"``.
+        noise: the noise schedule of the paper's Algorithm 1.
+        enlarging: whether views that enlarge the image are in the set.
+        views_per_step: how many of the views a step uses, drawn without replacement; None for all.
+        average: whether :class:`Defended` averages its predictions over all eight views.
+    """
+
+    steps: int
+    relative_step: float
+    start: str
+    noise: bool
+    enlarging: bool
+    views_per_step: int | None
+    average: bool = False
+
+    def views(self) -> tuple[View, ...]:
+        """The preset's set of views."""
+        return tuple(view for view in paper() if self.enlarging or not view.enlarges)
+
+
+PRESETS: Mapping[str, Preset] = MappingProxyType(
+    {
+        "paper": Preset(steps=20, relative_step=2.0, start="uniform", noise=True, enlarging=True, views_per_step=None),
+        "fast": Preset(steps=8, relative_step=0.25, start="corner", noise=False, enlarging=False, views_per_step=2),
+        "strong": Preset(
+            steps=8,
+            relative_step=0.25,
+            start="corner",
+            noise=False,
+            enlarging=True,
+            views_per_step=2,
+            average=True,
+        ),
+    }
+)
+
+
+class Purifier:
+    """Moves images inside a small ball to where the model's features agree across views (Mao et al. 2023).
+
+    Args:
+        model: takes images (N, 3, H, W) in [0, 1]; keeps its own normalization inside.
+        features: where its features end: ``None``, its dense output (a dict with ``"out"`` is understood); a dotted
+            submodule name; or a callable ``x -> (N, C, h, w)``.
+        preset: ``"fast"``, ``"strong"`` or ``"paper"``; the settings below replace those of the preset.
+        eps: radius of the ball, in units of image values.
+        seed: 0..2**32-1, or None: a fresh one per call, from torch's global generator.
+        dtype: ``"auto"`` (bfloat16 autocast where the hardware has it, else none), ``"float32"``, ``"bfloat16"``.
+        norm: ``"linf"`` or ``"l2"``.
+        views: the set of views (:mod:`equifast.views`).
+        views_per_step: how many of them a step uses, or ``"all"``; None for what the preset says, where ``views`` is
+            given all of them.
+        steps, step_size, start, noise, momentum, restarts, keep: as in :class:`equifast.ascent.Ascent`.
+        pairing: ``"anchor"`` or ``"all"``.
+        reduction: ``"image"`` or ``"pixel"``.
+
+    Raises:
+        TypeError, ValueError: for any setting that cannot be, in one sentence that names it.
+    """
+
+    def __init__(
+        self,
+        model: Callable[[Tensor], Any],
+        features: str | Callable[[Tensor], Any] | None = None,
+        preset: str = "fast",
+        eps: float = 6 / 255,
+        seed: int | None = 0,
+        dtype: str = "auto",
+        *,
+        norm: str = "linf",
+        views: Sequence[View] | None = None,
+        views_per_step: int | Literal["all"] | None = None,
+        steps: int | None = None,
+        step_size: float | None = None,
+        start: str | None = None,
+        noise: bool | None = None,
+        momentum: float | None = None,
+        restarts: int = 1,
+        keep: str = "last",
+        pairing: str = "anchor",
+        reduction: str = "image",
+    ) -> None:
+        self._features = Features(model, features)
+        base = PRESETS[_checks.choice("preset", preset, tuple(PRESETS))]
+        ball = make(norm, eps)
+        _checks.seed(seed)
+        _checks.choice("dtype", dtype, ("auto", "float32", "bfloat16"))
+        _checks.choice("pairing", pairing, PAIRINGS)
+        _checks.choice("reduction", reduction, ("image", "pixel"))
+        if pairing == "all" and reduction == "pixel":
+            raise ValueError("reduction is 'pixel' with pairing 'all'; it must be 'image'")
+        self.views = as_set(views) if views is not None else base.views()
+        count = base.views_per_step if views_per_step is None and views is None else None
+        if views_per_step is not None and views_per_step != "all":
+            count = _checks.integer("views_per_step", views_per_step, 1, len(self.views))
+        self.model = model
+        self.preset = preset
+        self.seed = seed
+        self.dtype = dtype
+        self.views_per_step = count
+        self.pairing = pairing
+        self.reduction = reduction
+        self.average = base.average
+        self.ascent = Ascent(
+            ball=ball,
+            steps=base.steps if steps is None else steps,
+            step_size=base.relative_step * eps if step_size is None else step_size,
+            start=base.start if start is None else _checks.choice("start", start, STARTS),
+            noise=base.noise if noise is None else noise,
+            momentum=momentum,
+            restarts=restarts,
+            keep=keep,
+        )
+
+    def settings(self) -> dict[str, object]:
+        """All settings, as values that JSON can hold."""
+        ascent = self.ascent
+        return {
+            "preset": self.preset,
+            "norm": type(ascent.ball).__name__.lower(),
+            "eps": ascent.ball.eps,
+            "steps": ascent.steps,
+            "step_size": ascent.step_size,
+            "start": ascent.start,
+            "noise": ascent.noise,
+            "momentum": ascent.momentum,
+            "restarts": ascent.restarts,
+            "keep": ascent.keep,
+            "views": [repr(view) for view in self.views],
+            "views_per_step": self.views_per_step,
+            "pairing": self.pairing,
+            "reduction": self.reduction,
+            "seed": self.seed,
+            "dtype": self.dtype,
+        }
+
+    def __call__(self, x: Tensor, ids: Tensor | None = None, draw: int = 0, progress: Progress | None = None) -> Tensor:
+        """Purify a batch.
+
+        Args:
+            x: (N, 3, H, W), floating point, in [0, 1].
+            ids: (N,) int64: which random numbers each image gets; all 0 where None.
+            draw: 0..65535, another realization under the same seed.
+            progress: called as ``progress(done, total)`` after every step.
+
+        Returns:
+            (N, 3, H, W) of the dtype of ``x``, in the ball and in [0, 1], detached from ``x``. An image's result
+            does not depend on the rest of the batch.
+
+        Raises:
+            TypeError: if ``x`` is not floating point or ``ids`` not int64.
+            ValueError: if ``x`` has another shape, leaves [0, 1] by more than 1e-6 or is not finite; if the features
+                are not (N, C, h, w) or do not depend on the image.
+        """
+        with self._objective(x, ids, draw, self.views_per_step) as (x, objective, seed, numbers):
+            if len(x) == 0:
+                return x.clone()
+            return self.ascent(objective, x, seed=seed, ids=numbers, draw=draw, progress=progress)
+
+    def similarities(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
+        """(N, K): the similarity of each of the preset's views to the image, at the first step's draw, in [-1, 1]."""
+        with self._objective(x, ids, draw, None) as (x, objective, _, _):
+            if len(x) == 0:
+                return torch.zeros(0, len(self.views), device=x.device)
+            return objective.similarities(x)
+
+    def score(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
+        """(N,): the mean similarity over all views of the preset, in [-1, 1], no graph; arguments as for a call."""
+        similarities = self.similarities(x, ids, draw)
+        # summed column by column: the order of summation must not depend on N
+        return torch.stack(similarities.unbind(1)).sum(0) / len(self.views)
+
+    @contextlib.contextmanager
+    def _objective(
+        self, x: Tensor, ids: Tensor | None, draw: int, count: int | None
+    ) -> Iterator[tuple[Tensor, Equivariance, int, Tensor]]:
+        # checked under the caller's grad mode; the rest runs outside inference mode, whose tensors autograd refuses
+        with torch.inference_mode(False):
+            x = _checks.images("x", x, channels=3).detach()
+            x = x.clone()  # a model whose first operation is in place must not reach the caller's image
+            numbers = _checks.ids(ids, len(x), x.device)
+            _checks.integer("draw", draw, 0, rng.MAX_DRAW)
+            seed = rng.fresh_seed() if self.seed is None else self.seed
+            objective = Equivariance(
+                self._features,
+                self.views,
+                count=count,
+                pairing=self.pairing,
+                reduction=self.reduction,
+                seed=seed,
+                ids=numbers,
+                draw=draw,
+                autocast=_autocast(self.dtype, x.device),
+            )
+            with evaluating(x, self.model, *self._features.modules(), lean=True):
+                yield x, objective, seed, numbers
+
+
+def _autocast(dtype: str, device: torch.device) -> torch.dtype | None:
+    if dtype == "auto":
+        return torch.bfloat16 if has_fast_bfloat16(device) else None
+    return torch.bfloat16 if dtype == "bfloat16" else None
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16: CUDA 8.0 and later; on the CPU AMX or AVX-512 BF16."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        return bool({"amx_bf16", "avx512_bf16"} & set(_C.instruction_sets()))
+    return False
+
+
+def purify(model: Callable[[Tensor], Any], x: Tensor, **settings: Any) -> Tensor:
+    """Purify a batch in one call: ``Purifier(model, **settings)(x)``.
+
+    Args:
+        model: takes images in [0, 1].
+        x: (N, 3, H, W) in [0, 1].
+        **settings: of :class:`Purifier`, and ``ids``, ``draw`` and ``progress`` of its call.
+
+    Returns:
+        (N, 3, H, W).
+    """
+    call = {name: settings.pop(name) for name in ("ids", "draw", "progress") if name in settings}
+    return Purifier(model, **settings)(x, **call)
+
+
+class DefendedModel(nn.Module):
+    """The base of models with a defense inside: ``(x, ids=None, draw=0) -> logits``.
+
+    An attacker who knows (:class:`equifast.attacks.BPDA`) follows their own gradient.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model is a {type(model).__name__}; it must be a Module")
+        self.model = model
+        if next(model.parameters(), None) is None:
+            # attack libraries find the device by looking at a parameter
+            self.anchor = nn.Parameter(torch.zeros(()), requires_grad=False)
+
+
+class Defended(DefendedModel):
+    """A model that predicts from the purified image: ``predict(purifier(x))``.
+
+    It takes images in [0, 1] and returns one logits tensor. Its gradient is straight-through: the purification
+    counts as the identity, as in BPDA (Athalye et al. 2018). It works under ``no_grad`` and ``inference_mode``,
+    always in eval mode, and gives the model's parameters no gradients.
+
+    Args:
+        model: the model that predicts.
+        purifier: a :class:`Purifier` or any ``(x, ids=None, draw=0) -> x``. With ``preset="strong"`` the prediction
+            is the mean over the purifier's views, differentiated exactly.
+    """
+
+    def __init__(self, model: nn.Module, purifier: Purify) -> None:
+        super().__init__(model)
+        if not callable(purifier):
+            raise TypeError(f"purifier is a {type(purifier).__name__}; it must be callable")
+        try:
+            inspect.signature(purifier).bind(None, ids=None, draw=0)
+        except TypeError as error:
+            raise TypeError(f"purifier is called as (x, ids=None, draw=0), which it does not take: {error}") from None
+        except ValueError:  # a builtin, which does not tell
+            pass
+        self.purifier = purifier
+
+    def forward(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
+        """(N, 3, H, W) -> logits, (N, C) or (N, C, h, w)."""
+        purified = self.purifier(x, ids=ids, draw=draw)
+        if not isinstance(purified, Tensor) or purified.shape != x.shape:
+            got = _checks.shape(purified) if isinstance(purified, Tensor) else type(purified).__name__
+            raise ValueError(f"purifier returned {got} for images {_checks.shape(x)}; it must return their shape")
+        if torch.is_grad_enabled() and x.requires_grad:
+            purified = purified + (x - x.detach())  # the second term is 0, and carries the gradient
+        with evaluating(x, self.model):
+            if isinstance(self.purifier, Purifier) and self.purifier.average:
+                return average(self.model, purified, self.purifier.views, self.purifier.seed, ids, draw)
+            return output(self.model(purified))
+
+
+def average(
+    model: nn.Module, x: Tensor, chosen: Sequence[View], seed: int | None, ids: Tensor | None, draw: int
+) -> Tensor:
+    """The mean of a model's predictions over an image and views drawn for it (see ``average_predictions``)."""
+    numbers = _checks.ids(ids, len(x), x.device)
+    drawn = rng.fresh_seed() if seed is None else seed
+    # the last step's number: the ascent before it drew its views from the first ones
+    sampled = sample(chosen, (x.shape[2], x.shape[3]), seed=drawn, ids=numbers, draw=draw, step=rng.MAX_STEP)
+    return average_predictions(lambda images: output(model(images)), x, sampled)

@@ -1,0 +1,275 @@
+"""The three operators in plain PyTorch: the definition that every kernel is held to.
+
+Any float dtype and device, differentiable twice (``warp`` with respect to ``theta`` too). Geometry is computed in
+float64 whatever the dtype of the images, similarities are accumulated in float32 or better.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from equifast import _checks, rng
+
+__all__ = ["signed_step", "similarity", "warp"]
+
+_EDGE = 1 + 1e-6  # |q| up to this is inside the frame
+_CHUNK = 4096
+_SMALL = 1e-6  # a vector of smaller norm counts as zero
+
+
+def row_sum(rows: Tensor) -> Tensor:
+    """(N, M) -> (N,), where the sum of a row does not depend on N.
+
+    PyTorch splits a large reduction to a single number over its threads, and one to several numbers not at all. Sums
+    of chunks are several numbers also where N is 1.
+    """
+    whole = rows.shape[1] // _CHUNK * _CHUNK
+    chunks = rows[:, :whole].unflatten(1, (-1, _CHUNK)).sum(2) if whole else rows[:, :0]
+    return chunks.sum(1) + rows[:, whole:].sum(1)
+
+
+def invert(theta: Tensor) -> Tensor:
+    """The inverse affine maps, (..., 2, 3) float32 or float64 -> (..., 2, 3) float64; NaN where singular."""
+    t = theta.to(torch.float64)
+    a, b, c, d = t[..., 0, 0], t[..., 0, 1], t[..., 1, 0], t[..., 1, 1]
+    # + 0.0 turns -0.0 into 0.0; the adjugate over the determinant is exact for identity and flips.
+    linear = torch.stack((d, -b, -c, a), -1).unflatten(-1, (2, 2)) / (a * d - b * c)[..., None, None] + 0.0
+    return torch.cat((linear, -(linear @ t[..., 2:]) + 0.0), -1)
+
+
+def _positions(theta: Tensor, size: tuple[int, int], source: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Where output pixels of ``size`` read an input of size ``source``, in its pixels.
+
+    (N, 2, 3) float64 -> ix, iy (N, h, w) float64, and (N, h, w) bool: inside the input frame.
+    """
+    (h, w), (height, width) = size, source
+    i = torch.arange(w, dtype=torch.float64, device=theta.device) + 0.5
+    j = torch.arange(h, dtype=torch.float64, device=theta.device)[:, None] + 0.5
+    t = theta[..., None, None]
+    ix = t[:, 0, 0] * (width / w) * i + t[:, 0, 1] * (width / h) * j
+    ix = ix + width / 2 * (1 + t[:, 0, 2] - t[:, 0, 0] - t[:, 0, 1]) - 0.5
+    iy = t[:, 1, 0] * (height / w) * i + t[:, 1, 1] * (height / h) * j
+    iy = iy + height / 2 * (1 + t[:, 1, 2] - t[:, 1, 0] - t[:, 1, 1]) - 0.5
+    inside = (((2 * ix + 1) / width - 1).abs() <= _EDGE) & (((2 * iy + 1) / height - 1).abs() <= _EDGE)
+    # Outside, and where theta is NaN, the position is replaced: the value is 0 there whatever is read.
+    return torch.where(inside, ix, 0.0), torch.where(inside, iy, 0.0), inside
+
+
+def _taps(
+    theta: Tensor, size: tuple[int, int], source: tuple[int, int], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What each output pixel reads: (4, N, h*w) int64 positions, their weights, and (N, h, w) bool frame test."""
+    height, width = source
+    ix, iy, inside = _positions(theta.to(torch.float64), size, source)
+    left, top = ix.detach().floor(), iy.detach().floor()
+    fx, fy = (ix - left).to(dtype), (iy - top).to(dtype)
+    # clamp before the index is an integer: a position may be huge
+    x0, x1 = (side.clamp(0, width - 1).to(torch.int64) for side in (left, left + 1))
+    y0, y1 = (side.clamp(0, height - 1).to(torch.int64) * width for side in (top, top + 1))
+    index = torch.stack((y0 + x0, y0 + x1, y1 + x0, y1 + x1)).flatten(2)
+    weight = torch.stack(((1 - fx) * (1 - fy), fx * (1 - fy), (1 - fx) * fy, fx * fy))
+    return index, torch.where(inside, weight, 0.0).flatten(2), inside
+
+
+class _Gather(torch.autograd.Function):
+    """(N, C, H*W) -> (N, C, h*w): weighted sums of taps. Linear, and one buffer at a time; see _Scatter."""
+
+    @staticmethod
+    def forward(ctx: Any, flat: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(index, weight)
+        ctx.source = flat.shape[2]
+        total = flat.new_zeros(*flat.shape[:2], index.shape[2])
+        for i, w in zip(index, weight, strict=True):
+            total.addcmul_(flat.gather(2, i[:, None].expand_as(total)), w[:, None])
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
+        index, weight = ctx.saved_tensors
+        return _scatter(upstream[0], index, weight, ctx.source), None, None
+
+
+class _Scatter(torch.autograd.Function):
+    """(N, C, h*w) -> (N, C, H*W): the adjoint of _Gather, and its derivative, as _Gather is the one of this."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, index: Tensor, weight: Tensor, source: int) -> Tensor:
+        ctx.save_for_backward(index, weight)
+        total = values.new_zeros(*values.shape[:2], source)
+        for i, w in zip(index, weight, strict=True):
+            total.scatter_add_(2, i[:, None].expand_as(values), values * w[:, None])
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:
+        index, weight = ctx.saved_tensors
+        return _gather(upstream[0], index, weight), None, None, None
+
+
+_gather: Callable[..., Tensor] = _Gather.apply
+_scatter: Callable[..., Tensor] = _Scatter.apply
+
+
+def _sample(images: Tensor, theta: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Bilinear samples (N, C, h, w), 0 outside the frame, and the frame test (N, 1, h, w)."""
+    index, weight, inside = _taps(theta, size, (images.shape[2], images.shape[3]), images.dtype)
+    flat = images.flatten(2)
+    if weight.requires_grad:
+        taps = [flat.gather(2, i[:, None].expand(-1, flat.shape[1], -1)) for i in index]
+        sampled = sum((tap * w[:, None] for tap, w in zip(taps, weight, strict=True)), torch.zeros_like(taps[0]))
+    else:
+        sampled = _gather(flat, index, weight)
+    # the taps of a position outside weigh 0, but 0 times infinity is no 0
+    return torch.where(inside[:, None], sampled.view(*images.shape[:2], *size), 0.0), inside[:, None]
+
+
+def warp(images: Tensor, theta: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """Resample images under K affine views, bilinearly (design: "Positions", "Sampling").
+
+    Args:
+        images: (N, C, H, W), any float dtype.
+        theta: (K, N, 2, 3), float32 or float64; maps an output position to the input position that is read, both
+            in normalized coordinates where the image spans [-1, 1] edge to edge (``align_corners=False``).
+        sizes: K output sizes (h, w).
+
+    Returns:
+        K tensors (N, C, h, w): 0 outside the input frame; inside it taps clamp to the border pixels, so that the
+        identity with another size is ``F.interpolate(mode="bilinear", align_corners=False)``.
+
+    Raises:
+        TypeError: if ``images`` or ``theta`` are not floating-point tensors.
+        ValueError: if shapes or devices do not match, or ``theta`` (in host memory) is not finite or is singular.
+    """
+    _checks.tensor("images", images, 4, "(N, C, H, W)")
+    _checks.theta(theta, n=images.shape[0])
+    _checks.same_device("theta", theta, "images", images)
+    if len(sizes) != theta.shape[0]:
+        raise ValueError(f"sizes has {len(sizes)} entries; it must have {theta.shape[0]}, one per view of theta")
+    sizes = [_checks.size("sizes", size) for size in sizes]
+    if 0 in images.shape:
+        return [images.new_zeros(*images.shape[:2], *size) for size in sizes]
+    return [_sample(images, t, size)[0] for t, size in zip(theta, sizes, strict=True)]
+
+
+def similarity(anchor: Tensor, views: Sequence[Tensor], theta: Tensor, reduction: str = "image") -> Tensor:
+    """Cosine similarity of features and of those of each view warped back, over their overlap (paper: Eq. 2).
+
+    Args:
+        anchor: (N, C, H, W), the features of the images.
+        views: K tensors (N, C, h, w), the features of their views, of any sizes, in the dtype of ``anchor``.
+        theta: (K, N, 2, 3), float32 or float64, the matrices that made the views (as given to :func:`warp`).
+        reduction: ``"image"``: one cosine per image and view over positions and channels; ``"pixel"``: the mean
+            over positions of the cosines over channels.
+
+    Returns:
+        (N, K) in [-1, 1], float32, or float64 where the features are; 0, with zero gradient, where the overlap is
+        empty or a norm is below 1e-6.
+
+    Raises:
+        TypeError: if tensors are not floating point, or differ in dtype.
+        ValueError: if shapes or devices do not match, ``reduction`` is unknown, or ``theta`` (in host memory) is not
+            finite or is singular.
+    """
+    _checks.tensor("anchor", anchor, 4, "(N, C, H, W)")
+    _checks.choice("reduction", reduction, ("image", "pixel"))
+    n, channels, height, width = anchor.shape
+    _checks.theta(theta, n=n, k=len(views))
+    _checks.same_device("theta", theta, "anchor", anchor)
+    for k, view in enumerate(views):
+        name = f"views[{k}]"
+        _checks.tensor(name, view, 4, "(N, C, h, w)")
+        _checks.same_device(name, view, "anchor", anchor)
+        if view.dtype != anchor.dtype:
+            raise TypeError(f"{name} has dtype {view.dtype}; it must have that of anchor, {anchor.dtype}")
+        if view.shape[:2] != anchor.shape[:2]:
+            raise ValueError(f"{name} has shape {_checks.shape(view)}; it must be ({n}, {channels}, h, w) as anchor")
+    accumulate = torch.float64 if anchor.dtype == torch.float64 else torch.float32
+    f0 = anchor.to(accumulate)
+    if 0 in anchor.shape or any(0 in view.shape for view in views):
+        return torch.zeros(n, len(views), dtype=accumulate, device=anchor.device)
+    columns = []
+    for view, inverse in zip(views, invert(theta), strict=True):
+        fk, mask = _sample(view.to(accumulate), inverse, (height, width))  # fk is 0 outside the mask
+        if reduction == "image":
+            inner = row_sum((f0 * fk).flatten(1))
+            columns.append(
+                _cosine(inner, row_sum(torch.where(mask, f0.square(), 0.0).flatten(1)), row_sum(fk.square().flatten(1)))
+            )
+        else:
+            cosine = _cosine((f0 * fk).sum(1), f0.square().sum(1), fk.square().sum(1))
+            count = row_sum(mask.flatten(1).to(accumulate))
+            columns.append(row_sum(torch.where(mask[:, 0], cosine, 0.0).flatten(1)) / count.clamp(min=1))
+    return torch.stack(columns, 1)
+
+
+def _cosine(inner: Tensor, square0: Tensor, square1: Tensor) -> Tensor:
+    """Inner product over norms, from squared norms; 0 with zero gradient where a norm is below 1e-6."""
+    valid = (square0 >= _SMALL**2) & (square1 >= _SMALL**2)
+    # The guarded operands keep the derivative of the square root finite where the result is discarded.
+    norms = torch.where(valid, square0, 1.0).sqrt() * torch.where(valid, square1, 1.0).sqrt()
+    return torch.where(valid, inner / norms, 0.0)
+
+
+def signed_step(
+    x: Tensor,
+    gradient: Tensor,
+    origin: Tensor,
+    eps: float,
+    step: float | Tensor,
+    sigma: float | Tensor,
+    seed: int | Tensor,
+    ids: Tensor,
+    draw: int | Tensor,
+    t: int | Tensor,
+) -> Tensor:
+    """One noisy sign step of an L-infinity ascent and its projection (paper: Algorithm 1).
+
+    ``P(x + step * sign(gradient / |gradient|_2 + sigma * xi))``, the norm per image, ``xi ~ N(0, I)`` of the stream
+    ``rng.Stream.NOISE``, ``P`` the projection on the ball of radius ``eps`` around ``origin`` and on [0, 1].
+
+    Args:
+        x, gradient, origin: (N, C, H, W), one shape, dtype and device.
+        eps: radius of the ball, above 0, in units of image values.
+        step: step size in units of image values.
+        sigma: standard deviation of the noise; the number 0 draws none.
+        seed, draw, t: as in :mod:`equifast.rng`, ``t`` the step. ``seed``, ``t``, ``sigma`` and ``step`` may be 0-d
+            tensors.
+        ids: (N,) int64, the image ids.
+
+    Returns:
+        The next x, (N, C, H, W), no gradient.
+
+    Raises:
+        TypeError: if tensors are not floating point.
+        ValueError: if shapes or devices do not match, or ``eps`` is not above 0.
+    """
+    _checks.tensor("x", x, 4, "(N, C, H, W)")
+    for name, value in (("gradient", gradient), ("origin", origin)):
+        _checks.tensor(name, value, 4, "(N, C, H, W)")
+        _checks.same_device(name, value, "x", x)
+        if value.shape != x.shape:
+            raise ValueError(f"{name} has shape {_checks.shape(value)}; it must be that of x, {_checks.shape(x)}")
+    _checks.number("eps", eps, above=0)
+    ids = _checks.ids(ids, x.shape[0], x.device)
+    if x.numel() == 0:
+        return x.detach().clone()
+    with torch.no_grad():
+        accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
+        direction = unit(gradient.to(accumulate))
+        if isinstance(sigma, Tensor) or sigma != 0:
+            noise = rng.normal(seed, int(rng.Stream.NOISE), ids, draw, t, x[0].numel()).view(x.shape)
+            direction = direction + sigma * noise.to(accumulate)
+        moved = x.to(accumulate) + step * direction.sign()
+        o = origin.to(accumulate)
+        return moved.clamp(o - eps, o + eps).clamp(0, 1).to(x.dtype)
+
+
+def unit(gradient: Tensor) -> Tensor:
+    """Each image's gradient over its L2 norm, (N, ...) -> (N, ...); a zero gradient stays zero."""
+    # Scaled by the largest element first: the squares of tiny gradients would underflow.
+    largest = gradient.flatten(1).abs().amax(1).clamp(min=torch.finfo(gradient.dtype).tiny)
+    scaled = gradient / largest.view(-1, *[1] * (gradient.dim() - 1))
+    norm = row_sum(scaled.flatten(1).square()).sqrt().clamp(min=1e-12)
+    return scaled / norm.view(-1, *[1] * (gradient.dim() - 1))

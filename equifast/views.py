@@ -1,0 +1,338 @@
+"""Views: what an image is transformed by, as a photometric map followed by an affine resampling.
+
+All geometry is ``(theta, size)``: a matrix that maps an output position to the input position it is read from, in
+normalized coordinates, and an output size. A view is a frozen dataclass that turns uniform random numbers into
+these; it holds no random state of its own. To add one, write one class with the methods of :class:`View` that differ.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from equifast import _checks, rng
+from equifast.reference import row_sum
+
+__all__ = [
+    "ColorJitter",
+    "Compose",
+    "Flip",
+    "Resize",
+    "Rotation",
+    "Sampled",
+    "Shift",
+    "View",
+    "paper",
+    "sample",
+]
+
+Size = tuple[int, int]
+
+
+def _interval(name: str, value: tuple[float, float], least: float | None = None) -> None:
+    if not isinstance(value, tuple) or len(value) != 2:
+        raise ValueError(f"{name} is {value!r}; it must be a pair (low, high)")
+    low, high = (_checks.number(name, side, least=least) for side in value)
+    if low > high:
+        raise ValueError(f"{name} is {value!r}; its low end must not be above its high end")
+
+
+def _between(low: float, high: float, u: Tensor) -> Tensor:
+    return low + (high - low) * u
+
+
+class View:
+    """One transformation. The base class is the identity.
+
+    ``shared`` uniform numbers are drawn per step for all images, since images of one batch must have one size;
+    ``image`` uniform numbers are drawn per image for what leaves the size alone.
+    """
+
+    shared: int = 0
+    image: int = 0
+
+    def geometry(self, size: Size, shared: Tensor, u: Tensor) -> tuple[Tensor, Size]:
+        """Where to read from and how large the output is.
+
+        Args:
+            size: (H, W) of the input.
+            shared: (shared,) float64 uniform numbers, those of all images.
+            u: (N, image) float64 uniform numbers of each.
+
+        Returns:
+            theta (N, 2, 3) float64, and the output size (h, w).
+        """
+        return torch.eye(2, 3, dtype=torch.float64).repeat(u.shape[0], 1, 1), size
+
+    def color(self, images: Tensor, u: Tensor) -> Tensor:
+        """The photometric map, (N, C, H, W) -> (N, C, H, W), differentiable; ``u`` is (N, image)."""
+        return images
+
+    @property
+    def enlarges(self) -> bool:
+        """Whether the view makes images larger on average, and so its passes dearer."""
+        middle = torch.full((1, max(self.shared, self.image)), 0.5, dtype=torch.float64)
+        _, (height, width) = self.geometry((1000, 1000), middle[0, : self.shared], middle[:, : self.image])
+        return height * width > 1000 * 1000
+
+
+@dataclass(frozen=True)
+class Flip(View):
+    """Mirror left to right, or top to bottom."""
+
+    vertical: bool = False
+
+    def geometry(self, size: Size, shared: Tensor, u: Tensor) -> tuple[Tensor, Size]:
+        theta, size = super().geometry(size, shared, u)
+        axis = 1 if self.vertical else 0
+        theta[:, axis, axis] = -1
+        return theta, size
+
+
+@dataclass(frozen=True)
+class Resize(View):
+    """Scale height and width by a common factor, and the width by a further one.
+
+    Args:
+        scale: a factor, or (low, high) of a uniform one.
+        ratio: (low, high) of the further factor of the width.
+
+    Sizes round down and are at least 1.
+    """
+
+    scale: float | tuple[float, float] = 1.0
+    ratio: tuple[float, float] = (1.0, 1.0)
+    shared = 2
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.scale, tuple):
+            _checks.number("scale", self.scale, above=0)
+            object.__setattr__(self, "scale", (self.scale, self.scale))
+        _interval("scale", self._scale, least=1e-6)
+        _interval("ratio", self.ratio, least=1e-6)
+
+    @property
+    def _scale(self) -> tuple[float, float]:
+        assert isinstance(self.scale, tuple)
+        return self.scale
+
+    def geometry(self, size: Size, shared: Tensor, u: Tensor) -> tuple[Tensor, Size]:
+        theta, (height, width) = super().geometry(size, shared, u)
+        scale = float(_between(*self._scale, shared[0]))
+        ratio = float(_between(*self.ratio, shared[1]))
+        return theta, (max(1, math.floor(height * scale)), max(1, math.floor(width * scale * ratio)))
+
+
+@dataclass(frozen=True)
+class Rotation(View):
+    """Rotate about the center by an angle uniform in +-``degrees``, true in pixels whatever the aspect ratio."""
+
+    degrees: float = 15.0
+    image = 1
+
+    def __post_init__(self) -> None:
+        _checks.number("degrees", self.degrees, least=0)
+
+    def geometry(self, size: Size, shared: Tensor, u: Tensor) -> tuple[Tensor, Size]:
+        angle = math.radians(self.degrees) * (2 * u[:, 0] - 1)
+        aspect = size[0] / size[1]
+        theta, size = super().geometry(size, shared, u)
+        theta[:, 0, 0] = theta[:, 1, 1] = angle.cos()
+        theta[:, 0, 1] = -angle.sin() * aspect
+        theta[:, 1, 0] = angle.sin() / aspect
+        return theta, size
+
+
+@dataclass(frozen=True)
+class Shift(View):
+    """Shift by up to ``fraction`` of the height and of the width, uniform; what comes in is 0."""
+
+    fraction: float = 0.1
+    image = 2
+
+    def __post_init__(self) -> None:
+        _checks.number("fraction", self.fraction, least=0)
+
+    def geometry(self, size: Size, shared: Tensor, u: Tensor) -> tuple[Tensor, Size]:
+        theta, size = super().geometry(size, shared, u)
+        theta[:, :, 2] = 2 * self.fraction * (2 * u - 1)  # the frame is 2 wide
+        return theta, size
+
+
+@dataclass(frozen=True)
+class ColorJitter(View):
+    """Jitter brightness, contrast, saturation and hue, in this order, then perhaps drop the color.
+
+    Args:
+        brightness, contrast, saturation: factors are uniform in [max(0, 1 - value), 1 + value].
+        hue: the shift of the hue is uniform in +-``hue`` turns; at most 0.5.
+        grayscale: the probability that an image becomes gray.
+
+    The adjustments are those of torchvision's transform of the same name; its order is random, here it is fixed.
+    """
+
+    brightness: float = 0.8
+    contrast: float = 0.8
+    saturation: float = 0.8
+    hue: float = 0.2
+    grayscale: float = 0.2
+    image = 5
+
+    def __post_init__(self) -> None:
+        for name in ("brightness", "contrast", "saturation"):
+            _checks.number(name, getattr(self, name), least=0)
+        _checks.number("hue", self.hue, least=0, most=0.5)
+        _checks.number("grayscale", self.grayscale, least=0, most=1)
+
+    def color(self, images: Tensor, u: Tensor) -> Tensor:
+        u = u.to(images.device)
+
+        def factor(value: float, column: int) -> Tensor:
+            return _between(max(0.0, 1 - value), 1 + value, u[:, column]).to(images.dtype).view(-1, 1, 1, 1)
+
+        x = (images * factor(self.brightness, 0)).clamp(0, 1)
+        gray = _gray(x)
+        mean = (row_sum(gray.flatten(1)) / (x.shape[2] * x.shape[3])).view(-1, 1, 1, 1)
+        x = (mean + (x - mean) * factor(self.contrast, 1)).clamp(0, 1)
+        gray = _gray(x)
+        x = (gray + (x - gray) * factor(self.saturation, 2)).clamp(0, 1)
+        x = _shift_hue(x, (self.hue * (2 * u[:, 3] - 1)).to(x.dtype).view(-1, 1, 1))
+        return torch.where((u[:, 4] < self.grayscale).view(-1, 1, 1, 1), _gray(x).expand_as(x), x)
+
+
+def _gray(x: Tensor) -> Tensor:
+    red, green, blue = x.unbind(1)
+    return (0.2989 * red + 0.587 * green + 0.114 * blue)[:, None]
+
+
+def _shift_hue(x: Tensor, turns: Tensor) -> Tensor:
+    """Turn the hue of (N, 3, H, W) in HSV space by (N, 1, 1) turns."""
+    red, green, blue = x.unbind(1)
+    value, low = x.amax(1), x.amin(1)
+    chroma = value - low
+    divisor = torch.where(chroma > 0, chroma, 1.0)
+    hue = torch.where(
+        value == red,
+        (green - blue) / divisor,
+        torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
+    )
+    hue = hue + 6 * turns
+
+    def channel(offset: float) -> Tensor:
+        k = (hue + offset) % 6
+        return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
+
+    return torch.stack((channel(5), channel(3), channel(1)), 1)
+
+
+@dataclass(frozen=True)
+class Compose(View):
+    """Several views, one after the other: their color maps first, then one resampling by the product of matrices."""
+
+    views: tuple[View, ...]
+
+    def __init__(self, *views: View) -> None:
+        for view in views:
+            if not isinstance(view, View):
+                raise TypeError(f"views has a {type(view).__name__}; every one must be a View")
+        object.__setattr__(self, "views", views)
+        object.__setattr__(self, "shared", sum(view.shared for view in views))
+        object.__setattr__(self, "image", sum(view.image for view in views))
+
+    def geometry(self, size: Size, shared: Tensor, u: Tensor) -> tuple[Tensor, Size]:
+        # A matrix reads from the output of the view before it, so the product runs in the order of application.
+        theta, size = super().geometry(size, shared, u)
+        parts = zip(
+            self.views,
+            shared.split([view.shared for view in self.views]),
+            u.split([view.image for view in self.views], 1),
+            strict=True,
+        )
+        for view, common, own in parts:
+            following, size = view.geometry(size, common, own)
+            linear = theta[..., :2] @ following[..., :2]
+            theta = torch.cat((linear, theta[..., :2] @ following[..., 2:] + theta[..., 2:]), -1)
+        return theta, size
+
+    def color(self, images: Tensor, u: Tensor) -> Tensor:
+        for view, part in zip(self.views, u.split([v.image for v in self.views], 1), strict=True):
+            images = view.color(images, part)
+        return images
+
+
+def as_set(chosen: Sequence[View]) -> tuple[View, ...]:
+    """A set of views, checked."""
+    if not isinstance(chosen, Sequence) or not chosen:
+        raise ValueError(f"views is {chosen!r}; it must be a sequence of at least one View")
+    for view in chosen:
+        if not isinstance(view, View):
+            raise TypeError(f"views has a {type(view).__name__}; every one must be a View")
+    return tuple(chosen)
+
+
+def paper() -> tuple[View, ...]:
+    """The eight views of Mao et al. 2023: resizes 2, 0.3, 2, 0.5; color jitter; flip; two rotations in +-15 degrees.
+
+    Resizes, jitter and flip also scale the width by a factor uniform in (0.8, 1.2).
+    """
+    ratio = (0.8, 1.2)
+    width = Resize(1.0, ratio)
+    return (
+        *(Resize(scale, ratio) for scale in (2.0, 0.3, 2.0, 0.5)),
+        Compose(ColorJitter(), width),
+        Compose(Flip(), width),
+        Rotation(15.0),
+        Rotation(15.0),
+    )
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One realization of a view for a batch.
+
+    ``theta`` is (N, 2, 3) float64 on the images' device, ``size`` the output size, ``u`` what ``view.color`` takes.
+    """
+
+    view: View
+    theta: Tensor
+    size: Size
+    u: Tensor
+
+    def color(self, images: Tensor) -> Tensor:
+        """The photometric part, (N, C, H, W) -> (N, C, H, W)."""
+        return self.view.color(images, self.u)
+
+
+def sample(
+    views: Sequence[View],
+    size: Size,
+    *,
+    seed: int,
+    ids: Tensor,
+    draw: int = 0,
+    step: int = 0,
+    count: int | None = None,
+) -> list[Sampled]:
+    """Draw a realization of ``count`` of the views (all of them where None), without replacement.
+
+    Args:
+        views: the set; its order is part of the realization.
+        size: (H, W) of the images.
+        seed, draw, step: as in :mod:`equifast.rng`. Choice and sizes are those of all images, the rest of each.
+        ids: (N,) int64 image ids; the result is on their device.
+    """
+    host, everyone = ids.cpu(), torch.zeros(1, dtype=torch.int64)
+    chosen = list(range(len(views)))
+    if count is not None and count < len(views):
+        keys = rng.uniform(seed, rng.Stream.CHOICE, everyone, draw, step, len(views))[0]
+        chosen = sorted(keys.argsort()[:count].tolist())
+    sampled = []
+    for k in chosen:
+        view = views[k]
+        shared = rng.uniform(seed, rng.Stream.SHARED.of(k), everyone, draw, step, view.shared)[0]
+        u = rng.uniform(seed, rng.Stream.IMAGE.of(k), host, draw, step, view.image)
+        theta, target = view.geometry(size, shared, u)
+        sampled.append(Sampled(view, theta.to(ids.device), target, u))
+    return sampled

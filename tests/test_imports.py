@@ -1,0 +1,55 @@
+"""Imports inside the package point one way: what stands left in ORDER never imports what stands right."""
+
+import ast
+from pathlib import Path
+
+import equifast
+
+ORDER = [
+    {"_version", "_C", "_checks"},
+    {"rng"},
+    {"reference"},
+    {"ops"},
+    {"views", "balls"},
+    {"objectives", "features"},
+    {"ascent"},
+    {"purifier"},
+    {"attacks"},
+    {"defenses"},
+    {"evaluate"},
+    {"demo"},
+    {"models"},
+    {"cli"},
+]
+LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
+ROOT = Path(equifast.__file__).parent
+
+
+def imported(tree: ast.AST) -> set[str]:
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "equifast":
+            parts = node.module.split(".")
+            names |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+        elif isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("equifast.")}
+    return names
+
+
+def test_direction() -> None:
+    files = sorted(ROOT.rglob("*.py"))
+    assert len(files) > 10
+    for file in files:
+        module = file.relative_to(ROOT).parts[0].removesuffix(".py")
+        if module in ("__init__", "__main__"):
+            continue
+        for name in imported(ast.parse(file.read_text())) - {"__version__"}:
+            inside = module == name
+            assert inside or LEVEL[name] < LEVEL[module], f"{file.name} imports {name}, which stands to its right"
+
+
+def test_what_is_exported_exists() -> None:
+    for name in equifast.__all__:
+        assert hasattr(equifast, name)

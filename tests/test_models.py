@@ -1,0 +1,143 @@
+import contextlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from equifast.models import find_images, load_model, read_image, write_image
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "jpeg", "webp", "PNG"])
+def test_reading(tmp_path: Path, suffix: str) -> None:
+    pixels = np.full((5, 7, 3), (200, 100, 50), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / f"a.{suffix}")
+    image = read_image(tmp_path / f"a.{suffix}")
+    assert image.shape == (3, 5, 7)
+    assert image.dtype == torch.float32
+    torch.testing.assert_close(image[:, 2, 3], torch.tensor([200.0, 100, 50]) / 255, atol=0.03, rtol=0)
+
+
+def test_writing_is_lossless_and_leaves_nothing_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = torch.randint(0, 256, (3, 9, 4)) / 255
+    write_image(tmp_path / "deep" / "a.png", image)
+    assert torch.equal(read_image(tmp_path / "deep" / "a.png"), image)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_image(tmp_path / "deep" / "b.png", image)
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["a.png"]
+
+
+def test_kinds_of_images(tmp_path: Path) -> None:
+    for mode in ("L", "LA", "P", "RGBA", "CMYK", "1"):
+        path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
+        Image.new(mode, (4, 3)).save(path)
+        assert read_image(path).shape == (3, 3, 4)
+    Image.new("I;16", (4, 3)).save(tmp_path / "deep.png")
+    with pytest.raises(OSError, match="it must have 8 bits per channel"):
+        read_image(tmp_path / "deep.png")
+    turned = Image.new("RGB", (4, 3))
+    exif = turned.getexif()
+    broken = Image.new("RGB", (4, 3))
+    broken.save(tmp_path / "broken.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01")
+    with contextlib.suppress(OSError):  # whatever Pillow makes of it, nothing but an OSError comes out
+        read_image(tmp_path / "broken.jpg")
+    exif[0x0112] = 6  # shown a quarter turn clockwise
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    assert read_image(tmp_path / "turned.jpg").shape == (3, 4, 3)
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"])
+def test_broken_files_are_an_os_error(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(OSError, match=r"."):
+        read_image(tmp_path / "a.png")
+    whole = tmp_path / "whole.png"
+    write_image(whole, torch.rand(3, 64, 64))
+    (tmp_path / "cut.png").write_bytes(whole.read_bytes()[:500])
+    with pytest.raises(OSError, match=r"."):
+        read_image(tmp_path / "cut.png")
+
+
+def test_finding(tmp_path: Path) -> None:
+    for name in ("b.png", "a.JPG", "sub/c.webp", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [str(name) for _, name in find_images([tmp_path])] == ["a.JPG", "b.png", "sub/c.webp"]
+    assert list(find_images([tmp_path / "b.png"])) == [(tmp_path / "b.png", Path("b.png"))]
+    with pytest.raises(ValueError, match="does not exist"):
+        list(find_images([tmp_path / "none"]))
+
+
+MODEL_FILE = """
+import torch
+def build():
+    return torch.nn.Conv2d(3, 4, 3, padding=1)
+def beside():
+    import helper_of_mine
+    return helper_of_mine.model
+def number():
+    return 3
+def broken():
+    raise RuntimeError("no weights here\\nand more")
+"""
+
+
+def test_model_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "model.py"
+    path.write_text(MODEL_FILE)
+    (tmp_path / "helper_of_mine.py").write_text("import torch\nmodel = torch.nn.Conv2d(3, 2, 1)\n")
+    assert load_model(f"{path}:beside").out_channels == 2
+    model = load_model(f"{path}:build")
+    assert not model.training
+    assert model(torch.rand(1, 3, 8, 8)).shape == (1, 4, 8, 8)
+    for spec, sentence in {
+        f"{path}:number": "'number' in",
+        f"{path}:broken": "failed: no weights here",
+        f"{path}:missing": "it has no function 'missing'",
+        f"{tmp_path}/none.py:build": "does not exist",
+        "resnet": "model is 'resnet'; it must be demo, torchvision:NAME[:WEIGHTS], timm:NAME or file.py:function",
+    }.items():
+        with pytest.raises(ValueError) as caught:
+            load_model(spec)
+        assert sentence in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def _works(name: str) -> bool:
+    try:
+        __import__(name)
+    except (ImportError, RuntimeError):  # RuntimeError: a torchvision that does not fit torch
+        return False
+    return True
+
+
+def test_torchvision_models() -> None:
+    if not _works("torchvision"):
+        with pytest.raises(ValueError, match="torchvision cannot be used"):
+            load_model("torchvision:resnet18")
+        pytest.skip("torchvision is not here, or does not fit this torch; the sentence that says so was checked")
+    model = load_model("torchvision:lraspp_mobilenet_v3_large:none")
+    again = load_model("torchvision:lraspp_mobilenet_v3_large:none").state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
+    assert model(torch.rand(1, 3, 32, 32))["out"].shape == (1, 21, 32, 32)
+    for spec, sentence in {
+        "torchvision:resnet19": "torchvision has no model 'resnet19'; near are",
+        "torchvision:resnet18:BEST": "has no weights 'BEST'; it has IMAGENET1K_V1",
+    }.items():
+        with pytest.raises(ValueError, match=sentence):
+            load_model(spec)
+
+
+def test_timm_models() -> None:
+    if not _works("timm"):
+        with pytest.raises(ValueError, match="timm cannot be used"):
+            load_model("timm:resnet18")
+        pytest.skip("timm is not here, or does not fit this torch; the sentence that says so was checked")
+    with pytest.raises(ValueError, match="timm model 'no_such_model' cannot be loaded"):
+        load_model("timm:no_such_model")
