@@ -9,11 +9,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import scipy
 import torch
+import typer
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -26,6 +27,17 @@ from equifast.defenses import Averaging, RandomNoise
 from equifast.evaluate import Estimate, difference
 
 Array = np.ndarray[Any, Any]
+
+# Options that the studies share.
+Data = Annotated[Path, typer.Option(help="Folder that holds the data sets.", show_default=False)]
+Images = Annotated[int, typer.Option(help="Number of test images.")]
+Steps = Annotated[int, typer.Option(help="Steps of PGD.")]
+BpdaSteps = Annotated[int, typer.Option(help="Steps of BPDA.")]
+Eot = Annotated[int, typer.Option(help="Draws per step of BPDA.")]
+WhereFeatures = Annotated[str | None, typer.Option(help="Submodule where the features end.")]
+StandIn = Annotated[bool, typer.Option(help="BPDA on paper follows its last step alone.")]
+Quick = Annotated[bool, typer.Option(help="A few images and steps, to see that it runs.")]
+Output = Annotated[Path | None, typer.Option(help="Where the JSON goes.")]
 
 CACHE = Path(__file__).resolve().parent / "cache"
 ROWS = ("none", "random", "averaging", "paper", "fast")

@@ -14,7 +14,7 @@ import torch
 import typer
 from _data import CAMVID_CLASSES, DATA, VOID, load_camvid
 from _models import SegmentationNet, load_weights
-from _study import CACHE, Study, run
+from _study import CACHE, BpdaSteps, Data, Eot, Images, Output, Quick, StandIn, Steps, Study, WhereFeatures, run
 from numpy.typing import NDArray
 from rich.progress import track
 from safetensors.torch import save_file
@@ -124,16 +124,16 @@ def train(data: Path, epochs: int = 50, batch: int = 8, rate: float = 0.05, seed
 
 
 def main(
-    data: Annotated[Path, typer.Option(help="Folder that holds camvid/.", show_default=False)] = DATA,
-    images: Annotated[int, typer.Option(help="Number of test images.")] = 24,
-    steps: Annotated[int, typer.Option(help="Steps of PGD.")] = 30,
-    bpda_steps: Annotated[int, typer.Option(help="Steps of BPDA.")] = 20,
-    eot: Annotated[int, typer.Option(help="Draws per step of BPDA.")] = 1,
-    features: Annotated[str | None, typer.Option(help="Submodule where the features end.")] = None,
-    stand_in: Annotated[bool, typer.Option(help="BPDA on paper follows its last step alone.")] = False,
-    quick: Annotated[bool, typer.Option(help="A few images and steps, to see that it runs.")] = False,
+    data: Data = DATA,
+    images: Images = 24,
+    steps: Steps = 30,
+    bpda_steps: BpdaSteps = 20,
+    eot: Eot = 1,
+    features: WhereFeatures = None,
+    stand_in: StandIn = False,
+    quick: Quick = False,
     train_only: Annotated[bool, typer.Option("--train-only", help="Stop after training.")] = False,
-    output: Annotated[Path | None, typer.Option(help="Where the JSON goes.")] = None,
+    output: Output = None,
 ) -> None:
     """Rows none, random, averaging, paper, fast; columns clean, PGD 4/255 and BPDA; s/image."""
     if quick:

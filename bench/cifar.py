@@ -3,14 +3,11 @@
 python bench/cifar.py --output bench/results/cifar.json
 """
 
-from pathlib import Path
-from typing import Annotated
-
 import numpy as np
 import typer
 from _data import DATA, load_cifar
 from _models import CifarResNet, load_weights
-from _study import Study, run
+from _study import BpdaSteps, Data, Eot, Images, Output, Quick, StandIn, Steps, Study, WhereFeatures, run
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -23,15 +20,15 @@ def judge(logits: Tensor, labels: Tensor) -> NDArray[np.bool_]:
 
 
 def main(
-    data: Annotated[Path, typer.Option(help="Folder that holds cifar10/.", show_default=False)] = DATA,
-    images: Annotated[int, typer.Option(help="Number of test images.")] = 512,
-    steps: Annotated[int, typer.Option(help="Steps of PGD.")] = 50,
-    bpda_steps: Annotated[int, typer.Option(help="Steps of BPDA.")] = 20,
-    eot: Annotated[int, typer.Option(help="Draws per step of BPDA.")] = 1,
-    features: Annotated[str, typer.Option(help="Submodule where the features end.")] = "layer3",
-    stand_in: Annotated[bool, typer.Option(help="BPDA on paper follows its last step alone.")] = False,
-    quick: Annotated[bool, typer.Option(help="A few images and steps, to see that it runs.")] = False,
-    output: Annotated[Path | None, typer.Option(help="Where the JSON goes.")] = None,
+    data: Data = DATA,
+    images: Images = 512,
+    steps: Steps = 50,
+    bpda_steps: BpdaSteps = 20,
+    eot: Eot = 1,
+    features: WhereFeatures = "layer3",
+    stand_in: StandIn = False,
+    quick: Quick = False,
+    output: Output = None,
 ) -> None:
     """Rows none, random, averaging, paper, fast; columns clean, PGD 2/255 and BPDA; s/image."""
     if quick:

@@ -131,13 +131,15 @@ def suggest(model: nn.Module, x: Tensor) -> str | None:
     return found[-1] if found else None
 
 
-class _LoneImage(TorchFunctionMode):
-    """Makes a convolution of one image round like one of several, on the CPU.
+class _Batchless(TorchFunctionMode):
+    """Makes a convolution give an image the same bits whatever its batch, on the CPU.
 
-    PyTorch sends float32 convolutions of a single small map to another algorithm than those of several maps. Here
-    they run as one of two, so that the result for an image does not depend on its batch.
+    Two things depend on the number of images otherwise. PyTorch sends float32 convolutions of a single small map to
+    another algorithm than those of several: here they run as one of two. And oneDNN cuts the gradient of a strided
+    convolution into blocks by a rule that weighs images against threads: here these run two images at a time.
     """
 
+    # positions of the input and of the stride are those of all six
     _CONVOLUTIONS = frozenset(
         (
             torch.conv1d,
@@ -152,11 +154,17 @@ class _LoneImage(TorchFunctionMode):
     _LARGE = 32768
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in self._CONVOLUTIONS and args:
-            x = args[0]
-            if isinstance(x, Tensor) and x.shape[0] == 1 and x.numel() <= self._LARGE and x.device.type == "cpu":
-                return func(torch.cat((x, x)), *args[1:], **(kwargs or {}))[:1]
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func in self._CONVOLUTIONS and args and isinstance(args[0], Tensor) and args[0].device.type == "cpu":
+            x, rest = args[0], args[1:]
+            stride = args[3] if len(args) > 3 else kwargs.get("stride", 1)
+            if stride not in (1, (1,), (1, 1), (1, 1, 1)):
+                pairs = x.split(2)
+                results = [func(pair if len(pair) == 2 else torch.cat((pair, pair)), *rest, **kwargs) for pair in pairs]
+                return results[0][: len(x)] if len(pairs) == 1 else torch.cat(results)[: len(x)]
+            if len(x) == 1 and x.numel() <= self._LARGE:
+                return func(torch.cat((x, x)), *rest, **kwargs)[:1]
+        return func(*args, **kwargs)
 
 
 class _FrozenNorm(TorchFunctionMode):
@@ -222,8 +230,8 @@ def evaluating(x: Tensor, *models: Model, lean: bool = False) -> Iterator[None]:
         with modes:
             if lean:
                 modes.enter_context(_FrozenNorm())
-            if x.shape[0] == 1 and x.device.type == "cpu":
-                modes.enter_context(_LoneImage())
+            if x.device.type == "cpu":
+                modes.enter_context(_Batchless())
             yield
     finally:
         for module in training:

@@ -34,6 +34,7 @@ class Preset:
         noise: the noise schedule of the paper's Algorithm 1.
         enlarging: whether views that enlarge the image are in the set.
         views_per_step: how many of the views a step uses, drawn without replacement; None for all.
+        momentum: as in :class:`equifast.ascent.Ascent`: with few views per step it is what averages over the others.
         average: whether :class:`Defended` averages its predictions over all eight views.
     """
 
@@ -43,6 +44,7 @@ class Preset:
     noise: bool
     enlarging: bool
     views_per_step: int | None
+    momentum: float | None = None
     average: bool = False
 
     def views(self) -> tuple[View, ...]:
@@ -53,14 +55,23 @@ class Preset:
 PRESETS: Mapping[str, Preset] = MappingProxyType(
     {
         "paper": Preset(steps=20, relative_step=2.0, start="uniform", noise=True, enlarging=True, views_per_step=None),
-        "fast": Preset(steps=8, relative_step=0.25, start="corner", noise=False, enlarging=False, views_per_step=2),
+        "fast": Preset(
+            steps=8,
+            relative_step=1 / 3,
+            start="corner",
+            noise=False,
+            enlarging=False,
+            views_per_step=2,
+            momentum=0.25,
+        ),
         "strong": Preset(
             steps=8,
-            relative_step=0.25,
+            relative_step=1 / 3,
             start="corner",
             noise=False,
             enlarging=True,
             views_per_step=2,
+            momentum=0.25,
             average=True,
         ),
     }
@@ -77,12 +88,14 @@ class Purifier:
         preset: ``"fast"``, ``"strong"`` or ``"paper"``; the settings below replace those of the preset.
         eps: radius of the ball, in units of image values.
         seed: 0..2**32-1, or None: a fresh one per call, from torch's global generator.
-        dtype: ``"auto"`` (bfloat16 autocast where the hardware has it, else none), ``"float32"``, ``"bfloat16"``.
+        dtype: ``"auto"`` (bfloat16 autocast for float32 images where the hardware has it, else none), ``"float32"``
+            (no autocast) or ``"bfloat16"`` (autocast).
         norm: ``"linf"`` or ``"l2"``.
         views: the set of views (:mod:`equifast.views`).
         views_per_step: how many of them a step uses, or ``"all"``; None for what the preset says, where ``views`` is
             given all of them.
-        steps, step_size, start, noise, momentum, restarts, keep: as in :class:`equifast.ascent.Ascent`.
+        steps, step_size, start, noise, momentum, restarts, keep: as in :class:`equifast.ascent.Ascent`; None for what
+            the preset says (``momentum=0`` for none where it has one).
         pairing: ``"anchor"`` or ``"all"``.
         reduction: ``"image"`` or ``"pixel"``.
 
@@ -139,7 +152,7 @@ class Purifier:
             step_size=base.relative_step * eps if step_size is None else step_size,
             start=base.start if start is None else _checks.choice("start", start, STARTS),
             noise=base.noise if noise is None else noise,
-            momentum=momentum,
+            momentum=base.momentum if momentum is None else momentum,
             restarts=restarts,
             keep=keep,
         )
@@ -222,15 +235,16 @@ class Purifier:
                 seed=seed,
                 ids=numbers,
                 draw=draw,
-                autocast=_autocast(self.dtype, x.device),
+                autocast=_autocast(self.dtype, x),
             )
             with evaluating(x, self.model, *self._features.modules(), lean=True):
                 yield x, objective, seed, numbers
 
 
-def _autocast(dtype: str, device: torch.device) -> torch.dtype | None:
+def _autocast(dtype: str, x: Tensor) -> torch.dtype | None:
     if dtype == "auto":
-        return torch.bfloat16 if has_fast_bfloat16(device) else None
+        # a model of another dtype has been made cheaper, or exact, by its user
+        return torch.bfloat16 if x.dtype == torch.float32 and has_fast_bfloat16(x.device) else None
     return torch.bfloat16 if dtype == "bfloat16" else None
 
 

@@ -1,4 +1,5 @@
 import cases
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -62,6 +63,21 @@ def test_a_lone_image_is_treated_as_one_of_several() -> None:
         alone = [run(model, x[i : i + 1], lean) for i in range(5)]
         assert torch.equal(torch.cat([o for o, _ in alone]), out)
         assert torch.equal(torch.cat([g for _, g in alone]), gradient)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [(20, 28), (88, 120)])
+def test_a_strided_convolution_does_not_see_the_batch(size: tuple[int, int], dtype: torch.dtype) -> None:
+    """Its gradient is the one that oneDNN computes otherwise for three images than for eight, with two threads."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 32, 3, 2, 1), nn.Conv2d(32, 64, 3, stride=2, padding=1))
+    x = torch.rand(8, 3, *size)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        out, gradient = run(model, x, True)
+        for count in (1, 2, 3, 5):
+            parts = [run(model, part, True) for part in x.split(count)]
+            assert torch.equal(torch.cat([o for o, _ in parts]), out)
+            assert torch.equal(torch.cat([g for _, g in parts]), gradient)
 
 
 def test_suggestions() -> None:
