@@ -34,7 +34,7 @@ class Preset:
         noise: the noise schedule of the paper's Algorithm 1.
         enlarging: whether views that enlarge the image are in the set.
         views_per_step: how many of the views a step uses, drawn without replacement; None for all.
-        momentum: as in :class:`equifast.ascent.Ascent`: with few views per step it is what averages over the others.
+        momentum: as in :class:`equifast.ascent.Ascent`.
         average: whether :class:`Defended` averages its predictions over all eight views.
     """
 
@@ -56,22 +56,21 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
     {
         "paper": Preset(steps=20, relative_step=2.0, start="uniform", noise=True, enlarging=True, views_per_step=None),
         "fast": Preset(
-            steps=8,
-            relative_step=1 / 3,
+            steps=4,
+            relative_step=0.5,
             start="corner",
             noise=False,
             enlarging=False,
-            views_per_step=2,
-            momentum=0.25,
+            views_per_step=None,
+            momentum=1.0,
         ),
         "strong": Preset(
             steps=8,
-            relative_step=1 / 3,
+            relative_step=0.25,
             start="corner",
             noise=False,
             enlarging=True,
             views_per_step=2,
-            momentum=0.25,
             average=True,
         ),
     }
