@@ -151,3 +151,42 @@ def size(name: str, value: object) -> tuple[int, int]:
     ):
         raise ValueError(f"{name} is {value!r}; it must be a pair (h, w) of positive integers")
     return value[0], value[1]
+
+
+def warp(images: object, theta_given: object, sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The arguments of ``warp``, on every backend; returns the sizes."""
+    x = tensor("images", images, 4, "(N, C, H, W)")
+    matrices = theta(theta_given, n=x.shape[0])
+    same_device("theta", matrices, "images", x)
+    if len(sizes) != matrices.shape[0]:
+        raise ValueError(f"sizes has {len(sizes)} entries; it must have {matrices.shape[0]}, one per view of theta")
+    return [size("sizes", pair) for pair in sizes]
+
+
+def similarity(anchor: object, views: Sequence[Tensor], theta_given: object, reduction: object) -> None:
+    """The arguments of ``similarity``, on every backend."""
+    f0 = tensor("anchor", anchor, 4, "(N, C, H, W)")
+    choice("reduction", reduction, ("image", "pixel"))
+    n, channels = f0.shape[:2]
+    matrices = theta(theta_given, n=n, k=len(views))
+    same_device("theta", matrices, "anchor", f0)
+    for k, view in enumerate(views):
+        name = f"views[{k}]"
+        tensor(name, view, 4, "(N, C, h, w)")
+        same_device(name, view, "anchor", f0)
+        if view.dtype != f0.dtype:
+            raise TypeError(f"{name} has dtype {view.dtype}; it must have that of anchor, {f0.dtype}")
+        if view.shape[:2] != f0.shape[:2]:
+            raise ValueError(f"{name} has shape {shape(view)}; it must be ({n}, {channels}, h, w) as anchor")
+
+
+def signed_step(x: object, gradient: object, origin: object, eps: object, ids_given: object) -> Tensor:
+    """The arguments of ``signed_step``, on every backend; returns the ids."""
+    start = tensor("x", x, 4, "(N, C, H, W)")
+    for name, value in (("gradient", gradient), ("origin", origin)):
+        other = tensor(name, value, 4, "(N, C, H, W)")
+        same_device(name, other, "x", start)
+        if other.shape != start.shape:
+            raise ValueError(f"{name} has shape {shape(other)}; it must be that of x, {shape(start)}")
+    number("eps", eps, above=0)
+    return ids(ids_given, start.shape[0], start.device)

@@ -316,14 +316,15 @@ def doctor() -> None:
     table.add_column()
     sets = _C.instruction_sets()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen, kernels = ops.backend(), ops.instruction_set()
     rows = {
         "equifast": __version__
         + ("" if _C.version == __version__ else f" (compiled part is {_C.version}: build again)"),
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "torch": f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})",
         **{name: _installed(name) for name in ("torchvision", "timm", "triton", "numpy")},
-        "backend": f"{ops.backend()}, pure PyTorch; this version has no other",
-        "operator libraries": ", ".join(_C.operator_libraries) or "none in this version",
+        "backend": f"{chosen}: {chosen.reason}" + (f" ({kernels} kernels)" if chosen == "native" else ""),
+        "operator libraries": ", ".join(_C.operator_libraries) or "none",
         "compiled by": f"{_C.compiler}, C++{_C.cxx_standard}; CUDA compiler: {_C.cuda_compiler or 'none found'}",
         "GPU": _gpu(),
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} processors",

@@ -1,13 +1,295 @@
-"""The operators as the rest of the package uses them: the same names and signatures as :mod:`equifast.reference`.
+"""The operators as the rest of the package uses them: names and signatures of :mod:`equifast.reference`.
 
-One function, :func:`backend`, decides who computes. For now there is one backend, the reference.
+Two backends compute: the native one, compiled from ``csrc/``, and the reference. :func:`choose` decides.
 """
 
-from equifast.reference import signed_step, similarity, warp
+import contextlib
+import ctypes
+import functools
+import importlib.util
+import os
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
 
-__all__ = ["backend", "signed_step", "similarity", "warp"]
+import torch
+from torch import Tensor
+
+from equifast import _C, _checks, reference
+
+__all__ = ["Backend", "backend", "choose", "signed_step", "similarity", "use", "warp"]
+
+BACKENDS = ("native", "reference")
+
+_override: ContextVar[str | None] = ContextVar("equifast backend", default=None)
 
 
-def backend() -> str:
-    """The name of the backend that computes: ``"reference"``."""
-    return "reference"
+class Backend(str):
+    """The name of a backend, and in ``reason`` why it is the one."""
+
+    reason: str
+
+    def __new__(cls, name: str, reason: str) -> "Backend":
+        made = super().__new__(cls, name)
+        made.reason = reason
+        return made
+
+
+@functools.cache
+def _load() -> str:
+    """Load the operator library, once; returns why it cannot be used, or an empty string."""
+    if "_ops" not in _C.operator_libraries:
+        return (
+            "this build has no native operators (pip install --no-build-isolation . builds it where torch is installed)"
+        )
+    path = Path(__file__).with_name("_ops.so")
+    try:
+        torch.ops.load_library(path)
+    except (OSError, RuntimeError, ImportError) as error:
+        return f"the operator library does not load: {str(error).splitlines()[0]}"
+    _register()
+    return ""
+
+
+def instruction_set() -> str | None:
+    """The instruction set whose kernels the native backend runs on this CPU, or None where it is not usable."""
+    if _load():
+        return None
+    function = ctypes.CDLL(str(Path(__file__).with_name("_ops.so"))).equifast_instruction_set
+    function.restype = ctypes.c_char_p
+    return str(function().decode())
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _asked() -> tuple[str | None, str]:
+    """The backend that was asked for, if any, and by what."""
+    asked, by = _override.get(), "equifast.ops.use"
+    if asked is None:
+        asked, by = os.environ.get("EQUIFAST_BACKEND") or None, "EQUIFAST_BACKEND"
+    return (None if asked is None else _checks.choice(by, asked, BACKENDS)), by
+
+
+def choose(device: torch.device) -> Backend:
+    """Who computes for tensors of a device: ``"native"`` where it is built for it, else ``"reference"``.
+
+    ``EQUIFAST_BACKEND`` in the environment, and over it :func:`use`, ask for one of them.
+
+    Raises:
+        ValueError: if the backend asked for has another name.
+        RuntimeError: if ``"native"`` is asked for and cannot be used.
+    """
+    asked, by = _asked()
+    if asked == "reference":
+        return Backend("reference", f"{by} asks for it")
+    problem = _load() if device.type == "cpu" else f"there are no native kernels for {device.type}"
+    if not problem:
+        return Backend("native", f"{by} asks for it" if asked else "it is built and loads")
+    if asked == "native":
+        raise RuntimeError(f"{by} asks for the native backend, but {problem}")
+    return Backend("reference", problem)
+
+
+def backend() -> Backend:
+    """Who computes for tensors on the CPU."""
+    return choose(torch.device("cpu"))
+
+
+@contextlib.contextmanager
+def use(name: str) -> Iterator[None]:
+    """Inside, the operators run on one backend: ``"native"`` or ``"reference"``.
+
+    Raises:
+        ValueError: if there is no such backend.
+    """
+    token = _override.set(_checks.choice("backend", name, BACKENDS))
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def _native(tensor: Tensor) -> bool:
+    # a fake or a meta tensor of torch.compile says the device that it stands for
+    return choose(tensor.device) == "native" and tensor.dtype in _DTYPES
+
+
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def _matrices(theta: Tensor, name: str) -> Tensor:
+    if theta.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"theta requires a gradient; it must not, or use equifast.reference.{name}")
+    return theta.detach().to(torch.float64).contiguous()
+
+
+def warp(images: Tensor, theta: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """Resample images under K affine views; see :func:`equifast.reference.warp`.
+
+    All views in one call. Differentiable, twice and more, with respect to ``images``; a ``theta`` that requires a
+    gradient is refused by the native backend.
+    """
+    sizes = _checks.warp(images, theta, sizes)
+    if not _native(images):
+        return reference.warp(images, theta, sizes)
+    heights, widths = [h for h, _ in sizes], [w for _, w in sizes]
+    warped: list[Tensor] = torch.ops.equifast.warp(images, _matrices(theta, "warp"), heights, widths)
+    return warped
+
+
+def similarity(anchor: Tensor, views: Sequence[Tensor], theta: Tensor, reduction: str = "image") -> Tensor:
+    """Cosine similarity of features and of those of views warped back; see :func:`equifast.reference.similarity`.
+
+    The native backend materializes neither warped features nor masks. It is differentiable once with respect to
+    ``anchor`` and ``views``, and refuses a ``theta`` that requires a gradient.
+    """
+    _checks.similarity(anchor, views, theta, reduction)
+    if not _native(anchor):
+        return reference.similarity(anchor, views, theta, reduction)
+    matrices = _matrices(theta, "similarity")
+    result: Tensor = torch.ops.equifast.similarity(anchor, list(views), matrices, reduction == "pixel")[0]
+    return result
+
+
+def signed_step(
+    x: Tensor,
+    gradient: Tensor,
+    origin: Tensor,
+    eps: float,
+    step: float | Tensor,
+    sigma: float | Tensor,
+    seed: int | Tensor,
+    ids: Tensor,
+    draw: int | Tensor,
+    t: int | Tensor,
+) -> Tensor:
+    """One noisy sign step of an L-infinity ascent and its projection; see :func:`equifast.reference.signed_step`.
+
+    On CUDA it is a Triton kernel where triton is installed, unless the reference is asked for.
+    """
+    ids = _checks.signed_step(x, gradient, origin, eps, ids)
+    if x.device.type == "cuda" and _asked()[0] != "reference" and _has_triton():
+        from equifast import _step_triton
+
+        return _step_triton.signed_step(x, gradient, origin, eps, step, sigma, seed, ids, draw, t)
+    if not _native(x):
+        return reference.signed_step(x, gradient, origin, eps, step, sigma, seed, ids, draw, t)
+    tensors = (x.detach(), gradient.detach(), origin.detach())
+    moved: Tensor = torch.ops.equifast.signed_step(
+        *tensors, float(eps), float(step), float(sigma), int(seed), ids, int(draw), int(t)
+    )
+    return moved
+
+
+# Fakes and derivatives, registered when the library has been loaded.
+
+
+def _interleaved(t: Tensor) -> bool:
+    """Whether the kernels take it as channels_last (csrc/cpu/operators.cpp decides alike)."""
+    _, channels, height, width = t.stride()
+    if width == 1 or t.shape[3] == 1:
+        return False
+    return channels == 1 and width == t.shape[1] and (t.shape[2] == 1 or height >= t.shape[1] * t.shape[3])
+
+
+def _map(like: Tensor, height: int, width: int, interleaved: bool, dtype: torch.dtype) -> Tensor:
+    layout = torch.channels_last if interleaved else torch.contiguous_format
+    return torch.empty(
+        (like.shape[0], like.shape[1], height, width), dtype=dtype, device=like.device, memory_format=layout
+    )
+
+
+def _fake_warp(images: Tensor, theta: Tensor, heights: Sequence[int], widths: Sequence[int]) -> list[Tensor]:
+    layout = _interleaved(images)
+    return [_map(images, h, w, layout, images.dtype) for h, w in zip(heights, widths, strict=True)]
+
+
+def _fake_warp_adjoint(gradients: Sequence[Tensor], theta: Tensor, height: int, width: int) -> Tensor:
+    return _map(gradients[0], height, width, _interleaved(gradients[0]), gradients[0].dtype)
+
+
+def _fake_similarity(anchor: Tensor, views: Sequence[Tensor], theta: Tensor, pixel: bool) -> tuple[Tensor, Tensor]:
+    n, k = anchor.shape[0], len(views)
+    dtype = torch.float64 if anchor.dtype == torch.float64 else torch.float32
+    return anchor.new_empty((n, k), dtype=dtype), anchor.new_empty((n, k, 3), dtype=torch.float64)
+
+
+def _fake_similarity_backward(
+    upstream: Tensor, sums: Tensor, anchor: Tensor, views: Sequence[Tensor], theta: Tensor, pixel: bool
+) -> list[Tensor]:
+    layout = _interleaved(anchor)
+    return [_map(f, f.shape[2], f.shape[3], layout, anchor.dtype) for f in (anchor, *views)]
+
+
+def _fake_signed_step(x: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _warp_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    images, theta, ctx.heights, ctx.widths = inputs
+    ctx.save_for_backward(theta)
+    ctx.like, ctx.size = images.new_empty(0), images.shape
+
+
+def _warp_backward(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Tensor, None, None, None]:
+    (theta,) = ctx.saved_tensors
+    n, channels, height, width = ctx.size
+    given = [
+        ctx.like.new_zeros(n, channels, h, w) if g is None else g
+        for g, h, w in zip(gradients, ctx.heights, ctx.widths, strict=True)
+    ]
+    return torch.ops.equifast.warp_adjoint(given, theta, height, width), None, None, None
+
+
+def _adjoint_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    gradients, theta, _, _ = inputs
+    ctx.save_for_backward(theta)
+    ctx.sizes = [g.shape[2:] for g in gradients]
+
+
+def _adjoint_backward(ctx: Any, upstream: Tensor) -> tuple[list[Tensor], None, None, None]:
+    heights, widths = [size[0] for size in ctx.sizes], [size[1] for size in ctx.sizes]
+    return torch.ops.equifast.warp(upstream, ctx.saved_tensors[0], heights, widths), None, None, None
+
+
+def _similarity_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    anchor, views, theta, ctx.pixel = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1], anchor, theta, *views)
+
+
+def _similarity_backward(
+    ctx: Any, upstream: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, list[Tensor | None], None, None]:
+    sums, anchor, theta, *views = ctx.saved_tensors
+    if upstream is None:
+        return None, [None] * len(views), None, None
+    first, *rest = torch.ops.equifast.similarity_backward(upstream, sums, anchor, views, theta, ctx.pixel)
+    return first, rest, None, None
+
+
+def _no_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.views = len(inputs[3])
+
+
+def _no_second_derivative(ctx: Any, gradients: Sequence[Tensor]) -> Any:
+    raise RuntimeError("equifast.ops.similarity is differentiable once; equifast.reference.similarity is twice")
+
+
+def _register() -> None:
+    fakes = (_fake_warp, _fake_warp_adjoint, _fake_similarity, _fake_similarity_backward, _fake_signed_step)
+    for fake in fakes:
+        torch.library.register_fake("equifast::" + fake.__name__.removeprefix("_fake_"))(fake)
+    derivatives = (
+        ("warp", _warp_backward, _warp_context),
+        ("warp_adjoint", _adjoint_backward, _adjoint_context),
+        ("similarity", _similarity_backward, _similarity_context),
+        ("similarity_backward", _no_second_derivative, _no_context),
+    )
+    for name, backward, context in derivatives:
+        torch.library.register_autograd(f"equifast::{name}", backward, setup_context=context)

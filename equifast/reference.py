@@ -142,12 +142,7 @@ def warp(images: Tensor, theta: Tensor, sizes: Sequence[tuple[int, int]]) -> lis
         TypeError: if ``images`` or ``theta`` are not floating-point tensors.
         ValueError: if shapes or devices do not match, or ``theta`` (in host memory) is not finite or is singular.
     """
-    _checks.tensor("images", images, 4, "(N, C, H, W)")
-    _checks.theta(theta, n=images.shape[0])
-    _checks.same_device("theta", theta, "images", images)
-    if len(sizes) != theta.shape[0]:
-        raise ValueError(f"sizes has {len(sizes)} entries; it must have {theta.shape[0]}, one per view of theta")
-    sizes = [_checks.size("sizes", size) for size in sizes]
+    sizes = _checks.warp(images, theta, sizes)
     if 0 in images.shape:
         return [images.new_zeros(*images.shape[:2], *size) for size in sizes]
     return [_sample(images, t, size)[0] for t, size in zip(theta, sizes, strict=True)]
@@ -172,19 +167,8 @@ def similarity(anchor: Tensor, views: Sequence[Tensor], theta: Tensor, reduction
         ValueError: if shapes or devices do not match, ``reduction`` is unknown, or ``theta`` (in host memory) is not
             finite or is singular.
     """
-    _checks.tensor("anchor", anchor, 4, "(N, C, H, W)")
-    _checks.choice("reduction", reduction, ("image", "pixel"))
-    n, channels, height, width = anchor.shape
-    _checks.theta(theta, n=n, k=len(views))
-    _checks.same_device("theta", theta, "anchor", anchor)
-    for k, view in enumerate(views):
-        name = f"views[{k}]"
-        _checks.tensor(name, view, 4, "(N, C, h, w)")
-        _checks.same_device(name, view, "anchor", anchor)
-        if view.dtype != anchor.dtype:
-            raise TypeError(f"{name} has dtype {view.dtype}; it must have that of anchor, {anchor.dtype}")
-        if view.shape[:2] != anchor.shape[:2]:
-            raise ValueError(f"{name} has shape {_checks.shape(view)}; it must be ({n}, {channels}, h, w) as anchor")
+    _checks.similarity(anchor, views, theta, reduction)
+    n, _, height, width = anchor.shape
     accumulate = torch.float64 if anchor.dtype == torch.float64 else torch.float32
     f0 = anchor.to(accumulate)
     if 0 in anchor.shape or any(0 in view.shape for view in views):
@@ -245,14 +229,7 @@ def signed_step(
         TypeError: if tensors are not floating point.
         ValueError: if shapes or devices do not match, or ``eps`` is not above 0.
     """
-    _checks.tensor("x", x, 4, "(N, C, H, W)")
-    for name, value in (("gradient", gradient), ("origin", origin)):
-        _checks.tensor(name, value, 4, "(N, C, H, W)")
-        _checks.same_device(name, value, "x", x)
-        if value.shape != x.shape:
-            raise ValueError(f"{name} has shape {_checks.shape(value)}; it must be that of x, {_checks.shape(x)}")
-    _checks.number("eps", eps, above=0)
-    ids = _checks.ids(ids, x.shape[0], x.device)
+    ids = _checks.signed_step(x, gradient, origin, eps, ids)
     if x.numel() == 0:
         return x.detach().clone()
     with torch.no_grad():

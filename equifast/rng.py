@@ -77,7 +77,7 @@ def _words(
     column = ids.to(torch.int64).reshape(-1, 1)
     counter = [
         zero + torch.arange(blocks, device=ids.device),
-        zero + (draw * 2**16 + step),
+        (zero + draw) * 2**16 + step,  # in int64, also where draw is a tensor of a narrower type
         zero + (column & _WORD),
         zero + (column >> 32 & _WORD),
     ]

@@ -9,6 +9,7 @@ ORDER = [
     {"_version", "_C", "_checks"},
     {"rng"},
     {"reference"},
+    {"_step_triton"},
     {"ops"},
     {"views", "balls"},
     {"objectives", "features"},

@@ -6,13 +6,7 @@
 #include <cmath>
 #include <cstdint>
 
-#ifndef EQUIFAST_HD
-#ifdef __CUDACC__
-#define EQUIFAST_HD __host__ __device__
-#else
-#define EQUIFAST_HD
-#endif
-#endif
+#include "host_device.h"
 
 namespace equifast::core {
 

@@ -1,0 +1,56 @@
+// What follows the tasks: their partial sums, added in the order of the tasks.
+#include <cmath>
+#include <limits>
+
+#include "../core/cosine.h"
+#include "kernels.h"
+
+namespace equifast::cpu {
+
+void similarity_finish(const SimilarityParams& p, void* result) {
+  const int blocks = similarity_blocks(p).count();
+  const int64_t pairs = int64_t{p.images} * p.views;
+  for (int64_t pair = 0; pair < pairs; ++pair) {
+    double* sums = p.sums + pair * 3;
+    for (int i = 0; i < 3; ++i) sums[i] = 0;
+    for (int block = 0; block < blocks; ++block) {
+      for (int i = 0; i < 3; ++i) sums[i] += p.partial[(pair * blocks + block) * 3 + i];
+    }
+    const double value = p.pixel ? (sums[1] > 0 ? sums[0] / sums[1] : 0)
+                                 : core::cosine(core::Products<double>{sums[0], sums[1], sums[2]}).value;
+    if (p.dtype == Dtype::float64) {
+      static_cast<double*>(result)[pair] = value;
+    } else {
+      static_cast<float*>(result)[pair] = static_cast<float>(value);
+    }
+  }
+}
+
+void step_finish_largest(const StepParams& p) {
+  const int64_t chunks = step_chunks(p);
+  // of the dtype that accumulates: a gradient of zeros is divided by it and stays 0
+  const double least = p.dtype == Dtype::float64 ? std::numeric_limits<double>::min()
+                                                 : double(std::numeric_limits<float>::min());
+  for (int n = 0; n < p.images; ++n) {
+    double most = least;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const double v = p.partial[n * chunks + chunk];
+      most = v > most || v != v ? v : most;
+      if (most != most) break;
+    }
+    p.norms[2 * n] = most;
+    p.norms[2 * n + 1] = 1;
+  }
+}
+
+void step_finish_norm(const StepParams& p) {
+  const int64_t chunks = step_chunks(p);
+  for (int n = 0; n < p.images; ++n) {
+    double sum = 0;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += p.partial[n * chunks + chunk];
+    const double norm = std::sqrt(sum);
+    p.norms[2 * n + 1] = norm < 1e-12 ? 1e-12 : norm;
+  }
+}
+
+}  // namespace equifast::cpu

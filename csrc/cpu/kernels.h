@@ -1,0 +1,133 @@
+// The CPU kernels, torch-free. Each is compiled once per instruction set, in a namespace of its own, and
+// works on a range of tasks: how the work is cut into tasks depends on the shapes alone, so the result does
+// not depend on the number of threads.
+#pragma once
+
+#include <cstdint>
+
+namespace equifast::cpu {
+
+using std::int64_t;
+
+enum class Dtype { float32, float64, float16, bfloat16 };
+
+// (N, C, H, W). Planar: sx is 1. Interleaved (channels_last): sc is 1 and sx is C.
+struct Map {
+  const void* data;
+  int64_t sn, sc, sy;  // strides of image, channel and row, elements
+  int height, width;   // pixels
+  int64_t sx;          // stride of a column, elements
+};
+
+// Gradients are accumulated in float32, or float64 where the features are; laid out as the map they belong
+// to.
+struct Gradient {
+  void* data;
+  int64_t sn, sc, sy, sx;  // elements
+};
+
+struct WarpParams {
+  Dtype dtype;
+  bool interleaved;
+  int images, channels, views;  // N, C, K
+  Map source;                   // (N, C, H, W); its data is not read by the adjoint
+  const double* theta;          // (K, N, 2, 3)
+  const Map* targets;           // K maps (N, C, h, w): written by the forward pass, read by the adjoint
+  Gradient gradient;            // (N, C, H, W), written by the adjoint
+};
+
+struct SimilarityParams {
+  Dtype dtype;
+  bool interleaved;
+  bool pixel;                   // reduction "pixel"
+  int images, channels, views;  // N, C, K
+  Map anchor;                   // (N, C, H, W)
+  const Map* view;              // K maps (N, C, h, w)
+  const double* theta;          // (K, N, 2, 3)
+  double* partial;              // (N, K, blocks, 3): sums of a task; see similarity_blocks
+  double* sums;            // (N, K, 3): <f0,fk>, |f0|^2, |fk|^2; or for "pixel" sum of cosines, positions, 0
+  const double* upstream;  // (N, K)
+  Gradient anchor_gradient;       // (N, C, H, W)
+  const Gradient* view_gradient;  // K times (N, C, h, w)
+};
+
+struct StepParams {
+  Dtype dtype;
+  int images;
+  int64_t elements;                   // of one image
+  const void *x, *gradient, *origin;  // (N, elements), contiguous
+  void* next;                         // (N, elements)
+  double eps, step, sigma;            // units of image values; of image values; none
+  const int64_t* ids;                 // (N)
+  std::uint32_t seed, draw, t;
+  double* norms;    // (N, 2): largest magnitude, L2 norm after division by it
+  double* partial;  // (N, step_chunks)
+};
+
+// Tasks of a kernel; all are counted from the shapes.
+constexpr int warp_task_rows = 16;
+inline int64_t warp_tasks(const WarpParams& p) {
+  int64_t rows = 0;
+  for (int k = 0; k < p.views; ++k) rows += (p.targets[k].height + warp_task_rows - 1) / warp_task_rows;
+  return rows * p.images;
+}
+
+// A pixel is written by many positions: a task owns a plane, or an image where the channels are interleaved.
+inline int64_t warp_adjoint_tasks(const WarpParams& p) {
+  return int64_t{p.images} * (p.interleaved ? 1 : p.channels);
+}
+
+// How the sums of one (n, k) are cut: by channels and rows, but never the channels of one position where the
+// cosine is per pixel or they are interleaved. About 64 tasks in all, and at most 16 blocks of each kind.
+struct Blocks {
+  int channels, rows;  // numbers of blocks
+  int count() const { return channels * rows; }
+};
+
+inline Blocks similarity_blocks(const SimilarityParams& p) {
+  const int pairs = p.images * p.views;
+  const int wanted = pairs >= 64 ? 1 : (64 + pairs - 1) / pairs;
+  const auto least = [](int a, int b) { return a < b ? a : b; };
+  const int channels = p.pixel || p.interleaved ? 1 : least(least(wanted, 16), p.channels);
+  const int rows = least(least((wanted + channels - 1) / channels, 16), p.anchor.height);
+  return {channels, rows < 1 ? 1 : rows};
+}
+
+inline int64_t similarity_tasks(const SimilarityParams& p) {
+  return int64_t{p.images} * p.views * similarity_blocks(p).count();
+}
+
+// Planar with one cosine per image: a task owns a channel of the anchor and of all its views. Else it owns
+// some rows of the anchor, or one view.
+constexpr int similarity_task_rows = 4;
+inline bool by_channel(const SimilarityParams& p) { return !p.pixel && !p.interleaved; }
+inline int64_t similarity_backward_tasks(const SimilarityParams& p) {
+  if (by_channel(p)) return int64_t{p.images} * p.channels;
+  return int64_t{p.images} * (p.views + (p.anchor.height + similarity_task_rows - 1) / similarity_task_rows);
+}
+
+constexpr int64_t step_chunk = 16384;  // elements, a multiple of 4
+inline int64_t step_chunks(const StepParams& p) { return (p.elements + step_chunk - 1) / step_chunk; }
+
+// After the tasks: adds their partial sums in order. `result`: (N, K) float32, or float64 for float64
+// features.
+void similarity_finish(const SimilarityParams& p, void* result);
+void step_finish_largest(const StepParams& p);
+void step_finish_norm(const StepParams& p);
+
+// One instruction set's kernels; [begin, end) are tasks.
+struct Kernels {
+  const char* name;
+  void (*warp)(const WarpParams& p, int64_t begin, int64_t end);
+  void (*warp_adjoint)(const WarpParams& p, int64_t begin, int64_t end);
+  void (*similarity)(const SimilarityParams& p, int64_t begin, int64_t end);
+  void (*similarity_backward)(const SimilarityParams& p, int64_t begin, int64_t end);
+  void (*step_largest)(const StepParams& p, int64_t begin, int64_t end);  // tasks: N * step_chunks
+  void (*step_squares)(const StepParams& p, int64_t begin, int64_t end);
+  void (*step_move)(const StepParams& p, int64_t begin, int64_t end);
+};
+
+// The widest set that this machine runs; EQUIFAST_ISA=baseline|avx2|avx512 in the environment asks for less.
+const Kernels& kernels();
+
+}  // namespace equifast::cpu

@@ -1,0 +1,305 @@
+// The operators on the CPU: tensors in, parameters out, tasks over threads.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <atomic>
+#include <tuple>
+#include <vector>
+
+#include "../checks.h"
+#include "kernels.h"
+
+namespace equifast::cpu {
+namespace {
+
+using torch::headeronly::MemoryFormat;
+
+Dtype dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case Scalar::Double:
+      return Dtype::float64;
+    case Scalar::Half:
+      return Dtype::float16;
+    case Scalar::BFloat16:
+      return Dtype::bfloat16;
+    default:
+      return Dtype::float32;
+  }
+}
+
+Scalar accumulator(const Tensor& t) {
+  return t.scalar_type() == Scalar::Double ? Scalar::Double : Scalar::Float;
+}
+
+// Planar: the columns of a row are neighbors. Interleaved: the channels of a pixel are, and pixels follow
+// each other.
+bool is_planar(const Tensor& t) { return t.stride(3) == 1 || t.size(3) == 1; }
+bool is_interleaved(const Tensor& t) {
+  return t.stride(1) == 1 && t.stride(3) == t.size(1) &&
+         (t.size(2) == 1 || t.stride(2) >= t.size(1) * t.size(3));
+}
+
+// The same, in a layout that the kernels read; a copy only where it has neither.
+Tensor readable(const Tensor& t, bool interleaved) {
+  if (interleaved ? is_interleaved(t) : is_planar(t)) return t;
+  return torch::stable::contiguous(t, interleaved ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+Map map_of(const Tensor& t, const char* name) {
+  const std::int64_t row = t.stride(2) < 0 ? -t.stride(2) : t.stride(2);
+  STD_TORCH_CHECK(row * t.size(2) < (std::int64_t{1} << 31), name,
+                  " must have less than 2^31 elements in a plane");
+  return {t.const_data_ptr(),          t.stride(0), t.stride(1), t.stride(2), static_cast<int>(t.size(2)),
+          static_cast<int>(t.size(3)), t.stride(3)};
+}
+
+Gradient gradient_of(const Tensor& t) {
+  return {t.mutable_data_ptr(), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
+}
+
+Tensor new_map(const Tensor& like, std::int64_t channels, std::int64_t height, std::int64_t width,
+               Scalar dtype, bool interleaved) {
+  const std::int64_t sizes[] = {like.size(0), channels, height, width};
+  return torch::stable::empty(sizes, dtype, std::nullopt, like.device(), std::nullopt,
+                              interleaved ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+// Runs a kernel's tasks; threads take them as they come, since the result does not depend on who computes
+// what.
+template <typename Params>
+void run(void (*kernel)(const Params&, int64_t, int64_t), const Params& p, int64_t tasks, int64_t elements) {
+  const int64_t threads = elements < 16384 ? 1 : torch::stable::get_num_threads();
+  if (threads <= 1 || tasks <= 1) return kernel(p, 0, tasks);
+  const int64_t portion = tasks / (threads * 8) < 1 ? 1 : tasks / (threads * 8);
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (;;) {
+      const int64_t first = next.fetch_add(portion);
+      if (first >= tasks) return;
+      kernel(p, first, first + portion < tasks ? first + portion : tasks);
+    }
+  });
+}
+
+Tensor narrowed(const Tensor& t, Scalar dtype) {
+  return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
+}
+
+std::vector<Tensor> warp(Tensor images, Tensor theta, std::vector<int64_t> heights,
+                         std::vector<int64_t> widths) {
+  check_features(images, "images");
+  STD_TORCH_CHECK(heights.size() == widths.size(), "widths must have as many entries as heights");
+  const auto views = static_cast<int64_t>(heights.size());
+  check_theta(theta, views, images.size(0));
+  const bool interleaved = !is_planar(images) && is_interleaved(images);
+  const Tensor source = readable(images, interleaved);
+  std::vector<Tensor> outputs;
+  std::vector<Map> targets;
+  int64_t elements = 0;
+  for (std::size_t k = 0; k < heights.size(); ++k) {
+    STD_TORCH_CHECK(heights[k] >= 1 && widths[k] >= 1, "heights and widths must be at least 1");
+    outputs.push_back(
+        new_map(source, source.size(1), heights[k], widths[k], source.scalar_type(), interleaved));
+    targets.push_back(map_of(outputs.back(), "an output"));
+    elements += outputs.back().numel();
+  }
+  if (elements == 0) return outputs;
+  if (source.numel() == 0) {
+    for (Tensor& output : outputs) torch::stable::zero_(output);
+    return outputs;
+  }
+  const WarpParams p{dtype_of(source),
+                     interleaved,
+                     static_cast<int>(source.size(0)),
+                     static_cast<int>(source.size(1)),
+                     static_cast<int>(views),
+                     map_of(source, "images"),
+                     static_cast<const double*>(theta.const_data_ptr()),
+                     targets.data(),
+                     {}};
+  run(kernels().warp, p, warp_tasks(p), elements);
+  return outputs;
+}
+
+Tensor warp_adjoint(std::vector<Tensor> gradients, Tensor theta, int64_t height, int64_t width) {
+  STD_TORCH_CHECK(!gradients.empty(), "gradients must not be empty");
+  STD_TORCH_CHECK(height >= 0 && width >= 0 && height < (int64_t{1} << 31) && width < (int64_t{1} << 31),
+                  "height and width must be sizes of an image");
+  const Tensor& first = gradients[0];
+  check_features(first, "gradients");
+  const bool interleaved = !is_planar(first) && is_interleaved(first);
+  check_theta(theta, static_cast<int64_t>(gradients.size()), first.size(0));
+  std::vector<Tensor> kept;
+  std::vector<Map> targets;
+  int64_t elements = 0;
+  for (const Tensor& gradient : gradients) {
+    check_features(gradient, "gradients");
+    check_same(gradient, first, "gradients", "the first of them");
+    STD_TORCH_CHECK(gradient.size(0) == first.size(0) && gradient.size(1) == first.size(1),
+                    "gradients must have one number of images and channels");
+    kept.push_back(readable(gradient, interleaved));
+    targets.push_back(map_of(kept.back(), "gradients"));
+    elements += gradient.numel();
+  }
+  Tensor output = new_map(first, first.size(1), height, width, accumulator(first), interleaved);
+  if (output.numel() == 0) return narrowed(output, first.scalar_type());
+  const WarpParams p{dtype_of(first),
+                     interleaved,
+                     static_cast<int>(first.size(0)),
+                     static_cast<int>(first.size(1)),
+                     static_cast<int>(gradients.size()),
+                     map_of(output, "the output"),
+                     static_cast<const double*>(theta.const_data_ptr()),
+                     targets.data(),
+                     gradient_of(output)};
+  run(kernels().warp_adjoint, p, warp_adjoint_tasks(p), elements);
+  return narrowed(output, first.scalar_type());
+}
+
+// The arguments of similarity and of its backward pass, and what keeps their memory alive.
+struct SimilarityArguments {
+  Tensor anchor;
+  std::vector<Tensor> views;
+  std::vector<Map> maps;
+  std::vector<Gradient> gradients;
+  SimilarityParams p{};
+  int64_t elements = 0;
+
+  SimilarityArguments(const Tensor& anchor_given, const std::vector<Tensor>& views_given, const Tensor& theta,
+                      bool pixel) {
+    check_features(anchor_given, "anchor");
+    STD_TORCH_CHECK(!views_given.empty(), "views must not be empty");
+    check_theta(theta, static_cast<int64_t>(views_given.size()), anchor_given.size(0));
+    p.interleaved = !is_planar(anchor_given) && is_interleaved(anchor_given);
+    anchor = readable(anchor_given, p.interleaved);
+    p.anchor = map_of(anchor, "anchor");
+    for (const Tensor& view : views_given) {
+      check_features(view, "views");
+      check_same(view, anchor, "views", "anchor");
+      STD_TORCH_CHECK(view.size(0) == anchor.size(0) && view.size(1) == anchor.size(1),
+                      "views must have the numbers of images and channels of anchor");
+      views.push_back(readable(view, p.interleaved));
+      maps.push_back(map_of(views.back(), "views"));
+      elements += view.numel();
+    }
+    p.dtype = dtype_of(anchor);
+    p.pixel = pixel;
+    p.images = static_cast<int>(anchor.size(0));
+    p.channels = static_cast<int>(anchor.size(1));
+    p.views = static_cast<int>(views.size());
+    p.view = maps.data();
+    p.theta = static_cast<const double*>(theta.const_data_ptr());
+    elements += anchor.numel() * p.views;
+  }
+
+  bool empty() const {
+    if (anchor.numel() == 0) return true;
+    for (const Tensor& view : views) {
+      if (view.numel() == 0) return true;
+    }
+    return false;
+  }
+};
+
+std::tuple<Tensor, Tensor> similarity(Tensor anchor, std::vector<Tensor> views, Tensor theta, bool pixel) {
+  SimilarityArguments a(anchor, views, theta, pixel);
+  SimilarityParams& p = a.p;
+  const std::int64_t n = p.images, k = p.views;
+  const std::int64_t result_size[] = {n, k}, sums_size[] = {n, k, 3};
+  Tensor result = torch::stable::empty(result_size, accumulator(a.anchor), std::nullopt, a.anchor.device());
+  Tensor sums = torch::stable::empty(sums_size, Scalar::Double, std::nullopt, a.anchor.device());
+  if (a.empty()) return {torch::stable::zero_(result), torch::stable::zero_(sums)};
+  const int blocks = similarity_blocks(p).count();
+  std::vector<double> partial(static_cast<std::size_t>(n * k * blocks * 3));
+  p.partial = partial.data();
+  p.sums = static_cast<double*>(sums.mutable_data_ptr());
+  run(kernels().similarity, p, similarity_tasks(p), a.elements);
+  similarity_finish(p, result.mutable_data_ptr());
+  return {result, sums};
+}
+
+std::vector<Tensor> similarity_backward(Tensor upstream, Tensor sums, Tensor anchor,
+                                        std::vector<Tensor> views, Tensor theta, bool pixel) {
+  SimilarityArguments a(anchor, views, theta, pixel);
+  SimilarityParams& p = a.p;
+  const std::int64_t n = p.images, k = p.views;
+  STD_TORCH_CHECK(upstream.dim() == 2 && upstream.size(0) == n && upstream.size(1) == k,
+                  "upstream must be (N, K)");
+  STD_TORCH_CHECK(sums.dim() == 3 && sums.size(0) == n && sums.size(1) == k && sums.size(2) == 3 &&
+                      sums.scalar_type() == Scalar::Double && sums.is_contiguous(),
+                  "sums must be those that similarity returned");
+  const Tensor weights = torch::stable::contiguous(narrowed(upstream, Scalar::Double));
+  std::vector<Tensor> gradients;
+  const auto add = [&](const Tensor& like) {
+    gradients.push_back(
+        new_map(like, like.size(1), like.size(2), like.size(3), accumulator(a.anchor), p.interleaved));
+    return gradient_of(gradients.back());
+  };
+  p.anchor_gradient = add(a.anchor);
+  for (const Tensor& view : a.views) a.gradients.push_back(add(view));
+  if (a.empty()) {
+    for (Tensor& gradient : gradients) torch::stable::zero_(gradient);
+  } else {
+    p.view_gradient = a.gradients.data();
+    p.upstream = static_cast<const double*>(weights.const_data_ptr());
+    p.sums = static_cast<double*>(sums.mutable_data_ptr());
+    run(kernels().similarity_backward, p, similarity_backward_tasks(p), a.elements);
+  }
+  for (Tensor& gradient : gradients) gradient = narrowed(gradient, a.anchor.scalar_type());
+  return gradients;
+}
+
+Tensor signed_step(Tensor x, Tensor gradient, Tensor origin, double eps, double step, double sigma,
+                   int64_t seed, Tensor ids, int64_t draw, int64_t t) {
+  check_features(x, "x");
+  for (const Tensor* other : {&gradient, &origin}) {
+    check_same(*other, x, other == &gradient ? "gradient" : "origin", "x");
+    STD_TORCH_CHECK(other->sizes() == x.sizes(), other == &gradient ? "gradient" : "origin",
+                    " must have the shape of x");
+  }
+  STD_TORCH_CHECK(ids.dim() == 1 && ids.size(0) == x.size(0) && ids.scalar_type() == Scalar::Long,
+                  "ids must be (N,) int64");
+  const Tensor from = torch::stable::contiguous(x), slope = torch::stable::contiguous(gradient),
+               center = torch::stable::contiguous(origin), numbers = torch::stable::contiguous(ids);
+  Tensor next = torch::stable::empty_like(from);
+  if (x.numel() == 0) return next;
+  StepParams p{};
+  p.dtype = dtype_of(x);
+  p.images = static_cast<int>(x.size(0));
+  p.elements = x.numel() / x.size(0);
+  p.x = from.const_data_ptr(), p.gradient = slope.const_data_ptr(), p.origin = center.const_data_ptr();
+  p.next = next.mutable_data_ptr();
+  p.eps = eps, p.step = step, p.sigma = sigma;
+  p.ids = static_cast<const int64_t*>(numbers.const_data_ptr());
+  p.seed = static_cast<std::uint32_t>(seed), p.draw = static_cast<std::uint32_t>(draw);
+  p.t = static_cast<std::uint32_t>(t);
+  const int64_t chunks = step_chunks(p), tasks = chunks * p.images;
+  std::vector<double> norms(static_cast<std::size_t>(p.images) * 2), partial(static_cast<std::size_t>(tasks));
+  p.norms = norms.data(), p.partial = partial.data();
+  run(kernels().step_largest, p, tasks, x.numel());
+  step_finish_largest(p);
+  if (sigma != 0) {  // without noise the norm changes no sign
+    run(kernels().step_squares, p, tasks, x.numel());
+    step_finish_norm(p);
+  }
+  run(kernels().step_move, p, tasks, x.numel());
+  return next;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(equifast, CPU, m) {
+  m.impl("warp", TORCH_BOX(&warp));
+  m.impl("warp_adjoint", TORCH_BOX(&warp_adjoint));
+  m.impl("similarity", TORCH_BOX(&similarity));
+  m.impl("similarity_backward", TORCH_BOX(&similarity_backward));
+  m.impl("signed_step", TORCH_BOX(&signed_step));
+}
+
+}  // namespace equifast::cpu
+
+// For `equifast doctor`, through ctypes.
+extern "C" __attribute__((visibility("default"))) const char* equifast_instruction_set() {
+  return equifast::cpu::kernels().name;
+}

@@ -1,0 +1,134 @@
+// The noisy sign step of an L-infinity ascent and its projection. Compiled once per instruction set.
+#include <cmath>
+
+#include "../core/philox.h"
+#include "rows.h"
+
+namespace equifast::cpu::EQUIFAST_ISA {
+namespace {
+
+constexpr std::uint32_t noise_stream = 1;  // rng.Stream.NOISE
+
+struct Chunk {
+  int64_t n, chunk, first, last;  // image, chunk of it, elements of it
+};
+
+inline Chunk chunk_of(const StepParams& p, int64_t task) {
+  const int64_t chunks = step_chunks(p), n = task / chunks, chunk = task % chunks, first = chunk * step_chunk;
+  return {n, chunk, first, first + step_chunk < p.elements ? first + step_chunk : p.elements};
+}
+
+template <typename real>
+inline real magnitude(real v) {
+  return v < 0 ? -v : v;
+}
+
+// Sums go over fixed chunks, each in `lanes` interleaved sums: the order is that of the elements alone.
+constexpr int lanes = 16;
+
+template <typename T>
+void largest(const StepParams& p, int64_t task) {
+  using real = Real<T>;
+  const Chunk at = chunk_of(p, task);
+  const T* __restrict g = static_cast<const T*>(p.gradient) + at.n * p.elements;
+  real most = 0;
+  bool nan = false;
+  for (int64_t i = at.first; i < at.last; ++i) {
+    const real v = load(g[i]);
+    nan |= v != v;
+    most = magnitude(v) > most ? magnitude(v) : most;
+  }
+  p.partial[task] = nan ? double(NAN) : double(most);
+}
+
+template <typename T>
+void squares(const StepParams& p, int64_t task) {
+  using real = Real<T>;
+  const Chunk at = chunk_of(p, task);
+  const T* __restrict g = static_cast<const T*>(p.gradient) + at.n * p.elements;
+  const double scale = p.norms[2 * at.n];
+  double sums[lanes] = {};
+  int64_t i = at.first;
+  for (; i + lanes <= at.last; i += lanes) {
+    for (int lane = 0; lane < lanes; ++lane) {
+      const double v = double(real(load(g[i + lane]))) / scale;
+      sums[lane] += v * v;
+    }
+  }
+  for (int lane = 0; i < at.last; ++i, ++lane) {
+    const double v = double(real(load(g[i]))) / scale;
+    sums[lane] += v * v;
+  }
+  double total = 0;
+  for (double s : sums) total += s;
+  p.partial[task] = total;
+}
+
+template <typename real>
+inline real sign(real v) {
+  return v > 0 ? real(1) : (v < 0 ? real(-1) : real(0));  // 0 for NaN, as torch.sign
+}
+
+template <typename real>
+inline real clamp(real v, real low, real high) {  // NaN stays
+  v = v < low ? low : v;
+  return v > high ? high : v;
+}
+
+template <typename T>
+void move(const StepParams& p, int64_t task) {
+  using real = Real<T>;
+  const Chunk at = chunk_of(p, task);
+  const int64_t base = at.n * p.elements;
+  const T* __restrict x = static_cast<const T*>(p.x) + base;
+  const T* __restrict g = static_cast<const T*>(p.gradient) + base;
+  const T* __restrict origin = static_cast<const T*>(p.origin) + base;
+  T* __restrict next = static_cast<T*>(p.next) + base;
+  const real eps = real(p.eps), step = real(p.step), sigma = real(p.sigma);
+  const auto finish = [&](int64_t i, real direction) {
+    const real o = load(origin[i]);
+    const real moved = clamp(real(load(x[i])) + step * sign(direction), o - eps, o + eps);
+    store(next[i], clamp(moved, real(0), real(1)));
+  };
+  if (p.sigma == 0) {  // the norm does not change a sign
+    const real nan = real(p.norms[2 * at.n]) * 0;
+    for (int64_t i = at.first; i < at.last; ++i) finish(i, real(load(g[i])) + nan);
+    return;
+  }
+  const real scale = real(p.norms[2 * at.n]), norm = real(p.norms[2 * at.n + 1]);
+  for (int64_t quad = at.first / 4; quad * 4 < at.last; ++quad) {
+    const core::Normals4 noise = core::box_muller(
+        core::philox({p.seed, noise_stream},
+                     core::philox_counter(static_cast<std::uint32_t>(quad), p.draw, p.t, p.ids[at.n])));
+    for (int64_t i = quad * 4; i < quad * 4 + 4 && i < at.last; ++i) {
+      finish(i, real(load(g[i])) / scale / norm + sigma * real(noise.value[i % 4]));
+    }
+  }
+}
+
+template <typename T, void (*kernel)(const StepParams&, int64_t)>
+void run(const StepParams& p, int64_t begin, int64_t end) {
+  for (int64_t task = begin; task < end; ++task) kernel(p, task);
+}
+
+#define EQUIFAST_STEP(name, kernel)                            \
+  void name(const StepParams& p, int64_t begin, int64_t end) { \
+    switch (p.dtype) {                                         \
+      case Dtype::float32:                                     \
+        return run<float, kernel<float>>(p, begin, end);       \
+      case Dtype::float64:                                     \
+        return run<double, kernel<double>>(p, begin, end);     \
+      case Dtype::float16:                                     \
+        return run<Half, kernel<Half>>(p, begin, end);         \
+      case Dtype::bfloat16:                                    \
+        return run<BFloat16, kernel<BFloat16>>(p, begin, end); \
+    }                                                          \
+  }
+
+}  // namespace
+
+EQUIFAST_STEP(step_largest, largest)
+EQUIFAST_STEP(step_squares, squares)
+EQUIFAST_STEP(step_move, move)
+
+}  // namespace equifast::cpu::EQUIFAST_ISA

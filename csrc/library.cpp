@@ -1,0 +1,17 @@
+// The schemas of all operators. equifast/ops.py gives them fakes and derivatives, and says what they do.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(equifast, m) {
+  m.def("warp(Tensor images, Tensor theta, int[] heights, int[] widths) -> Tensor[]");
+  m.def("warp_adjoint(Tensor[] gradients, Tensor theta, int height, int width) -> Tensor");
+  // Returns the similarities and the sums that the backward pass wants.
+  m.def("similarity(Tensor anchor, Tensor[] views, Tensor theta, bool pixel) -> (Tensor, Tensor)");
+  // Returns the gradients of the anchor and of each view.
+  m.def(
+      "similarity_backward(Tensor upstream, Tensor sums, Tensor anchor, Tensor[] views, Tensor theta, bool "
+      "pixel)"
+      " -> Tensor[]");
+  m.def(
+      "signed_step(Tensor x, Tensor gradient, Tensor origin, float eps, float step, float sigma, int seed, "
+      "Tensor ids, int draw, int t) -> Tensor");
+}

@@ -1,0 +1,296 @@
+"""The native operators against the reference, over a table of cases."""
+
+import os
+from collections.abc import Iterator
+
+import cases
+import pytest
+import torch
+from torch import Tensor
+
+from equifast import _C, ops, reference
+
+# With EQUIFAST_BACKEND=native a library that is absent or does not load fails the suite.
+pytestmark = pytest.mark.skipif(
+    "_ops" not in _C.operator_libraries and os.environ.get("EQUIFAST_BACKEND") != "native",
+    reason="this build has no native operators: torch was not in the environment that built it",
+)
+
+# Absolute tolerances per dtype for values near 1: rounding of the storage type; sums are in float32 or better.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+# (N, C, H, W) and the sizes of its views
+SHAPES = {
+    "pixel": ((1, 1, 1, 1), [(1, 1), (3, 2)]),
+    "odd": ((2, 3, 7, 5), [(7, 5), (14, 10), (3, 2)]),
+    "even": ((3, 19, 8, 12), [(8, 12), (5, 3), (17, 11)]),
+    "column": ((2, 4, 9, 1), [(9, 1), (4, 2)]),
+    "row": ((2, 4, 1, 9), [(1, 9), (2, 4)]),
+    "many": ((32, 2, 4, 4), [(4, 4), (6, 3)]),
+    "deep": ((1, 2048, 3, 3), [(3, 3), (6, 5)]),
+    "wide": ((1, 21, 40, 70), [(40, 70), (80, 122), (12, 23)]),
+}
+LAYOUTS = ("contiguous", "channels_last", "strided", "mixed")
+
+
+@pytest.fixture(autouse=True)
+def _native_backend() -> Iterator[None]:
+    with ops.use("native"):
+        assert ops.backend() == "native"  # and the library is loaded, for those who call it directly
+        yield
+
+
+def draw(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.rand(*shape, generator=generator, dtype=torch.float64) * 2 - 0.8).to(dtype)
+
+
+def lay(x: Tensor, layout: str, index: int = 0) -> Tensor:
+    if layout == "channels_last" or (layout == "mixed" and index % 2):
+        return x.contiguous(memory_format=torch.channels_last)
+    if layout == "strided":
+        wide = torch.full((*x.shape[:3], 2 * x.shape[3] + 1), torch.nan, dtype=x.dtype)
+        wide[..., 1::2] = x
+        return wide[..., 1::2]
+    return x
+
+
+def matrices(n: int, k: int, first: int) -> Tensor:
+    names = list(cases.THETAS)
+    return torch.cat([cases.theta(names[(first + i) % len(names)], n) for i in range(k)])
+
+
+def problem(name: str, first: int, layout: str, dtype: torch.dtype) -> tuple[Tensor, list[Tensor], Tensor]:
+    (n, c, h, w), sizes = SHAPES[name]
+    anchor = lay(draw(n, c, h, w, seed=1, dtype=dtype), layout)
+    views = [lay(draw(n, c, *size, seed=2 + i, dtype=dtype), layout, i) for i, size in enumerate(sizes)]
+    return anchor, views, matrices(n, len(sizes), first)
+
+
+def differentiate(outputs: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    weights = [draw(*o.shape, seed=7 + i, dtype=o.dtype) for i, o in enumerate(outputs)]
+    total = sum((o.double() * u.double()).sum() for o, u in zip(outputs, weights, strict=True))
+    assert isinstance(total, Tensor)
+    return list(torch.autograd.grad(total, inputs))
+
+
+def close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    actual, expected = actual.detach(), expected.detach()
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    # gradients are of any size: relative to the largest
+    scale = max(1.0, float(expected.double().abs().max())) if expected.numel() else 1.0
+    torch.testing.assert_close(actual, expected, atol=TOLERANCE[dtype] * scale, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", SHAPES)
+def test_warp(name: str, layout: str, dtype: torch.dtype) -> None:
+    for first in range(0, len(cases.THETAS), 2):
+        x, views, theta = problem(name, first, layout, dtype)
+        sizes = [(v.shape[2], v.shape[3]) for v in views]
+        leaves = [x.detach().requires_grad_(), x.detach().contiguous().requires_grad_()]
+        actual, expected = ops.warp(leaves[0], theta, sizes), reference.warp(leaves[1], theta, sizes)
+        for a, e in zip(actual, expected, strict=True):
+            close(a, e, dtype)
+        close(differentiate(actual, leaves[:1])[0], differentiate(expected, leaves[1:])[0], dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("reduction", ["image", "pixel"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_similarity(name: str, reduction: str, layout: str, dtype: torch.dtype) -> None:
+    for first in range(0, len(cases.THETAS), 2):
+        anchor, views, theta = problem(name, first, layout, dtype)
+        leaves = [f.detach().requires_grad_() for f in (anchor, *views)]
+        plain = [f.detach().contiguous().requires_grad_() for f in (anchor, *views)]
+        actual = ops.similarity(leaves[0], leaves[1:], theta, reduction)
+        expected = reference.similarity(plain[0], plain[1:], theta, reduction)
+        # accumulated in float32 also for half types
+        close(actual, expected, torch.float64 if dtype == torch.float64 else torch.float32)
+        for a, e in zip(differentiate([actual], leaves), differentiate([expected], plain), strict=True):
+            close(a, e, dtype)
+
+
+@pytest.mark.parametrize("reduction", ["image", "pixel"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_small_vectors_count_as_zero(layout: str, reduction: str) -> None:
+    f, theta = lay(torch.full((1, 3, 4, 4), 1e-8), layout), cases.theta("identity")
+    leaves = [f.clone().requires_grad_(), f.clone().requires_grad_()]
+    s = ops.similarity(leaves[0], leaves[1:], theta, reduction)
+    assert s.tolist() == [[0.0]]
+    for gradient in torch.autograd.grad(s.sum(), leaves):
+        assert not gradient.any()
+
+
+@pytest.mark.parametrize("reduction", ["image", "pixel"])
+def test_gradcheck(reduction: str) -> None:
+    anchor, views, theta = problem("odd", 0, "contiguous", torch.float64)
+    leaves = [f.requires_grad_() for f in (anchor, *views)]
+    assert torch.autograd.gradcheck(lambda a, *v: ops.similarity(a, v, theta, reduction), leaves)
+    sizes = [(4, 6), (3, 3), (9, 4)]
+    assert torch.autograd.gradcheck(lambda a: ops.warp(a, theta, sizes), anchor)
+    assert torch.autograd.gradgradcheck(lambda a: ops.warp(a, theta, sizes), anchor)
+
+
+def test_second_derivative_names_the_reference() -> None:
+    anchor, views, theta = problem("odd", 0, "contiguous", torch.float64)
+    anchor.requires_grad_()
+    (first,) = torch.autograd.grad(ops.similarity(anchor, views, theta).sum(), anchor, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"equifast\.reference\.similarity is twice"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_opcheck(layout: str, dtype: torch.dtype) -> None:
+    anchor, views, theta = problem("odd", 0, layout, dtype)
+    library = torch.ops.equifast
+    leaves = [f.requires_grad_() for f in (anchor, *views)]
+    sums = library.similarity(anchor, views, theta, False)[1].detach()
+    upstream = torch.ones(2, 3, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    plain = [f.detach() for f in leaves]
+    torch.library.opcheck(library.warp.default, (anchor, theta, [4, 9, 1], [6, 3, 2]))
+    torch.library.opcheck(library.warp_adjoint.default, ([v.detach() for v in views], theta, 5, 8))
+    for pixel in (False, True):
+        torch.library.opcheck(library.similarity.default, (anchor, list(views), theta, pixel))
+        arguments = (upstream, sums, plain[0], plain[1:], theta, pixel)
+        torch.library.opcheck(library.similarity_backward.default, arguments)
+    step = (plain[0], plain[0], plain[0], 0.1, 0.1, 0.5, 1, torch.arange(2), 0, 3)
+    torch.library.opcheck(library.signed_step.default, step)
+
+
+def test_compiles_whole() -> None:
+    anchor, views, theta = problem("odd", 0, "contiguous", torch.float32)
+    theta = theta.double()
+
+    def loss(f0: Tensor, *rest: Tensor) -> Tensor:
+        return torch.ops.equifast.similarity(f0.relu(), list(rest), theta, False)[0].sum()
+
+    leaf = anchor.clone().requires_grad_()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    gradients = [torch.autograd.grad(f(leaf, *views), leaf)[0] for f in (loss, compiled)]
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_the_number_of_threads_changes_no_bit() -> None:
+    threads = torch.get_num_threads()
+    results: list[list[Tensor]] = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found = []
+            for layout in ("contiguous", "channels_last"):
+                anchor, views, theta = problem("wide", 0, layout, torch.float32)
+                leaves = [f.requires_grad_() for f in (anchor, *views)]
+                for reduction in ("image", "pixel"):
+                    s = ops.similarity(leaves[0], leaves[1:], theta, reduction)
+                    found += [s.detach(), *torch.autograd.grad(s.sum(), leaves)]
+                warped = ops.warp(leaves[0], theta, [(40, 70), (33, 20), (80, 140)])
+                found += [*(w.detach() for w in warped), *differentiate(warped, leaves[:1])]
+            results.append(found)
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+STEPS = [(0.0, 0.1), (0.5, 0.05), (0.95, 12 / 255)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 3, 5, 7), (2, 3, 90, 70)])
+@pytest.mark.parametrize(("sigma", "step"), STEPS)
+def test_signed_step(sigma: float, step: float, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, origin = (torch.rand(shape, generator=generator).to(dtype) for _ in range(2))
+    gradient = torch.randn(shape, generator=generator, dtype=torch.float64)
+    gradient[0].flatten()[0] = 0
+    gradient = (gradient * 1e-6).to(dtype)
+    ids = torch.tensor([2**40 + 5, -3, 7])[: shape[0]]
+    arguments = (gradient, origin, 0.03, step, sigma, 2**32 - 1, ids, 65535, 65535)
+    actual, expected = ops.signed_step(x, *arguments), reference.signed_step(x, *arguments)
+    assert actual.dtype == dtype
+    # where the direction is nearly 0, rounding decides its sign
+    differ = (actual.double() - expected.double()).abs() > TOLERANCE[dtype]
+    assert differ.double().mean() <= (0 if sigma == 0 else 1e-4)
+    for i in range(shape[0]):
+        alone = (gradient[i : i + 1], origin[i : i + 1], 0.03, step, sigma, 2**32 - 1, ids[i : i + 1], 65535, 65535)
+        assert torch.equal(ops.signed_step(x[i : i + 1], *alone), actual[i : i + 1])
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-40, 1e-38, 1e30, float("nan"), float("inf")])
+@pytest.mark.parametrize("sigma", [0.0, 0.5])
+def test_signed_step_of_extreme_gradients(value: float, sigma: float) -> None:
+    x, gradient = torch.full((2, 3, 4, 4), 0.5), torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    gradient[1] = value
+    arguments = (gradient, x, 0.1, 0.05, sigma, 1, torch.tensor([1, 2]), 0, 3)
+    torch.testing.assert_close(
+        ops.signed_step(x, *arguments), reference.signed_step(x, *arguments), equal_nan=True, atol=1e-6, rtol=0
+    )
+
+
+def test_theta_that_requires_grad_is_refused() -> None:
+    theta = cases.theta("rotation").requires_grad_()
+    x = torch.rand(1, 2, 4, 4)
+    with pytest.raises(ValueError, match=r"theta requires a gradient; it must not, or use equifast\.reference\.warp"):
+        ops.warp(x, theta, [(4, 4)])
+    with pytest.raises(ValueError, match=r"theta requires a gradient"):
+        ops.similarity(x, [x], theta)
+
+
+def test_the_library_refuses_what_does_not_fit() -> None:
+    """Whoever calls torch.ops.equifast gets no memory that is not the tensors'."""
+    library, x, theta = torch.ops.equifast, torch.rand(2, 3, 4, 4), cases.theta("identity", 2)
+    for call in (
+        lambda: library.warp(x[0], theta, [4], [4]),
+        lambda: library.warp(x, theta, [4], [4, 4]),
+        lambda: library.warp(x, theta[:, :1], [4], [4]),
+        lambda: library.warp(x, theta.float(), [4], [4]),
+        lambda: library.warp(x, theta, [0], [4]),
+        lambda: library.warp(x.int(), theta, [4], [4]),
+        lambda: library.warp_adjoint([], theta, 4, 4),
+        lambda: library.similarity(x, [], theta, False),
+        lambda: library.similarity(x, [x[:1]], theta, False),
+        lambda: library.similarity(x, [x.double()], theta, False),
+        lambda: library.signed_step(x, x[:1], x, 0.1, 0.1, 0.0, 0, torch.zeros(2, dtype=torch.int64), 0, 0),
+        lambda: library.signed_step(x, x, x, 0.1, 0.1, 0.0, 0, torch.zeros(1, dtype=torch.int64), 0, 0),
+    ):
+        with pytest.raises(RuntimeError):
+            call()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.0, 1e300])
+def test_any_theta_on_the_library_is_safe(bad: float) -> None:
+    """The public function refuses such a theta; the kernels must stay in bounds with it all the same."""
+    theta = torch.full((1, 1, 2, 3), bad, dtype=torch.float64)
+    x = torch.rand(1, 2, 5, 6)
+    for layout in ("contiguous", "channels_last"):
+        f = lay(x, layout)
+        assert torch.ops.equifast.warp(f, theta, [9], [7])[0].shape == (1, 2, 9, 7)
+        s, sums = torch.ops.equifast.similarity(f, [f], theta, False)
+        assert s.item() == 0
+        gradients = torch.ops.equifast.similarity_backward(torch.ones(1, 1), sums, f, [f], theta, False)
+        assert not any(g.any() for g in gradients)
+
+
+def test_empty() -> None:
+    x, theta = torch.zeros(0, 3, 4, 5), torch.zeros(2, 0, 2, 3)
+    assert [w.shape for w in ops.warp(x, theta, [(4, 5), (2, 2)])] == [(0, 3, 4, 5), (0, 3, 2, 2)]
+    assert ops.similarity(x, [x, x], theta).shape == (0, 2)
+    assert ops.signed_step(x, x, x, 0.1, 0.1, 0.0, 0, torch.zeros(0, dtype=torch.int64), 0, 0).shape == x.shape
+
+
+def test_choice_of_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ops.backend() == "native"
+    with ops.use("reference"):
+        assert ops.backend() == "reference"
+        assert ops.backend().reason == "equifast.ops.use asks for it"
+        monkeypatch.setenv("EQUIFAST_BACKEND", "native")
+        assert ops.backend() == "reference"
+    with pytest.raises(ValueError, match="backend is 'cuda'; it must be one of 'native', 'reference'"), ops.use("cuda"):
+        pass
+    with pytest.raises(RuntimeError, match="asks for the native backend, but there are no native kernels for meta"):
+        ops.choose(torch.device("meta"))
