@@ -143,6 +143,7 @@ def test_second_derivative_names_the_reference() -> None:
         first.sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # opcheck's own
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_opcheck(layout: str, dtype: torch.dtype) -> None:

@@ -57,23 +57,4 @@ struct PixelMap {
   }
 };
 
-// The same test without divisions, for code that asks it often. Made once per map.
-struct Frame {
-  double left, right, top, bottom;  // bounds on positions, input pixels
-
-  EQUIFAST_HD Frame(double w, double h)
-      : left(-0.5 - w * margin),
-        right(w - 0.5 + w * margin),
-        top(-0.5 - h * margin),
-        bottom(h - 0.5 + h * margin) {}
-
-  // False for NaN.
-  EQUIFAST_HD bool contains(const Position& p) const {
-    return p.x >= left && p.x <= right && p.y >= top && p.y <= bottom;
-  }
-
- private:
-  static constexpr double margin = 1e-6 / 2;  // of PixelMap::inside, per input pixel
-};
-
 }  // namespace equifast::core
