@@ -136,7 +136,8 @@ class _Batchless(TorchFunctionMode):
 
     Two things depend on the number of images otherwise. PyTorch sends float32 convolutions of a single small map to
     another algorithm than those of several: here they run as one of two. And oneDNN cuts the gradient of a strided
-    convolution into blocks by a rule that weighs images against threads: here these run two images at a time.
+    convolution into blocks by a rule that weighs images against threads: here these run two images at a time. A lone
+    image of large maps is left out, where a second copy would cost memory: its last bits may be others than in a batch.
     """
 
     # positions of the input and of the stride are those of all six
@@ -152,13 +153,15 @@ class _Batchless(TorchFunctionMode):
     )
     # Above this size PyTorch takes the algorithm of several maps (20480 in its source) for a lone one too.
     _LARGE = 32768
+    _HEAVY = 2**18
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in self._CONVOLUTIONS and args and isinstance(args[0], Tensor) and args[0].device.type == "cpu":
             x, rest = args[0], args[1:]
             stride = args[3] if len(args) > 3 else kwargs.get("stride", 1)
-            if stride not in (1, (1,), (1, 1), (1, 1, 1)):
+            strided = stride not in (1, (1,), (1, 1), (1, 1, 1))
+            if strided and (len(x) > 1 or x.numel() <= self._HEAVY):
                 pairs = x.split(2)
                 results = [func(pair if len(pair) == 2 else torch.cat((pair, pair)), *rest, **kwargs) for pair in pairs]
                 return results[0][: len(x)] if len(pairs) == 1 else torch.cat(results)[: len(x)]
