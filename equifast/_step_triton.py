@@ -254,14 +254,7 @@ def signed_step(
     ``step``, ``sigma``, ``seed``, ``draw`` and ``t`` may be 0-d tensors on the device of ``x``: the kernels read them
     there, so that a captured graph can be replayed with others. The noise agrees with the reference's to 1e-5.
     """
-    _checks.tensor("x", x, 4, "(N, C, H, W)")
-    for name, value in (("gradient", gradient), ("origin", origin)):
-        _checks.tensor(name, value, 4, "(N, C, H, W)")
-        _checks.same_device(name, value, "x", x)
-        if value.shape != x.shape:
-            raise ValueError(f"{name} has shape {_checks.shape(value)}; it must be that of x, {_checks.shape(x)}")
-    _checks.number("eps", eps, above=0)
-    ids = _checks.ids(ids, x.shape[0], x.device)
+    ids = _checks.signed_step(x, gradient, origin, eps, ids)
     if x.numel() == 0:
         return x.detach().clone()
     sigma = _scalar("sigma", sigma, x)
