@@ -40,9 +40,7 @@ class Backend(str):
 def _load() -> str:
     """Load the operator library, once; returns why it cannot be used, or an empty string."""
     if "_ops" not in _C.operator_libraries:
-        return (
-            "this build has no native operators (pip install --no-build-isolation . builds it where torch is installed)"
-        )
+        return "this build has no native operators (torch was not in the environment that built it)"
     path = Path(__file__).with_name("_ops.so")
     try:
         torch.ops.load_library(path)
