@@ -214,7 +214,7 @@ def main(
     DEVICE, DTYPE = device, getattr(torch, dtype)
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "benchmarks.json"
-        options = ["-q", "-p", "no:cacheprovider", f"--benchmark-json={raw}", "--benchmark-save-data", "-k"]
+        options = ["-q", "-p", "no:cacheprovider", f"--benchmark-json={raw}", "-k"]
         status = pytest.main([__file__, *options, f"test_copy or ({select})"])
         if status:
             sys.exit(int(status))

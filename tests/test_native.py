@@ -29,6 +29,7 @@ SHAPES = {
     "many": ((32, 2, 4, 4), [(4, 4), (6, 3)]),
     "deep": ((1, 2048, 3, 3), [(3, 3), (6, 5)]),
     "wide": ((1, 21, 40, 70), [(40, 70), (80, 122), (12, 23)]),
+    "tiles": ((1, 18, 75, 66), [(75, 66), (210, 190), (9, 7)]),  # what is read outgrows a panel, both ways
 }
 LAYOUTS = ("contiguous", "channels_last", "strided", "mixed")
 
@@ -174,6 +175,19 @@ def test_compiles_whole() -> None:
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     gradients = [torch.autograd.grad(f(leaf, *views), leaf)[0] for f in (loss, compiled)]
     torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_similarity_allocates_its_outputs_and_gradients(layout: str, dtype: torch.dtype) -> None:
+    anchor, views, theta = problem("wide", 0, layout, dtype)
+    leaves = [f.requires_grad_() for f in (anchor, *views)]
+    upstream = torch.ones(1, 3)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as record:
+        torch.autograd.grad(ops.similarity(leaves[0], leaves[1:], theta), leaves, upstream)
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    allocated = sum(e.nbytes() for e in events if e.nbytes() > 0)
+    assert 0 < allocated <= sum(f.nbytes for f in leaves) + 2**16
 
 
 def test_the_number_of_threads_changes_no_bit() -> None:

@@ -8,17 +8,27 @@
 #define EQUIFAST_X86 0
 #endif
 
-#define EQUIFAST_DECLARE(isa)                                                                        \
-  namespace isa {                                                                                    \
-  void warp(const WarpParams& p, int64_t begin, int64_t end);                                        \
-  void warp_adjoint(const WarpParams& p, int64_t begin, int64_t end);                                \
-  void similarity(const SimilarityParams& p, int64_t begin, int64_t end);                            \
-  void similarity_backward(const SimilarityParams& p, int64_t begin, int64_t end);                   \
-  void step_largest(const StepParams& p, int64_t begin, int64_t end);                                \
-  void step_squares(const StepParams& p, int64_t begin, int64_t end);                                \
-  void step_move(const StepParams& p, int64_t begin, int64_t end);                                   \
-  constexpr Kernels table{#isa,         warp,         warp_adjoint, similarity, similarity_backward, \
-                          step_largest, step_squares, step_move};                                    \
+#define EQUIFAST_DECLARE(isa)                                                            \
+  namespace isa {                                                                        \
+  void warp(const WarpParams& p, int64_t begin, int64_t end);                            \
+  void warp_adjoint(const WarpParams& p, int64_t begin, int64_t end);                    \
+  void similarity(const SimilarityParams& p, int64_t begin, int64_t end);                \
+  void similarity_backward(const SimilarityParams& p, int64_t begin, int64_t end);       \
+  void similarity_pixel(const SimilarityParams& p, int64_t begin, int64_t end);          \
+  void similarity_pixel_backward(const SimilarityParams& p, int64_t begin, int64_t end); \
+  void step_largest(const StepParams& p, int64_t begin, int64_t end);                    \
+  void step_squares(const StepParams& p, int64_t begin, int64_t end);                    \
+  void step_move(const StepParams& p, int64_t begin, int64_t end);                       \
+  constexpr Kernels table{#isa,                                                          \
+                          warp,                                                          \
+                          warp_adjoint,                                                  \
+                          similarity,                                                    \
+                          similarity_backward,                                           \
+                          similarity_pixel,                                              \
+                          similarity_pixel_backward,                                     \
+                          step_largest,                                                  \
+                          step_squares,                                                  \
+                          step_move};                                                    \
   }
 
 namespace equifast::cpu {

@@ -8,7 +8,7 @@
 namespace equifast::cpu {
 
 void similarity_finish(const SimilarityParams& p, void* result) {
-  const int blocks = similarity_blocks(p).count();
+  const int blocks = similarity_blocks(p);
   const int64_t pairs = int64_t{p.images} * p.views;
   for (int64_t pair = 0; pair < pairs; ++pair) {
     double* sums = p.sums + pair * 3;

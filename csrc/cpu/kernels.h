@@ -21,8 +21,9 @@ struct Map {
   int64_t sx;          // stride of a column, elements
 };
 
-// Gradients are accumulated in float32, or float64 where the features are; laid out as the map they belong
-// to.
+// Laid out as the map it belongs to. Where it is the sum of many tasks' or rows' parts it is float32, or
+// float64 where the features are; the gradients of similarity with one cosine per image are of the features'
+// dtype.
 struct Gradient {
   void* data;
   int64_t sn, sc, sy, sx;  // elements
@@ -79,33 +80,44 @@ inline int64_t warp_adjoint_tasks(const WarpParams& p) {
   return int64_t{p.images} * (p.interleaved ? 1 : p.channels);
 }
 
-// How the sums of one (n, k) are cut: by channels and rows, but never the channels of one position where the
-// cosine is per pixel or they are interleaved. About 64 tasks in all, and at most 16 blocks of each kind.
-struct Blocks {
-  int channels, rows;  // numbers of blocks
-  int count() const { return channels * rows; }
-};
+inline int parts(int size, int part) { return (size + part - 1) / part; }
 
-inline Blocks similarity_blocks(const SimilarityParams& p) {
-  const int pairs = p.images * p.views;
-  const int wanted = pairs >= 64 ? 1 : (64 + pairs - 1) / pairs;
-  const auto least = [](int a, int b) { return a < b ? a : b; };
-  const int channels = p.pixel || p.interleaved ? 1 : least(least(wanted, 16), p.channels);
-  const int rows = least(least((wanted + channels - 1) / channels, 16), p.anchor.height);
-  return {channels, rows < 1 ? 1 : rows};
+// How many parts of the rows of one (n, k) have sums of their own. A position's channels stay together where
+// the cosine is per pixel; about 64 tasks in all then.
+constexpr int similarity_rows = 32;
+inline int similarity_blocks(const SimilarityParams& p) {
+  if (!p.pixel) return parts(p.anchor.height, similarity_rows);
+  const int64_t pairs = int64_t{p.images} * p.views;
+  const int wanted = pairs >= 64 ? 1 : static_cast<int>(parts(64, static_cast<int>(pairs)));
+  return wanted < p.anchor.height ? wanted : p.anchor.height;
 }
 
 inline int64_t similarity_tasks(const SimilarityParams& p) {
-  return int64_t{p.images} * p.views * similarity_blocks(p).count();
+  return int64_t{p.images} * p.views * similarity_blocks(p);
 }
 
-// Planar with one cosine per image: a task owns a channel of the anchor and of all its views. Else it owns
-// some rows of the anchor, or one view.
-constexpr int similarity_task_rows = 4;
-inline bool by_channel(const SimilarityParams& p) { return !p.pixel && !p.interleaved; }
+// One cosine per pixel: a task owns some rows of the gradient of the anchor, or the gradient of one view.
+constexpr int similarity_pixel_rows = 4;
+inline int64_t similarity_pixel_backward_tasks(const SimilarityParams& p) {
+  return int64_t{p.images} * (p.views + parts(p.anchor.height, similarity_pixel_rows));
+}
+
+// One cosine per image: a task owns some rows of a gradient, of the anchor's perhaps some of the channels
+// alone.
+constexpr int similarity_anchor_rows = 16, similarity_lanes = 16;
+inline int similarity_anchor_groups(const SimilarityParams& p) {
+  const int64_t others = int64_t{p.images} * parts(p.anchor.height, similarity_anchor_rows);
+  const int wanted = others >= 16 ? 1 : parts(16, static_cast<int>(others)),
+            most = parts(p.channels, similarity_lanes);
+  return wanted < most ? wanted : most;
+}
+inline int64_t similarity_anchor_tasks(const SimilarityParams& p) {
+  return int64_t{p.images} * parts(p.anchor.height, similarity_anchor_rows) * similarity_anchor_groups(p);
+}
 inline int64_t similarity_backward_tasks(const SimilarityParams& p) {
-  if (by_channel(p)) return int64_t{p.images} * p.channels;
-  return int64_t{p.images} * (p.views + (p.anchor.height + similarity_task_rows - 1) / similarity_task_rows);
+  int64_t tasks = similarity_anchor_tasks(p);
+  for (int k = 0; k < p.views; ++k) tasks += int64_t{p.images} * parts(p.view[k].height, similarity_rows);
+  return tasks;
 }
 
 constexpr int64_t step_chunk = 16384;  // elements, a multiple of 4
@@ -124,6 +136,8 @@ struct Kernels {
   void (*warp_adjoint)(const WarpParams& p, int64_t begin, int64_t end);
   void (*similarity)(const SimilarityParams& p, int64_t begin, int64_t end);
   void (*similarity_backward)(const SimilarityParams& p, int64_t begin, int64_t end);
+  void (*similarity_pixel)(const SimilarityParams& p, int64_t begin, int64_t end);
+  void (*similarity_pixel_backward)(const SimilarityParams& p, int64_t begin, int64_t end);
   void (*step_largest)(const StepParams& p, int64_t begin, int64_t end);  // tasks: N * step_chunks
   void (*step_squares)(const StepParams& p, int64_t begin, int64_t end);
   void (*step_move)(const StepParams& p, int64_t begin, int64_t end);

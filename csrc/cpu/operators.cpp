@@ -167,11 +167,11 @@ std::tuple<Tensor, Tensor> similarity(Tensor anchor, std::vector<Tensor> views, 
   Tensor result = torch::stable::empty(result_size, accumulator(a.anchor), std::nullopt, a.anchor.device());
   Tensor sums = torch::stable::empty(sums_size, Scalar::Double, std::nullopt, a.anchor.device());
   if (a.empty()) return {torch::stable::zero_(result), torch::stable::zero_(sums)};
-  const int blocks = similarity_blocks(p).count();
+  const int blocks = similarity_blocks(p);
   std::vector<double> partial(static_cast<std::size_t>(n * k * blocks * 3));
   p.partial = partial.data();
   p.sums = static_cast<double*>(sums.mutable_data_ptr());
-  run(kernels().similarity, p, similarity_tasks(p), a.elements);
+  run(pixel ? kernels().similarity_pixel : kernels().similarity, p, similarity_tasks(p), a.elements);
   similarity_finish(p, result.mutable_data_ptr());
   return {result, sums};
 }
@@ -187,10 +187,10 @@ std::vector<Tensor> similarity_backward(Tensor upstream, Tensor sums, Tensor anc
                       sums.scalar_type() == Scalar::Double && sums.is_contiguous(),
                   "sums must be those that similarity returned");
   const Tensor weights = torch::stable::contiguous(narrowed(upstream, Scalar::Double));
+  const Scalar dtype = pixel ? accumulator(a.anchor) : a.anchor.scalar_type();
   std::vector<Tensor> gradients;
   const auto add = [&](const Tensor& like) {
-    gradients.push_back(
-        new_map(like, like.size(1), like.size(2), like.size(3), accumulator(a.anchor), p.interleaved));
+    gradients.push_back(new_map(like, like.size(1), like.size(2), like.size(3), dtype, p.interleaved));
     return gradient_of(gradients.back());
   };
   p.anchor_gradient = add(a.anchor);
@@ -201,7 +201,11 @@ std::vector<Tensor> similarity_backward(Tensor upstream, Tensor sums, Tensor anc
     p.view_gradient = a.gradients.data();
     p.upstream = static_cast<const double*>(weights.const_data_ptr());
     p.sums = static_cast<double*>(sums.mutable_data_ptr());
-    run(kernels().similarity_backward, p, similarity_backward_tasks(p), a.elements);
+    if (pixel) {
+      run(kernels().similarity_pixel_backward, p, similarity_pixel_backward_tasks(p), a.elements);
+    } else {
+      run(kernels().similarity_backward, p, similarity_backward_tasks(p), a.elements);
+    }
   }
   for (Tensor& gradient : gradients) gradient = narrowed(gradient, a.anchor.scalar_type());
   return gradients;

@@ -1,319 +1,369 @@
-// Cosine similarity of features and of those of K views warped back, forward and backward. Warped features
-// exist a row at a time only. Compiled once per instruction set.
+// Cosine similarity, one per image, of features and of those of K views warped back, forward and backward.
+// Warped features exist in registers only. Gradients gather: a task owns the pixels that it writes, and goes
+// through the positions that read them. Compiled once per instruction set.
+#include <new>
+
 #include "../core/cosine.h"
-#include "rows.h"
+#include "panels.h"
 
 namespace equifast::cpu::EQUIFAST_ISA {
 namespace {
 
 using core::Cosine;
+using core::PixelMap;
 using core::Products;
 
-// A view's features at the positions of an anchor's row, and what it takes to compute them.
+// Where the positions of the anchor lie in view k of image n.
+inline PixelMap map_back(const SimilarityParams& p, int n, int k) {
+  return {core::invert(theta_of(p.theta, p.images, k, n)), double(p.anchor.width), double(p.anchor.height),
+          double(p.view[k].width), double(p.view[k].height)};
+}
+
 template <typename T>
-class WarpedBack {
- public:
-  using real = Real<T>;
+const T* image_of(const Map& map, int n, int channel) {
+  return static_cast<const T*>(map.data) + n * map.sn + channel * map.sc;
+}
 
-  static int64_t scratch(const SimilarityParams& p) {
-    int64_t widest = p.anchor.width;
-    for (int k = 0; k < p.views; ++k) widest = widest > p.view[k].width ? widest : p.view[k].width;
-    return Row<real>::scratch(p.anchor.width) + Scratch::bytes<real>(widest);
+template <typename T>
+T* image_of(const Gradient& map, int n, int channel) {
+  return static_cast<T*>(map.data) + n * map.sn + channel * map.sc;
+}
+
+inline Rect rows_of(const Map& map, int band, int rows) {
+  const int top = band * rows;
+  return {0, map.width, top, top + rows < map.height ? top + rows : map.height};
+}
+
+// Calls work(rectangle) on pieces of columns and, where it declines, on their halves.
+template <typename Work>
+void visit(const Rect& r, const Work& work) {
+  if (work(r)) return;
+  Rect first, second;
+  halve(r, first, second);
+  visit(first, work), visit(second, work);
+}
+
+template <typename Work>
+void visit_band(const Rect& band, const Work& work) {
+  for (int left = band.left; left < band.right; left += edge) {
+    const int right = left + edge < band.right ? left + edge : band.right;
+    visit({left, right, band.top, band.bottom}, work);
   }
+}
 
-  WarpedBack(const SimilarityParams& p, Scratch& s) : row(s, p.anchor.width), p_(p) {
-    int64_t widest = p.anchor.width;
-    for (int k = 0; k < p.views; ++k) widest = widest > p.view[k].width ? widest : p.view[k].width;
-    line_ = s.take<real>(widest);
+// Calls work(lanes, first channel, number of channels) on blocks of [first, last).
+template <typename Work>
+void visit_channels(int first, int last, const Work& work) {
+  for (int c = first; c < last; c += most_lanes) {
+    const int count = last - c < most_lanes ? last - c : most_lanes;
+    switch (lanes_for(count)) {
+      case 16:
+        work(std::integral_constant<int, 16>(), c, count);
+        break;
+      case 8:
+        work(std::integral_constant<int, 8>(), c, count);
+        break;
+      default:
+        work(std::integral_constant<int, 4>(), c, count);
+    }
   }
+}
 
-  void aim(int n, int k) {
-    view_ = &p_.view[k];
-    image_ = static_cast<const T*>(view_->data) + n * view_->sn;
-    const core::Theta inverse = core::invert(theta_of(p_.theta, p_.images, k, n));
-    row.aim(inverse, p_.anchor.height, p_.anchor.width, view_->height, view_->width);
+// The taps of position i.
+template <int lanes, typename real>
+struct Corners4 {
+  const real *p00, *p01, *p10, *p11;
+  real w00, w01, w10, w11;
+
+  Corners4(const Geometry<real>& g, int i, const real* panel)
+      : p00(panel + int64_t{g.offset[i]} * lanes),
+        p01(p00 + g.right[i] * lanes),
+        p10(p00 + g.down[i] * lanes),
+        p11(p10 + g.right[i] * lanes),
+        w00(g.w00[i]),
+        w01(g.w01[i]),
+        w10(g.w10[i]),
+        w11(g.w11[i]) {}
+
+  real operator[](int lane) const {
+    return (w00 * p00[lane] + w01 * p01[lane]) + (w10 * p10[lane] + w11 * p11[lane]);
   }
-
-  // Planar: channel c at the row's columns.
-  void channel(int c, real* values) { gather(image_ + c * view_->sc, view_->sy, row, values, line_); }
-
-  void add_channel(real* image, const Gradient& g, int c, const real* values) {
-    scatter(image + c * g.sc, g.sy, row, values, line_);
-  }
-
-  // Interleaved: all channels at column i.
-  void pixel(int i, real* values) {
-    gather_pixel(image_, corners(row, i, view_->sy, view_->sx), p_.channels, values);
-  }
-
-  void add_pixel(real* image, const Gradient& g, int i, const real* values) {
-    scatter_pixel(image, corners(row, i, g.sy, g.sx), p_.channels, values);
-  }
-
-  Row<real> row;
-
- private:
-  const SimilarityParams& p_;
-  const Map* view_ = nullptr;
-  const T* image_ = nullptr;
-  real* line_;
 };
 
-template <typename T>
-const T* anchor_row(const SimilarityParams& p, int n, int c, int j) {
-  return static_cast<const T*>(p.anchor.data) + n * p.anchor.sn + c * p.anchor.sc + j * p.anchor.sy;
+template <int lanes, typename real>
+const real* at(const real* panel, const Rect& of, int column, int row) {
+  return panel + (int64_t{row - of.top} * of.width() + (column - of.left)) * lanes;
 }
 
-// The sums over `count` neighbors in memory.
-template <typename T, typename real>
-inline Products<real> products(const T* __restrict f0, const real* __restrict f1, int count) {
-  real inner = 0, square0 = 0, square1 = 0;
-#pragma omp simd reduction(+ : inner, square0, square1)
-  for (int i = 0; i < count; ++i) {
-    const real a = load(f0[i]), b = f1[i];
-    inner += a * b, square0 += a * a, square1 += b * b;
-  }
-  return {inner, square0, square1};
-}
-
-// The products at each of a row's columns, over channels. `values` holds a channel, or a pixel.
-template <typename T>
-void pixel_products(const SimilarityParams& p, WarpedBack<T>& view, int n, int j, Real<T>* values,
-                    Products<Real<T>>* out) {
-  using real = Real<T>;
-  const int begin = view.row.begin, count = view.row.end - begin;
-  if (p.interleaved) {
-    const T* f0 = anchor_row<T>(p, n, 0, j) + begin * p.anchor.sx;
-    for (int i = 0; i < count; ++i, f0 += p.anchor.sx) {
-      view.pixel(begin + i, values);
-      out[i] = products(f0, values, p.channels);
-    }
-    return;
-  }
-  for (int i = 0; i < count; ++i) out[i] = {0, 0, 0};
-  for (int c = 0; c < p.channels; ++c) {
-    view.channel(c, values);
-    const T* __restrict f0 = anchor_row<T>(p, n, c, j) + begin;
-    for (int i = 0; i < count; ++i) {
-      const real a = load(f0[i]), b = values[i];
-      out[i].inner += a * b, out[i].square0 += a * a, out[i].square1 += b * b;
-    }
-  }
-}
-
-// Sums of some rows and channels of one (n, k). Within a row in `real`, beyond in double.
-template <typename T>
-void sums(const SimilarityParams& p, WarpedBack<T>& view, int n, int first, int last, int first_channel,
-          int last_channel, Real<T>* values, Products<Real<T>>* row_products, double* out) {
-  using real = Real<T>;
-  double total[3] = {0, 0, 0};
-  for (int j = first; j < last; ++j) {
-    view.row.move_to(j);
-    const int begin = view.row.begin, count = view.row.end - begin;
-    if (count == 0) continue;
-    if (p.pixel) {
-      pixel_products(p, view, n, j, values, row_products);
-      double cosines = 0;
-      for (int i = 0; i < count; ++i) cosines += double(core::cosine(row_products[i]).value);
-      total[0] += cosines, total[1] += count;
-      continue;
-    }
-    for (int c = first_channel; c < last_channel && !p.interleaved; ++c) {
-      view.channel(c, values);
-      const Products<real> s = products(anchor_row<T>(p, n, c, j) + begin, values, count);
-      total[0] += double(s.inner), total[1] += double(s.square0), total[2] += double(s.square1);
-    }
-    if (p.interleaved) {
-      const T* f0 = anchor_row<T>(p, n, 0, j) + begin * p.anchor.sx;
-      for (int i = 0; i < count; ++i, f0 += p.anchor.sx) {
-        view.pixel(begin + i, values);
-        const Products<real> s = products(f0, values, p.channels);
-        total[0] += double(s.inner), total[1] += double(s.square0), total[2] += double(s.square1);
+// The sums over the positions of a rectangle of the anchor. Along a row in `real`, beyond in double.
+template <int lanes, typename real>
+void add_products(const Geometry<real>& g, const Rect& anchor, const real* panel0, const real* panel1,
+                  double* out) {
+  double total[3][lanes] = {};
+  for (int s = 0; s < g.spans; ++s) {
+    const auto& span = g.span[s];
+    const real* f0 = at<lanes>(panel0, anchor, span.begin, span.row);
+    real inner[lanes] = {}, square0[lanes] = {}, square1[lanes] = {};
+    for (int i = 0; i < span.end - span.begin; ++i, f0 += lanes) {
+      const Corners4<lanes, real> f1(g, span.first + i, panel1);
+      for (int l = 0; l < lanes; ++l) {
+        const real a = f0[l], b = f1[l];
+        inner[l] += a * b, square0[l] += a * a, square1[l] += b * b;
       }
     }
+    for (int l = 0; l < lanes; ++l) {
+      total[0][l] += double(inner[l]), total[1][l] += double(square0[l]), total[2][l] += double(square1[l]);
+    }
   }
-  for (int i = 0; i < 3; ++i) out[i] = total[i];
+  for (int i = 0; i < 3; ++i) {
+    for (int l = 0; l < lanes; ++l) out[i] += total[i][l];
+  }
 }
-
-inline int part(int size, int blocks, int block) { return static_cast<int>(int64_t{size} * block / blocks); }
 
 template <typename T>
 void run_similarity(const SimilarityParams& p, int64_t begin, int64_t end) {
   using real = Real<T>;
-  const int64_t values = p.anchor.width > p.channels ? p.anchor.width : p.channels;
-  Scratch scratch(WarpedBack<T>::scratch(p) + Scratch::bytes<real>(values) +
-                  Scratch::bytes<Products<real>>(p.anchor.width));
-  WarpedBack<T> view(p, scratch);
-  real* row_values = scratch.take<real>(values);
-  auto* row_products = scratch.take<Products<real>>(p.anchor.width);
-  const Blocks blocks = similarity_blocks(p);
+  Scratch scratch(Geometry<real>::scratch(edge * edge) + lines_scratch<real>() +
+                  Scratch::bytes<real>((edge * edge + most_window) * most_lanes));
+  Geometry<real> g(scratch, edge * edge);
+  real* lines = scratch.take<real>(4 * most_window);
+  real* panel0 = scratch.take<real>(edge * edge * most_lanes);
+  real* panel1 = scratch.take<real>(most_window * most_lanes);
+  const int blocks = similarity_blocks(p);
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t pair = task / blocks.count();
-    const int block = static_cast<int>(task % blocks.count());
+    const int64_t pair = task / blocks;
     const int n = static_cast<int>(pair / p.views), k = static_cast<int>(pair % p.views);
-    const int rows = block / blocks.channels, channels = block % blocks.channels;
-    view.aim(n, k);
-    sums<T>(p, view, n, part(p.anchor.height, blocks.rows, rows),
-            part(p.anchor.height, blocks.rows, rows + 1), part(p.channels, blocks.channels, channels),
-            part(p.channels, blocks.channels, channels + 1), row_values, row_products, p.partial + task * 3);
+    const Map& view = p.view[k];
+    const PixelMap map = map_back(p, n, k);
+    double* out = p.partial + task * 3;
+    out[0] = out[1] = out[2] = 0;
+    visit_band(rows_of(p.anchor, static_cast<int>(task % blocks), similarity_rows), [&](const Rect& r) {
+      g.look(map, r, view.width, view.height);
+      if (g.spans == 0) return true;
+      if (g.window.area() > most_window && r.area() > 1) return false;
+      g.finish();
+      visit_channels(0, p.channels, [&](auto lanes, int c, int count) {
+        load_panel<lanes>(p.anchor, image_of<T>(p.anchor, n, c), count, p.interleaved, r, panel0, lines);
+        load_panel<lanes>(view, image_of<T>(view, n, c), count, p.interleaved, g.window, panel1, lines);
+        add_products<lanes>(g, r, panel0, panel1, out);
+      });
+      return true;
+    });
   }
 }
 
 // The derivative of the objective by the similarity of (n, k), times that of the similarity by its vectors.
-inline Cosine<double> weighted(const SimilarityParams& p, int n, int k) {
-  const int64_t at = int64_t{n} * p.views + k;
-  Cosine<double> c = core::cosine(Products<double>{p.sums[at * 3], p.sums[at * 3 + 1], p.sums[at * 3 + 2]});
-  c.cross *= p.upstream[at], c.own0 *= p.upstream[at], c.own1 *= p.upstream[at];
-  return c;
-}
-
 template <typename real>
-void clear(const Gradient& g, real* image, int first_row, int last_row, int64_t width) {
-  for (int y = first_row; y < last_row; ++y)
-    std::memset(image + y * g.sy, 0, sizeof(real) * std::size_t(width));
+struct Weights {
+  real cross, own0, own1;
+  Weights(const SimilarityParams& p, int n, int k) {
+    const int64_t i = int64_t{n} * p.views + k;
+    const Cosine<double> c =
+        core::cosine(Products<double>{p.sums[i * 3], p.sums[i * 3 + 1], p.sums[i * 3 + 2]});
+    const double u = p.upstream[i];
+    cross = real(c.cross * u), own0 = real(c.own0 * u), own1 = real(c.own1 * u);
+  }
+  bool zero() const { return cross == 0 && own0 == 0 && own1 == 0; }
+};
+
+template <int lanes, typename real>
+void add_to_anchor(const Geometry<real>& g, const Rect& anchor, const Weights<real>& w, const real* panel0,
+                   const real* panel1, real* gradient) {
+  for (int s = 0; s < g.spans; ++s) {
+    const auto& span = g.span[s];
+    const int64_t start = at<lanes>(panel0, anchor, span.begin, span.row) - panel0;
+    const real* __restrict f0 = panel0 + start;
+    real* __restrict out = gradient + start;
+    for (int i = 0; i < span.end - span.begin; ++i, f0 += lanes, out += lanes) {
+      const Corners4<lanes, real> f1(g, span.first + i, panel1);
+      for (int l = 0; l < lanes; ++l) out[l] += w.cross * f1[l] - w.own0 * f0[l];
+    }
+  }
 }
 
-template <typename real>
-real* image_of(const Gradient& g, int n) {
-  return static_cast<real*>(g.data) + n * g.sn;
-}
-
-// Planar, one cosine per image: channel c of image n, in the anchor and in all its views.
+// Some rows of the anchor's gradient: the sum over the views.
 template <typename T>
-void backward_channel(const SimilarityParams& p, WarpedBack<T>& view, int n, int c, Real<T>* values) {
+class AnchorGradient {
+ public:
   using real = Real<T>;
-  const Gradient& g0 = p.anchor_gradient;
-  real* to_anchor = image_of<real>(g0, n) + c * g0.sc;
-  clear(g0, to_anchor, 0, p.anchor.height, p.anchor.width);
-  for (int k = 0; k < p.views; ++k) {
-    const Gradient& g1 = p.view_gradient[k];
-    real* to_view = image_of<real>(g1, n);
-    clear(g1, to_view + c * g1.sc, 0, p.view[k].height, p.view[k].width);
-    const Cosine<double> w = weighted(p, n, k);
-    if (w.cross == 0 && w.own0 == 0 && w.own1 == 0) continue;
-    const real cross = real(w.cross), own0 = real(w.own0), own1 = real(w.own1);
-    view.aim(n, k);
-    for (int j = 0; j < p.anchor.height; ++j) {
-      view.row.move_to(j);
-      const int begin = view.row.begin, count = view.row.end - begin;
-      view.channel(c, values);
-      const T* __restrict f0 = anchor_row<T>(p, n, c, j) + begin;
-      real* __restrict out = to_anchor + j * g0.sy + begin;
-      real* __restrict f1 = values;
-      for (int i = 0; i < count; ++i) {
-        const real a = load(f0[i]), b = f1[i];
-        out[i] += cross * b - own0 * a;
-        f1[i] = cross * a - own1 * b;
+  static constexpr int positions = similarity_anchor_rows * edge;
+
+  static int64_t scratch(const SimilarityParams& p) {
+    return p.views * (Geometry<real>::scratch(positions) + Scratch::bytes<Geometry<real>>(1)) +
+           Scratch::bytes<Geometry<real>>(p.views) + lines_scratch<real>() +
+           Scratch::bytes<real>((2 * positions + most_window) * most_lanes);
+  }
+
+  AnchorGradient(const SimilarityParams& p, Scratch& s)
+      : p_(p),
+        seen_(s.take<Geometry<real>>(p.views)),
+        lines_(s.take<real>(4 * most_window)),
+        panel0_(s.take<real>(positions * most_lanes)),
+        gradient_(s.take<real>(positions * most_lanes)),
+        panel1_(s.take<real>(most_window * most_lanes)) {
+    for (int k = 0; k < p.views; ++k) new (seen_ + k) Geometry<real>(s, positions);
+  }
+
+  void run(int64_t task) {
+    const int groups = similarity_anchor_groups(p_), bands = parts(p_.anchor.height, similarity_anchor_rows);
+    const int group = static_cast<int>(task % groups), band = static_cast<int>(task / groups % bands);
+    const int n = static_cast<int>(task / groups / bands);
+    const int blocks = parts(p_.channels, most_lanes);
+    const int first = int(int64_t{blocks} * group / groups) * most_lanes;
+    const int last = int(int64_t{blocks} * (group + 1) / groups) * most_lanes;
+    visit_band(rows_of(p_.anchor, band, similarity_anchor_rows),
+               [&](const Rect& r) { return add(n, r, first, last < p_.channels ? last : p_.channels); });
+  }
+
+ private:
+  const SimilarityParams& p_;
+  Geometry<real>* seen_;  // by view
+  real *lines_, *panel0_, *gradient_, *panel1_;
+
+  bool add(int n, const Rect& r, int first, int last) {
+    for (int k = 0; k < p_.views; ++k) {
+      Geometry<real>& g = seen_[k];
+      g.spans = 0;
+      if (Weights<real>(p_, n, k).zero()) continue;
+      g.look(map_back(p_, n, k), r, p_.view[k].width, p_.view[k].height);
+      if (g.window.area() > most_window && r.area() > 1) return false;
+      g.finish();
+    }
+    visit_channels(first, last, [&](auto lanes, int c, int count) {
+      load_panel<lanes>(p_.anchor, image_of<T>(p_.anchor, n, c), count, p_.interleaved, r, panel0_, lines_);
+      std::memset(gradient_, 0, sizeof(real) * std::size_t(r.area() * lanes));
+      for (int k = 0; k < p_.views; ++k) {
+        const Geometry<real>& g = seen_[k];
+        if (g.spans == 0) continue;
+        const Map& view = p_.view[k];
+        load_panel<lanes>(view, image_of<T>(view, n, c), count, p_.interleaved, g.window, panel1_, lines_);
+        add_to_anchor<lanes>(g, r, Weights<real>(p_, n, k), panel0_, panel1_, gradient_);
       }
-      view.add_channel(to_view, g1, c, values);
+      const Gradient& to = p_.anchor_gradient;
+      store_panel<lanes>(to, image_of<T>(to, n, c), count, p_.interleaved, r, r, gradient_, lines_);
+    });
+    return true;
+  }
+};
+
+template <int lanes, typename real>
+void add_to_view(const Geometry<real>& g, const Rect& anchor, const Weights<real>& w, const real* panel0,
+                 const real* panel1, real* gradient) {
+  for (int s = 0; s < g.spans; ++s) {
+    const auto& span = g.span[s];
+    const real* f0 = at<lanes>(panel0, anchor, span.begin, span.row);
+    for (int i = 0; i < span.end - span.begin; ++i, f0 += lanes) {
+      const Corners4<lanes, real> f1(g, span.first + i, panel1);
+      real slope[lanes];
+      for (int l = 0; l < lanes; ++l) slope[l] = w.cross * f0[l] - w.own1 * f1[l];
+      // one tap after the other: at the border two may be the same pixel
+      real* to = gradient + (f1.p00 - panel1);
+      for (int l = 0; l < lanes; ++l) to[l] += f1.w00 * slope[l];
+      to = gradient + (f1.p01 - panel1);
+      for (int l = 0; l < lanes; ++l) to[l] += f1.w01 * slope[l];
+      to = gradient + (f1.p10 - panel1);
+      for (int l = 0; l < lanes; ++l) to[l] += f1.w10 * slope[l];
+      to = gradient + (f1.p11 - panel1);
+      for (int l = 0; l < lanes; ++l) to[l] += f1.w11 * slope[l];
     }
   }
 }
 
-// The weights of the columns of a row: of the image's one cosine, or of the columns' own.
+// Some rows of the gradient of a view.
 template <typename T>
-void row_weights(const SimilarityParams& p, WarpedBack<T>& view, int n, int k, int j,
-                 const Cosine<double>& image, Real<T>* values, Products<Real<T>>* row_products,
-                 Cosine<Real<T>>* out) {
+class ViewGradient {
+ public:
   using real = Real<T>;
-  const int count = view.row.end - view.row.begin;
-  if (!p.pixel) {
-    for (int i = 0; i < count; ++i) out[i] = {0, real(image.cross), real(image.own0), real(image.own1)};
-    return;
-  }
-  const int64_t at = int64_t{n} * p.views + k;
-  const real share = real(p.upstream[at] / p.sums[at * 3 + 1]);  // a row with columns: at least one position
-  pixel_products(p, view, n, j, values, row_products);
-  for (int i = 0; i < count; ++i) {
-    const Cosine<real> c = core::cosine(row_products[i]);
-    out[i] = {0, c.cross * share, c.own0 * share, c.own1 * share};
-  }
-}
 
-// Adds to the anchor's row, or to the view, what (n, k) gives at the row that the view is at.
-template <typename T>
-void backward_row(const SimilarityParams& p, WarpedBack<T>& view, int n, int k, int j, bool anchor,
-                  const Cosine<Real<T>>* weights, Real<T>* values) {
-  using real = Real<T>;
-  const int begin = view.row.begin, count = view.row.end - begin;
-  const Gradient& g = anchor ? p.anchor_gradient : p.view_gradient[k];
-  real* to = image_of<real>(g, n);
-  if (p.interleaved) {
-    for (int i = 0; i < count; ++i) {
-      const Cosine<real> w = weights[i];
-      const T* __restrict f0 = anchor_row<T>(p, n, 0, j) + (begin + i) * p.anchor.sx;
-      real* __restrict f1 = values;
-      view.pixel(begin + i, values);
-      if (anchor) {
-        real* __restrict out = to + j * g.sy + (begin + i) * g.sx;
-        for (int c = 0; c < p.channels; ++c) out[c] += w.cross * f1[c] - w.own0 * real(load(f0[c]));
-      } else {
-        for (int c = 0; c < p.channels; ++c) f1[c] = w.cross * real(load(f0[c])) - w.own1 * f1[c];
-        view.add_pixel(to, g, begin + i, values);
+  static int64_t scratch() {
+    return Geometry<real>::scratch(most_positions) + lines_scratch<real>() +
+           Scratch::bytes<real>((most_positions + 2 * halo) * most_lanes);
+  }
+
+  ViewGradient(const SimilarityParams& p, Scratch& s)
+      : p_(p),
+        g_(s, most_positions),
+        lines_(s.take<real>(4 * most_window)),
+        panel0_(s.take<real>(most_positions * most_lanes)),
+        panel1_(s.take<real>(halo * most_lanes)),
+        gradient_(s.take<real>(halo * most_lanes)) {}
+
+  void run(int64_t task) {
+    int k = 0;
+    for (int64_t tasks; (tasks = int64_t{p_.images} * parts(p_.view[k].height, similarity_rows)) <= task; ++k)
+      task -= tasks;
+    const Map& view = p_.view[k];
+    const int bands = parts(view.height, similarity_rows);
+    const int n = static_cast<int>(task / bands);
+    const Weights<real> w(p_, n, k);
+    const PixelMap map = map_back(p_, n, k);
+    const core::Preimage preimage(map, p_.anchor.width, p_.anchor.height);
+    visit_band(rows_of(view, static_cast<int>(task % bands), similarity_rows), [&](const Rect& r) {
+      Rect readers{0, 0, 0, 0};
+      if (!w.zero()) {
+        const auto x0 = core::reach(r.left, view.width, map.left, map.right),
+                   x1 = core::reach(r.right - 1, view.width, map.left, map.right),
+                   y0 = core::reach(r.top, view.height, map.top, map.bottom),
+                   y1 = core::reach(r.bottom - 1, view.height, map.top, map.bottom);
+        const core::Box box = preimage.box({x0.low, x1.high}, {y0.low, y1.high});
+        readers = {box.left, box.right, box.top, box.bottom};
       }
-    }
-    return;
+      if (readers.area() > most_positions && r.area() > 16) return false;
+      add(n, k, map, w, r, readers);
+      return true;
+    });
   }
-  for (int c = 0; c < p.channels; ++c) {
-    const T* __restrict f0 = anchor_row<T>(p, n, c, j) + begin;
-    real* __restrict f1 = values;
-    view.channel(c, values);
-    if (anchor) {
-      real* __restrict out = to + c * g.sc + j * g.sy + begin;
-      for (int i = 0; i < count; ++i)
-        out[i] += weights[i].cross * f1[i] - weights[i].own0 * real(load(f0[i]));
-    } else {
-      for (int i = 0; i < count; ++i) f1[i] = weights[i].cross * real(load(f0[i])) - weights[i].own1 * f1[i];
-      view.add_channel(to, g, c, values);
-    }
+
+ private:
+  const SimilarityParams& p_;
+  Geometry<real> g_;
+  real *lines_, *panel0_, *panel1_, *gradient_;
+
+  // The pixels `r`, which are read by positions in `readers`.
+  void add(int n, int k, const PixelMap& map, const Weights<real>& w, const Rect& r, const Rect& readers) {
+    const Map& view = p_.view[k];
+    const Rect window = Geometry<real>::around(r, view.width, view.height);
+    // Few readers, as a rule, and seen once for all channels; many (a view that all but vanishes) part by
+    // part.
+    const bool once = readers.area() <= most_positions;
+    if (once) see(map, readers, view, r);
+    visit_channels(0, p_.channels, [&](auto lanes, int c, int count) {
+      std::memset(gradient_, 0, sizeof(real) * std::size_t(window.area() * lanes));
+      if (!once || g_.spans > 0) {
+        load_panel<lanes>(view, image_of<T>(view, n, c), count, p_.interleaved, window, panel1_, lines_);
+      }
+      visit(readers, [&](const Rect& part) {
+        if (part.area() > most_positions) return false;
+        if (!once) see(map, part, view, r);
+        if (g_.spans == 0) return true;
+        load_panel<lanes>(p_.anchor, image_of<T>(p_.anchor, n, c), count, p_.interleaved, part, panel0_,
+                          lines_);
+        add_to_view<lanes>(g_, part, w, panel0_, panel1_, gradient_);
+        return true;
+      });
+      const Gradient& to = p_.view_gradient[k];
+      store_panel<lanes>(to, image_of<T>(to, n, c), count, p_.interleaved, window, r, gradient_, lines_);
+    });
   }
-}
+
+  void see(const PixelMap& map, const Rect& readers, const Map& view, const Rect& r) {
+    g_.look(map, readers, view.width, view.height, &r);
+    g_.finish();
+  }
+};
 
 template <typename T>
 void run_backward(const SimilarityParams& p, int64_t begin, int64_t end) {
-  using real = Real<T>;
-  const int64_t most = p.anchor.width > p.channels ? p.anchor.width : p.channels;
-  Scratch scratch(WarpedBack<T>::scratch(p) + Scratch::bytes<real>(most) +
-                  Scratch::bytes<Products<real>>(p.anchor.width) +
-                  Scratch::bytes<Cosine<real>>(p.anchor.width));
-  WarpedBack<T> view(p, scratch);
-  real* values = scratch.take<real>(most);
-  auto* row_products = scratch.take<Products<real>>(p.anchor.width);
-  auto* weights = scratch.take<Cosine<real>>(p.anchor.width);
-  const int planes = p.interleaved ? 1 : p.channels;
-  for (int64_t task = begin; task < end; ++task) {
-    if (by_channel(p)) {
-      backward_channel<T>(p, view, static_cast<int>(task / p.channels), static_cast<int>(task % p.channels),
-                          values);
-      continue;
-    }
-    const int64_t per_image = similarity_backward_tasks(p) / p.images;
-    const int n = static_cast<int>(task / per_image), part_of_n = static_cast<int>(task % per_image);
-    const bool anchor = part_of_n >= p.views;
-    const int first = anchor ? (part_of_n - p.views) * similarity_task_rows : 0;
-    const int last = anchor && first + similarity_task_rows < p.anchor.height ? first + similarity_task_rows
-                                                                              : p.anchor.height;
-    const int first_view = anchor ? 0 : part_of_n, last_view = anchor ? p.views : part_of_n + 1;
-    const Gradient& g = anchor ? p.anchor_gradient : p.view_gradient[part_of_n];
-    const Map& shape = anchor ? p.anchor : p.view[part_of_n];
-    for (int c = 0; c < planes; ++c) {
-      clear(g, image_of<real>(g, n) + c * g.sc, first, anchor ? last : shape.height,
-            int64_t{shape.width} * (p.interleaved ? p.channels : 1));
-    }
-    for (int k = first_view; k < last_view; ++k) {
-      Cosine<double> image{0, 0, 0, 0};
-      if (!p.pixel) {
-        image = weighted(p, n, k);
-        if (image.cross == 0 && image.own0 == 0 && image.own1 == 0) continue;
-      }
-      view.aim(n, k);
-      for (int j = first; j < last; ++j) {
-        view.row.move_to(j);
-        if (view.row.begin == view.row.end) continue;
-        row_weights<T>(p, view, n, k, j, image, values, row_products, weights);
-        backward_row<T>(p, view, n, k, j, anchor, weights, values);
-      }
-    }
+  const int64_t anchors = similarity_anchor_tasks(p);
+  if (begin < anchors) {
+    Scratch scratch(AnchorGradient<T>::scratch(p));
+    AnchorGradient<T> gradient(p, scratch);
+    for (int64_t task = begin; task < end && task < anchors; ++task) gradient.run(task);
+  }
+  if (end > anchors) {
+    Scratch scratch(ViewGradient<T>::scratch());
+    ViewGradient<T> gradient(p, scratch);
+    for (int64_t task = begin > anchors ? begin : anchors; task < end; ++task) gradient.run(task - anchors);
   }
 }
 
