@@ -5,11 +5,13 @@
 
 #include <cstdint>
 
+#include "../core/storage.h"
+
 namespace equifast::cpu {
 
 using std::int64_t;
 
-enum class Dtype { float32, float64, float16, bfloat16 };
+using core::Dtype;
 
 // (N, C, H, W). Planar: sx is 1. Interleaved (channels_last): sc is 1 and sx is C.
 struct Map {

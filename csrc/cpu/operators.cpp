@@ -8,43 +8,11 @@
 #include <vector>
 
 #include "../checks.h"
+#include "../tensors.h"
 #include "kernels.h"
 
 namespace equifast::cpu {
 namespace {
-
-using torch::headeronly::MemoryFormat;
-
-Dtype dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case Scalar::Double:
-      return Dtype::float64;
-    case Scalar::Half:
-      return Dtype::float16;
-    case Scalar::BFloat16:
-      return Dtype::bfloat16;
-    default:
-      return Dtype::float32;
-  }
-}
-
-Scalar accumulator(const Tensor& t) {
-  return t.scalar_type() == Scalar::Double ? Scalar::Double : Scalar::Float;
-}
-
-// Planar: the columns of a row are neighbors. Interleaved: the channels of a pixel are, and pixels follow
-// each other.
-bool is_planar(const Tensor& t) { return t.stride(3) == 1 || t.size(3) == 1; }
-bool is_interleaved(const Tensor& t) {
-  return t.stride(1) == 1 && t.stride(3) == t.size(1) &&
-         (t.size(2) == 1 || t.stride(2) >= t.size(1) * t.size(3));
-}
-
-// The same, in a layout that the kernels read; a copy only where it has neither.
-Tensor readable(const Tensor& t, bool interleaved) {
-  if (interleaved ? is_interleaved(t) : is_planar(t)) return t;
-  return torch::stable::contiguous(t, interleaved ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-}
 
 Map map_of(const Tensor& t, const char* name) {
   const std::int64_t row = t.stride(2) < 0 ? -t.stride(2) : t.stride(2);
@@ -56,13 +24,6 @@ Map map_of(const Tensor& t, const char* name) {
 
 Gradient gradient_of(const Tensor& t) {
   return {t.mutable_data_ptr(), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
-}
-
-Tensor new_map(const Tensor& like, std::int64_t channels, std::int64_t height, std::int64_t width,
-               Scalar dtype, bool interleaved) {
-  const std::int64_t sizes[] = {like.size(0), channels, height, width};
-  return torch::stable::empty(sizes, dtype, std::nullopt, like.device(), std::nullopt,
-                              interleaved ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
 // Runs a kernel's tasks; threads take them as they come, since the result does not depend on who computes
@@ -80,10 +41,6 @@ void run(void (*kernel)(const Params&, int64_t, int64_t), const Params& p, int64
       kernel(p, first, first + portion < tasks ? first + portion : tasks);
     }
   });
-}
-
-Tensor narrowed(const Tensor& t, Scalar dtype) {
-  return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
 }
 
 std::vector<Tensor> warp(Tensor images, Tensor theta, std::vector<int64_t> heights,

@@ -7,71 +7,18 @@
 #include <cstring>
 
 #include "../core/sample.h"
+#include "../core/storage.h"
 #include "kernels.h"
 
 namespace equifast::cpu {
 namespace {
 
-// Storage types. Own conversions, on bits, since they vectorize with every compiler and instruction set.
-struct Half {
-  std::uint16_t bits;
-};
-struct BFloat16 {
-  std::uint16_t bits;
-};
-
-inline float as_float(std::uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-inline std::uint32_t as_bits(float value) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  return bits;
-}
-
-inline float load(float v) { return v; }
-inline double load(double v) { return v; }
-inline float load(BFloat16 v) { return as_float(static_cast<std::uint32_t>(v.bits) << 16); }
-inline float load(Half v) {
-  const std::uint32_t sign = (v.bits & 0x8000u) << 16, rest = v.bits & 0x7fffu;
-  // Normal numbers get the exponent of float by a product with 2^112, which also makes subnormals right.
-  const float scaled = as_float(rest << 13) * as_float(0x77800000u);
-  const std::uint32_t bits = rest >= 0x7c00u ? (rest << 13) | 0x7f800000u : as_bits(scaled);
-  return as_float(bits | sign);
-}
-
-inline void store(float& to, float v) { to = v; }
-inline void store(double& to, double v) { to = v; }
-inline void store(BFloat16& to, float v) {  // to nearest, ties to even
-  const std::uint32_t bits = as_bits(v);
-  const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  to.bits = static_cast<std::uint16_t>(v != v ? 0x7fc0u : rounded);
-}
-inline void store(Half& to, float v) {
-  const std::uint32_t bits = as_bits(v), sign = (bits >> 16) & 0x8000u, rest = bits & 0x7fffffffu;
-  std::uint32_t out;
-  if (rest >= 0x47800000u) {  // 65536 and above, infinity, NaN
-    out = rest > 0x7f800000u ? 0x7e00u : 0x7c00u;
-  } else if (rest < 0x38800000u) {  // subnormal: adding 1/2 lets the addition round
-    out = as_bits(as_float(rest) + 0.5f) - 0x3f000000u;
-  } else {
-    out = (rest + 0xfffu + ((rest >> 13) & 1u) - 0x38000000u) >> 13;
-  }
-  to.bits = static_cast<std::uint16_t>(out | sign);
-}
-
-template <typename T>
-struct Accumulator {
-  using type = float;
-};
-template <>
-struct Accumulator<double> {
-  using type = double;
-};
-template <typename T>
-using Real = typename Accumulator<T>::type;
+using core::BFloat16;
+using core::Half;
+using core::load;
+using core::Real;
+using core::store;
+using core::theta_of;
 
 // Scratch of one thread, cut into arrays.
 class Scratch {
@@ -334,11 +281,6 @@ inline void scatter_pixel(real* image, const Corners<real>& c, int count, const 
     real* __restrict to = image + c.offset[corner];
     for (int i = 0; i < count; ++i) to[i] += weight * values[i];
   }
-}
-
-inline core::Theta theta_of(const double* theta, int images, int k, int n) {
-  const double* t = theta + (int64_t{k} * images + n) * 6;
-  return {t[0], t[1], t[2], t[3], t[4], t[5]};
 }
 
 }  // namespace
