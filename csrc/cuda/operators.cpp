@@ -13,7 +13,7 @@
 #include "../tensors.h"
 #include "kernels.h"
 
-namespace equifast::cuda {
+namespace equifast::cuda::operators {  // of the names of the kernels
 namespace {
 
 using torch::stable::accelerator::DeviceGuard;
@@ -27,7 +27,8 @@ void check_launch(cudaError_t error, const char* name) {
 
 cudaStream_t current_stream(const Tensor& t) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream) == AOTI_TORCH_SUCCESS,
+                  "torch has no current stream for the device of a tensor");
   return static_cast<cudaStream_t>(stream);
 }
 
@@ -87,7 +88,7 @@ std::vector<Tensor> warp(Tensor images, Tensor theta, std::vector<int64_t> heigh
   p.source = read(source);
   p.theta = static_cast<const double*>(theta.const_data_ptr());
   p.targets = targets.data();
-  check_launch(warp(p, current_stream(source)), "warp");
+  check_launch(cuda::warp(p, current_stream(source)), "warp");
   return outputs;
 }
 
@@ -119,7 +120,7 @@ Tensor warp_adjoint(std::vector<Tensor> gradients, Tensor theta, int64_t height,
     p.source = written(output);
     p.theta = static_cast<const double*>(theta.const_data_ptr());
     p.targets = targets.data();
-    check_launch(warp_adjoint(p, current_stream(first)), "warp_adjoint");
+    check_launch(cuda::warp_adjoint(p, current_stream(first)), "warp_adjoint");
   }
   return narrowed(output, first.scalar_type());
 }
@@ -173,7 +174,7 @@ std::tuple<Tensor, Tensor> similarity(Tensor anchor, std::vector<Tensor> views, 
   p.partial = static_cast<double*>(partial.mutable_data_ptr());
   p.sums = static_cast<double*>(sums.mutable_data_ptr());
   p.result = result.mutable_data_ptr();
-  check_launch(similarity(p, current_stream(anchor)), "similarity");
+  check_launch(cuda::similarity(p, current_stream(anchor)), "similarity");
   return {result, sums};
 }
 
@@ -212,7 +213,7 @@ std::vector<Tensor> similarity_backward(Tensor upstream, Tensor sums, Tensor anc
     p.weights = scratch.mutable_data_ptr();
     p.anchor_gradient = maps[0];
     p.view_gradients = maps.data() + 1;
-    check_launch(similarity_backward(p, current_stream(anchor)), "similarity_backward");
+    check_launch(cuda::similarity_backward(p, current_stream(anchor)), "similarity_backward");
   }
   gradients[0] = narrowed(gradients[0], anchor.scalar_type());
   return gradients;
@@ -227,4 +228,4 @@ STABLE_TORCH_LIBRARY_IMPL(equifast, CUDA, m) {
   m.impl("similarity_backward", TORCH_BOX(&similarity_backward));
 }
 
-}  // namespace equifast::cuda
+}  // namespace equifast::cuda::operators
