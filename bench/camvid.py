@@ -25,6 +25,7 @@ from equifast.evaluate import confusion, mean_iou
 
 CHECKPOINT = CACHE / "camvid.safetensors"
 CROP = (144, 208)
+NOISE = 0.03  # the largest standard deviation of the noise that training adds, in image values
 
 
 def clean_iou(model: torch.nn.Module, images: Tensor, labels: Tensor) -> float:
@@ -40,7 +41,7 @@ def judge(logits: Tensor, labels: Tensor) -> NDArray[np.int64]:
 
 
 def augment(images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A random scale per batch; a random crop, flip, brightness and contrast per image."""
+    """A random scale per batch; a random crop, flip, brightness, contrast and amount of Gaussian noise per image."""
     scale = float(torch.empty(()).uniform_(0.85, 1.7, generator=generator))
     size = [max(round(side * scale), crop) for side, crop in zip(images.shape[-2:], CROP, strict=True)]
     images = F.interpolate(images, size, mode="bilinear", align_corners=False)
@@ -56,7 +57,10 @@ def augment(images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple
         crop = image[window].flip(flip) * brightness
         crops.append((crop.mean() + (crop - crop.mean()) * contrast).clamp(0, 1))
         targets.append(label[window].flip(flip))
-    return torch.stack(crops), torch.stack(targets)
+    noisy = torch.stack(crops)
+    sigma = NOISE * torch.rand(len(noisy), 1, 1, 1, generator=generator)
+    noisy = (noisy + sigma * torch.randn(noisy.shape, generator=generator)).clamp(0, 1)
+    return noisy, torch.stack(targets)
 
 
 def class_weights(labels: Tensor) -> Tensor:

@@ -40,9 +40,7 @@ class Backend(str):
 def _load() -> str:
     """Load the operator library, once; returns why it cannot be used, or an empty string."""
     if "_ops" not in _C.operator_libraries:
-        return (
-            "this build has no native operators (pip install --no-build-isolation . builds it where torch is installed)"
-        )
+        return "this build has no native operators (torch was not in the environment that built it)"
     problem = _load_library("_ops")
     if not problem:
         _register()
@@ -55,10 +53,7 @@ def _load_cuda() -> str:
     if problem := _load():
         return problem
     if "_ops_cuda" not in _C.operator_libraries:
-        return (
-            "this build has no CUDA kernels (pip install --no-build-isolation . builds them "
-            "where nvcc and a torch with CUDA are installed)"
-        )
+        return "this build has no CUDA kernels (no nvcc, or no torch with CUDA, was in the environment that built it)"
     return _load_library("_ops_cuda")
 
 

@@ -1,0 +1,239 @@
+"""The operators against the published formulation and against the eager reference, forward plus backward.
+
+    python bench/bench_ops.py --output bench/results/ops.json     # the table, from one run
+    pytest bench/bench_ops.py                                     # the same measurements as pytest-benchmark prints them
+
+`published` computes all pairs of the K+1 maps, as the published code does: the masks are materialized, each pair is
+masked and normalized over its own overlap, quadratic in K. `eager` (equifast.reference) and `native` compute the K
+pairs with the anchor. The floor is the time to read every tensor once and to write every result once, at the
+bandwidth of a copy in the same run: for the similarity anchor and views in, their gradients out.
+"""
+
+import json
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytest
+import torch
+import typer
+from _study import machine, versions
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional as F
+
+from equifast import ops, reference, views
+
+DEVICE = os.environ.get("EQUIFAST_BENCH_DEVICE", "cpu")
+DTYPE = getattr(torch, os.environ.get("EQUIFAST_BENCH_DTYPE", "float32"))
+FEATURES = [(1, 11, 22, 30), (4, 19, 43, 85), (1, 256, 60, 60), (1, 21, 480, 480), (32, 64, 8, 8)]
+LARGE = [(4, 256, 128, 256), (8, 21, 512, 1024)]  # on a GPU only
+IMAGES = (4, 3, 340, 680)
+COPIED = 2**26  # elements of the tensor that is copied: far beyond every cache
+LEAST_SECONDS = 1.5  # of measuring, per line
+BENCHMARKS = ("published", "eager", "native")
+
+
+def rendered(shape: Sequence[int]) -> tuple[Tensor, list[tuple[int, int]]]:
+    """theta (8, N, 2, 3) and the eight sizes of `views.paper()` for maps of a shape (N, C, H, W)."""
+    ids = torch.arange(shape[0])
+    sampled = views.sample(views.paper(), (shape[2], shape[3]), seed=0, ids=ids)
+    return torch.stack([view.theta for view in sampled]).to(DEVICE), [view.size for view in sampled]
+
+
+def values(*shape: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(DEVICE, DTYPE)
+
+
+def synchronize() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure(benchmark: Any, task: Callable[[], object], touched: int) -> None:
+    """Times a task often enough; `touched` is what the floor counts, in bytes."""
+
+    def synchronized() -> None:
+        task()
+        synchronize()
+
+    synchronized()  # libraries choose their algorithms
+    start = torch.utils.benchmark.Timer("task()", globals={"task": synchronized}).timeit(1).median
+    rounds = min(max(int(LEAST_SECONDS / max(start, 1e-6)), 5), 2000)
+    benchmark.extra_info["bytes"] = touched
+    benchmark.pedantic(synchronized, rounds=rounds, iterations=1, warmup_rounds=2)
+
+
+# The work, three times.
+
+
+def published_similarity(anchor: Tensor, maps: Sequence[Tensor], theta: Tensor) -> Tensor:
+    """(N,): the sum over all pairs, each over the overlap of the two."""
+    size = list(anchor.shape)
+    back, masks = [anchor], [torch.ones_like(anchor[:, :1])]
+    for view, inverse in zip(maps, reference.invert(theta), strict=True):
+        grid = F.affine_grid(inverse.to(view.dtype), size, align_corners=False)
+        back.append(F.grid_sample(view, grid, align_corners=False))
+        masks.append((F.grid_sample(torch.ones_like(view[:, :1]), grid, align_corners=False) > 0.5).to(view.dtype))
+    total = torch.zeros_like(anchor[:, 0, 0, 0])
+    for i in range(len(back)):
+        for j in range(i + 1, len(back)):
+            mask = masks[i] * masks[j]
+            total = total + F.cosine_similarity((back[i] * mask).flatten(1), (back[j] * mask).flatten(1))
+    return total
+
+
+def published_warp(images: Tensor, theta: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    warped = []
+    for t, size in zip(theta, sizes, strict=True):
+        grid = F.affine_grid(t.to(images.dtype), [*images.shape[:2], *size], align_corners=False)
+        warped.append(F.grid_sample(images, grid, padding_mode="border", align_corners=False))
+    return warped
+
+
+def published_step(x: Tensor, gradient: Tensor, origin: Tensor, eps: float, step: float, sigma: float) -> Tensor:
+    """With PyTorch's own random numbers; the norm per image."""
+    direction = gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1) + sigma * torch.randn_like(x)
+    moved = x + step * direction.sign()
+    return torch.min(torch.max(moved, origin - eps), origin + eps).clamp(0, 1)
+
+
+def backends(name: str) -> Any:
+    return ops.use({"eager": "reference", "native": "native"}[name])
+
+
+@pytest.mark.parametrize("implementation", BENCHMARKS)
+@pytest.mark.parametrize("shape", FEATURES + (LARGE if DEVICE == "cuda" else []), ids=str)
+def test_similarity(benchmark: Any, shape: tuple[int, int, int, int], implementation: str) -> None:
+    theta, sizes = rendered(shape)
+    anchor = values(*shape, seed=0).requires_grad_()
+    maps = [values(*shape[:2], *size, seed=1 + k).requires_grad_() for k, size in enumerate(sizes)]
+    inputs = [anchor, *maps]
+
+    def once() -> object:
+        if implementation == "published":
+            return torch.autograd.grad(published_similarity(anchor, maps, theta).sum(), inputs)
+        with backends(implementation):
+            return torch.autograd.grad(ops.similarity(anchor, maps, theta).sum(), inputs)
+
+    measure(benchmark, once, 2 * sum(f.nbytes for f in inputs))
+
+
+@pytest.mark.parametrize("implementation", BENCHMARKS)
+def test_warp(benchmark: Any, implementation: str) -> None:
+    theta, sizes = rendered(IMAGES)
+    images = values(*IMAGES, seed=0).requires_grad_()
+    upstream = [values(*IMAGES[:2], *size, seed=1 + k) for k, size in enumerate(sizes)]
+
+    def once() -> object:
+        if implementation == "published":
+            return torch.autograd.grad(published_warp(images, theta, sizes), images, upstream)
+        with backends(implementation):
+            return torch.autograd.grad(ops.warp(images, theta, sizes), images, upstream)
+
+    measure(benchmark, once, 2 * (images.nbytes + sum(g.nbytes for g in upstream)))
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.5], ids=["no noise", "noise"])
+@pytest.mark.parametrize("implementation", BENCHMARKS)
+def test_signed_step(benchmark: Any, implementation: str, sigma: float) -> None:
+    origin, gradient = values(*IMAGES, seed=0).abs().clamp(0, 1), values(*IMAGES, seed=1)
+    ids = torch.zeros(IMAGES[0], dtype=torch.int64, device=DEVICE)
+
+    def once() -> object:
+        if implementation == "published":
+            return published_step(origin, gradient, origin, 0.02, 0.01, sigma)
+        with backends(implementation):
+            return ops.signed_step(origin, gradient, origin, 0.02, 0.01, sigma, 0, ids, 0, 0)
+
+    measure(benchmark, once, 4 * origin.nbytes)
+
+
+def test_copy(benchmark: Any) -> None:
+    source = torch.zeros(COPIED, device=DEVICE)
+    target = torch.zeros_like(source)
+    measure(benchmark, lambda: target.copy_(source), 2 * source.nbytes)
+
+
+# The table.
+
+
+def _collect(report: dict[str, Any]) -> tuple[float, dict[str, dict[str, dict[str, float]]]]:
+    """Bytes per second of the copy; per line of the table and implementation: median, spread, floor in seconds."""
+    lines = report["benchmarks"]
+    (copy,) = [line for line in lines if line["name"] == "test_copy"]
+    bandwidth = copy["extra_info"]["bytes"] / copy["stats"]["median"]
+    rows: dict[str, dict[str, dict[str, float]]] = {}
+    for line in lines:
+        if line is copy:
+            continue
+        chosen = dict(line["params"])
+        implementation = chosen.pop("implementation")
+        title = " ".join([line["name"].split("[")[0].removeprefix("test_"), *(str(v) for v in chosen.values())])
+        data = line["stats"].get("data") or [line["stats"]["median"]]
+        rows.setdefault(title, {})[implementation] = {
+            "median": line["stats"]["median"],
+            "quartiles": statistics.quantiles(data, n=4) if len(data) > 1 else data * 3,
+            "floor": line["extra_info"]["bytes"] / bandwidth,
+        }
+    return bandwidth, rows
+
+
+def _print(bandwidth: float, rows: dict[str, dict[str, dict[str, float]]]) -> None:
+    title = f"{DEVICE}, {DTYPE}: milliseconds, forward and backward, median; a copy runs at {bandwidth / 1e9:.1f} GB/s"
+    table = Table(title=title)
+    headings = ("operator", *BENCHMARKS, "published / native", "eager / native", "floor", "native / floor")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "operator" else "right")
+    for name, row in rows.items():
+        median = {key: row[key]["median"] for key in BENCHMARKS if key in row}
+        cells = [f"{1e3 * median[key]:.3f}" if key in median else "" for key in BENCHMARKS]
+        if "native" in median:
+            native, floor = median["native"], row["native"]["floor"]
+            cells += [f"{median[key] / native:.1f}" if key in median else "" for key in BENCHMARKS[:2]]
+            cells += [f"{1e3 * floor:.3f}", f"{native / floor:.2f}"]
+        table.add_row(name, *cells)
+    Console(width=150).print(table)
+
+
+def main(
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    select: Annotated[str, typer.Option(help="What to measure, as in pytest -k; the copy always is.")] = "test",
+    output: Annotated[Path | None, typer.Option(help="Where the JSON goes.")] = None,
+) -> None:
+    """Run the benchmarks, print the table, write it."""
+    global DEVICE, DTYPE
+    os.environ["EQUIFAST_BENCH_DEVICE"], os.environ["EQUIFAST_BENCH_DTYPE"] = device, dtype
+    DEVICE, DTYPE = device, getattr(torch, dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        raw = Path(folder) / "benchmarks.json"
+        options = ["-q", "-p", "no:cacheprovider", f"--benchmark-json={raw}", "--benchmark-save-data", "-k"]
+        status = pytest.main([__file__, *options, f"test_copy or ({select})"])
+        if status:
+            sys.exit(int(status))
+        bandwidth, rows = _collect(json.loads(raw.read_text()))
+    _print(bandwidth, rows)
+    if output is not None:
+        document = {
+            "device": torch.cuda.get_device_name() if device == "cuda" else machine()["cpu"],
+            "dtype": dtype,
+            "copy_bytes_per_second": bandwidth,
+            "seconds": rows,
+            "versions": versions(),
+            "machine": machine(),
+        }
+        output.parent.mkdir(parents=True, exist_ok=True)
+        beside = output.with_name(output.name + ".partial")
+        beside.write_text(json.dumps(document, indent=2) + "\n")
+        beside.replace(output)
+
+
+if __name__ == "__main__":
+    typer.run(main)
