@@ -14,7 +14,7 @@ namespace {
 using core::Cosine;
 using core::Products;
 
-constexpr int most_maps = most_views + 1;
+constexpr int most_maps = most_views + 1, log_most_bands = 6;
 
 struct BackwardLaunch {
   Map map[most_maps];       // the anchor (N, C, H, W), then the views (N, C, h, w)
@@ -28,8 +28,8 @@ struct BackwardLaunch {
   bool wide, accumulate;      // of the anchor's gradient: in the accumulator's type; adds to what is there
   Plan plan;
   Tiles tiles[most_maps];
-  int tile_count;  // of all maps
   int log_bands;
+  int band_first[(1 << log_most_bands) + 1];  // tiles before a band, of all maps; then all tiles
 };
 
 // Which tile of which map a block computes. Both gradients read the anchor and the views. Blocks go through
@@ -39,21 +39,15 @@ struct Role {
   int map, tile;
 };
 
-__device__ inline int tiles_before(const Tiles& t, int band, int log_bands) {
+EQUIFAST_HD inline int tiles_before(const Tiles& t, int band, int log_bands) {
   return static_cast<int>(int64_t{t.count} * band >> log_bands);
-}
-
-__device__ inline int tiles_before(const BackwardLaunch& p, int band) {
-  int sum = 0;
-  for (int m = 0; m <= p.views; ++m) sum += tiles_before(p.tiles[m], band, p.log_bands);
-  return sum;
 }
 
 __device__ inline Role role_of(const BackwardLaunch& p, int tile) {
   // maps round down the beginnings of their bands, so that the band may be a later one
-  int band = static_cast<int>((int64_t{tile} << p.log_bands) / p.tile_count);
-  while (tiles_before(p, band + 1) <= tile) ++band;
-  int rest = tile - tiles_before(p, band);
+  int band = static_cast<int>((int64_t{tile} << p.log_bands) / p.band_first[1 << p.log_bands]);
+  while (p.band_first[band + 1] <= tile) ++band;
+  int rest = tile - p.band_first[band];
   for (int m = 0; m < p.views; ++m) {
     const int first = tiles_before(p.tiles[m], band, p.log_bands);
     const int count = tiles_before(p.tiles[m], band + 1, p.log_bands) - first;
@@ -180,7 +174,7 @@ __global__ void __launch_bounds__(block_threads, 2)
     backward_kernel(const __grid_constant__ BackwardLaunch p) {
   constexpr int E = backward_channels<T, V>;
   __shared__ Shared<Real<T>> shared;
-  const Part part = part_of(p.tile_count, p.plan.chunks);
+  const Part part = part_of(p.band_first[1 << p.log_bands], p.plan.chunks);
   const int thread = static_cast<int>(threadIdx.x);
   if (thread == 0) shared.role = role_of(p, part.tile);
   __syncthreads();
@@ -225,11 +219,14 @@ cudaError_t run(const SimilarityParams& p, cudaStream_t stream) {
     int64_t bytes = 0;  // of an image's features, in the channels of a block
     for (int m = 0; m <= l.views; ++m) {
       l.tiles[m] = tiles_of(l.map[m], l.plan.log_lanes);
-      l.tile_count += l.tiles[m].count;
       bytes += int64_t{l.map[m].height} * l.map[m].width * l.plan.channels * static_cast<int64_t>(sizeof(T));
     }
-    while (l.log_bands < 10 && bytes >> l.log_bands > p.cached) ++l.log_bands;
-    error = launch(backward_kernel<T, V>, int64_t{l.tile_count} * l.plan.chunks * l.images, l, stream);
+    while (l.log_bands < log_most_bands && bytes >> l.log_bands > p.cached) ++l.log_bands;
+    for (int band = 0; band <= 1 << l.log_bands; ++band) {
+      for (int m = 0; m <= l.views; ++m) l.band_first[band] += tiles_before(l.tiles[m], band, l.log_bands);
+    }
+    const int tile_count = l.band_first[1 << l.log_bands];
+    error = launch(backward_kernel<T, V>, int64_t{tile_count} * l.plan.chunks * l.images, l, stream);
   }
   return error;
 }

@@ -1,7 +1,7 @@
 // Stands in for CUDA's header of this name, so that a host compiler compiles the very same kernel source and
 // the kernels run without a GPU. The threads of a block are fibers of one host thread: one runs until it
-// waits at a barrier or a warp's exchange. Which thread runs first, and which block, is for a test to vary
-// (equifast_shim:: shuffle): a missing barrier, or shared memory read before it is written, then changes
+// waits at a barrier or for its warp. Which thread and which block runs first is for a test to vary, with
+// equifast_shim::shuffle: a missing barrier, or shared memory that is read before it is written, then changes
 // results. A barrier that not all threads reach ends the program.
 #pragma once
 
