@@ -324,6 +324,7 @@ def doctor() -> None:
         "torch": f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})",
         **{name: _installed(name) for name in ("torchvision", "timm", "triton", "numpy")},
         "backend": f"{chosen}: {chosen.reason}" + (f" ({kernels} kernels)" if chosen == "native" else ""),
+        **({"backend on CUDA": _on_cuda()} if torch.cuda.is_available() else {}),
         "operator libraries": ", ".join(_C.operator_libraries) or "none",
         "compiled by": f"{_C.compiler}, C++{_C.cxx_standard}; CUDA compiler: {_C.cuda_compiler or 'none found'}",
         "GPU": _gpu(),
@@ -334,6 +335,12 @@ def doctor() -> None:
     for name, value in rows.items():
         table.add_row(name, value)
     _out.print(table, highlight=False)
+
+
+def _on_cuda() -> str:
+    chosen = ops.choose(torch.device("cuda"))
+    architectures = ", ".join(f"sm_{architecture}" for architecture in _C.cuda_architectures)
+    return f"{chosen}: {chosen.reason}" + (f" (kernels for {architectures})" if chosen == "native" else "")
 
 
 def _gpu() -> str:

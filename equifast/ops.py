@@ -41,13 +41,37 @@ def _load() -> str:
     """Load the operator library, once; returns why it cannot be used, or an empty string."""
     if "_ops" not in _C.operator_libraries:
         return "this build has no native operators (torch was not in the environment that built it)"
-    path = Path(__file__).with_name("_ops.so")
+    problem = _load_library("_ops")
+    if not problem:
+        _register()
+    return problem
+
+
+@functools.cache
+def _load_cuda() -> str:
+    """Load the CUDA kernels too, once; returns why they cannot be used, or an empty string."""
+    if problem := _load():
+        return problem
+    if "_ops_cuda" not in _C.operator_libraries:
+        return "this build has no CUDA kernels (no nvcc, or no torch with CUDA, was in the environment that built it)"
+    return _load_library("_ops_cuda")
+
+
+def _load_library(stem: str) -> str:
     try:
-        torch.ops.load_library(path)
+        torch.ops.load_library(Path(__file__).with_name(f"{stem}.so"))
     except (OSError, RuntimeError, ImportError) as error:
-        return f"the operator library does not load: {str(error).splitlines()[0]}"
-    _register()
+        return f"the operator library {stem} does not load: {str(error).splitlines()[0]}"
     return ""
+
+
+def _problem(device: torch.device) -> str:
+    """Why the native backend cannot compute for tensors of a device, or an empty string."""
+    if device.type == "cpu":
+        return _load()
+    if device.type != "cuda":
+        return f"there are no native kernels for {device.type}"
+    return _load_cuda() if torch.cuda.is_available() else "there is no CUDA device here"
 
 
 def instruction_set() -> str | None:
@@ -84,7 +108,7 @@ def choose(device: torch.device) -> Backend:
     asked, by = _asked()
     if asked == "reference":
         return Backend("reference", f"{by} asks for it")
-    problem = _load() if device.type == "cpu" else f"there are no native kernels for {device.type}"
+    problem = _problem(device)
     if not problem:
         return Backend("native", f"{by} asks for it" if asked else "it is built and loads")
     if asked == "native":
@@ -174,7 +198,7 @@ def signed_step(
         from equifast import _step_triton
 
         return _step_triton.signed_step(x, gradient, origin, eps, step, sigma, seed, ids, draw, t)
-    if not _native(x):
+    if x.device.type == "cuda" or not _native(x):  # native on CUDA is Triton's alone
         return reference.signed_step(x, gradient, origin, eps, step, sigma, seed, ids, draw, t)
     tensors = (x.detach(), gradient.detach(), origin.detach())
     moved: Tensor = torch.ops.equifast.signed_step(
@@ -187,7 +211,7 @@ def signed_step(
 
 
 def _interleaved(t: Tensor) -> bool:
-    """Whether the kernels take it as channels_last (csrc/cpu/operators.cpp decides alike)."""
+    """Whether the kernels take it as channels_last (csrc/tensors.h decides alike)."""
     _, channels, height, width = t.stride()
     if width == 1 or t.shape[3] == 1:
         return False

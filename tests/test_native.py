@@ -34,6 +34,19 @@ SHAPES = {
 LAYOUTS = ("contiguous", "channels_last", "strided", "mixed")
 
 
+# Where there is a CUDA device its kernels go through the same tables, against the same reference on the CPU.
+CUDA = torch.cuda.is_available() and (
+    "_ops_cuda" in _C.operator_libraries or os.environ.get("EQUIFAST_BACKEND") == "native"
+)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)] if CUDA else ["cpu"])
+def device(request: pytest.FixtureRequest, _native_backend: None) -> torch.device:
+    found = torch.device(request.param)
+    assert ops.choose(found) == "native"
+    return found
+
+
 @pytest.fixture(autouse=True)
 def _native_backend() -> Iterator[None]:
     with ops.use("native"):
@@ -47,10 +60,11 @@ def draw(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
 
 
 def lay(x: Tensor, layout: str, index: int = 0) -> Tensor:
+    """The same in a layout; "mixed" alternates."""
     if layout == "channels_last" or (layout == "mixed" and index % 2):
         return x.contiguous(memory_format=torch.channels_last)
     if layout == "strided":
-        wide = torch.full((*x.shape[:3], 2 * x.shape[3] + 1), torch.nan, dtype=x.dtype)
+        wide = x.new_full((*x.shape[:3], 2 * x.shape[3] + 1), torch.nan)
         wide[..., 1::2] = x
         return wide[..., 1::2]
     return x
@@ -61,22 +75,29 @@ def matrices(n: int, k: int, first: int) -> Tensor:
     return torch.cat([cases.theta(names[(first + i) % len(names)], n) for i in range(k)])
 
 
-def problem(name: str, first: int, layout: str, dtype: torch.dtype) -> tuple[Tensor, list[Tensor], Tensor]:
+def problem(
+    name: str, first: int, layout: str, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> tuple[Tensor, list[Tensor], Tensor]:
     (n, c, h, w), sizes = SHAPES[name]
-    anchor = lay(draw(n, c, h, w, seed=1, dtype=dtype), layout)
-    views = [lay(draw(n, c, *size, seed=2 + i, dtype=dtype), layout, i) for i, size in enumerate(sizes)]
-    return anchor, views, matrices(n, len(sizes), first)
+    anchor = lay(draw(n, c, h, w, seed=1, dtype=dtype).to(device), layout)
+    views = [lay(draw(n, c, *size, seed=2 + i, dtype=dtype).to(device), layout, i) for i, size in enumerate(sizes)]
+    return anchor, views, matrices(n, len(sizes), first).to(device)
+
+
+def plain(x: Tensor) -> Tensor:
+    """The same for the reference: contiguous, on the CPU."""
+    return x.detach().cpu().contiguous().requires_grad_()
 
 
 def differentiate(outputs: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
-    weights = [draw(*o.shape, seed=7 + i, dtype=o.dtype) for i, o in enumerate(outputs)]
+    weights = [draw(*o.shape, seed=7 + i, dtype=o.dtype).to(o.device) for i, o in enumerate(outputs)]
     total = sum((o.double() * u.double()).sum() for o, u in zip(outputs, weights, strict=True))
     assert isinstance(total, Tensor)
     return list(torch.autograd.grad(total, inputs))
 
 
 def close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
-    actual, expected = actual.detach(), expected.detach()
+    actual, expected = actual.detach().cpu(), expected.detach()
     assert actual.dtype == expected.dtype
     assert actual.shape == expected.shape
     # gradients are of any size: relative to the largest
@@ -87,12 +108,12 @@ def close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", SHAPES)
-def test_warp(name: str, layout: str, dtype: torch.dtype) -> None:
+def test_warp(name: str, layout: str, dtype: torch.dtype, device: torch.device) -> None:
     for first in range(0, len(cases.THETAS), 2):
-        x, views, theta = problem(name, first, layout, dtype)
+        x, views, theta = problem(name, first, layout, dtype, device)
         sizes = [(v.shape[2], v.shape[3]) for v in views]
-        leaves = [x.detach().requires_grad_(), x.detach().contiguous().requires_grad_()]
-        actual, expected = ops.warp(leaves[0], theta, sizes), reference.warp(leaves[1], theta, sizes)
+        leaves = [x.detach().requires_grad_(), plain(x)]
+        actual, expected = ops.warp(leaves[0], theta, sizes), reference.warp(leaves[1], theta.cpu(), sizes)
         for a, e in zip(actual, expected, strict=True):
             close(a, e, dtype)
         close(differentiate(actual, leaves[:1])[0], differentiate(expected, leaves[1:])[0], dtype)
@@ -102,23 +123,23 @@ def test_warp(name: str, layout: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("reduction", ["image", "pixel"])
 @pytest.mark.parametrize("name", SHAPES)
-def test_similarity(name: str, reduction: str, layout: str, dtype: torch.dtype) -> None:
+def test_similarity(name: str, reduction: str, layout: str, dtype: torch.dtype, device: torch.device) -> None:
     for first in range(0, len(cases.THETAS), 2):
-        anchor, views, theta = problem(name, first, layout, dtype)
+        anchor, views, theta = problem(name, first, layout, dtype, device)
         leaves = [f.detach().requires_grad_() for f in (anchor, *views)]
-        plain = [f.detach().contiguous().requires_grad_() for f in (anchor, *views)]
+        others = [plain(f) for f in leaves]
         actual = ops.similarity(leaves[0], leaves[1:], theta, reduction)
-        expected = reference.similarity(plain[0], plain[1:], theta, reduction)
+        expected = reference.similarity(others[0], others[1:], theta.cpu(), reduction)
         # accumulated in float32 also for half types
         close(actual, expected, torch.float64 if dtype == torch.float64 else torch.float32)
-        for a, e in zip(differentiate([actual], leaves), differentiate([expected], plain), strict=True):
+        for a, e in zip(differentiate([actual], leaves), differentiate([expected], others), strict=True):
             close(a, e, dtype)
 
 
 @pytest.mark.parametrize("reduction", ["image", "pixel"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_small_vectors_count_as_zero(layout: str, reduction: str) -> None:
-    f, theta = lay(torch.full((1, 3, 4, 4), 1e-8), layout), cases.theta("identity")
+def test_small_vectors_count_as_zero(layout: str, reduction: str, device: torch.device) -> None:
+    f, theta = lay(torch.full((1, 3, 4, 4), 1e-8, device=device), layout), cases.theta("identity").to(device)
     leaves = [f.clone().requires_grad_(), f.clone().requires_grad_()]
     s = ops.similarity(leaves[0], leaves[1:], theta, reduction)
     assert s.tolist() == [[0.0]]
@@ -127,8 +148,8 @@ def test_small_vectors_count_as_zero(layout: str, reduction: str) -> None:
 
 
 @pytest.mark.parametrize("reduction", ["image", "pixel"])
-def test_gradcheck(reduction: str) -> None:
-    anchor, views, theta = problem("odd", 0, "contiguous", torch.float64)
+def test_gradcheck(reduction: str, device: torch.device) -> None:
+    anchor, views, theta = problem("odd", 0, "contiguous", torch.float64, device)
     leaves = [f.requires_grad_() for f in (anchor, *views)]
     assert torch.autograd.gradcheck(lambda a, *v: ops.similarity(a, v, theta, reduction), leaves)
     sizes = [(4, 6), (3, 3), (9, 4)]
@@ -147,25 +168,27 @@ def test_second_derivative_names_the_reference() -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # opcheck's own
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_opcheck(layout: str, dtype: torch.dtype) -> None:
-    anchor, views, theta = problem("odd", 0, layout, dtype)
+def test_opcheck(layout: str, dtype: torch.dtype, device: torch.device) -> None:
+    anchor, views, theta = problem("odd", 0, layout, dtype, device)
     library = torch.ops.equifast
     leaves = [f.requires_grad_() for f in (anchor, *views)]
     sums = library.similarity(anchor, views, theta, False)[1].detach()
-    upstream = torch.ones(2, 3, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    plain = [f.detach() for f in leaves]
+    accumulator = torch.float64 if dtype == torch.float64 else torch.float32
+    upstream = torch.ones(2, 3, dtype=accumulator, device=device)
+    detached = [f.detach() for f in leaves]
     torch.library.opcheck(library.warp.default, (anchor, theta, [4, 9, 1], [6, 3, 2]))
     torch.library.opcheck(library.warp_adjoint.default, ([v.detach() for v in views], theta, 5, 8))
     for pixel in (False, True):
         torch.library.opcheck(library.similarity.default, (anchor, list(views), theta, pixel))
-        arguments = (upstream, sums, plain[0], plain[1:], theta, pixel)
+        arguments = (upstream, sums, detached[0], detached[1:], theta, pixel)
         torch.library.opcheck(library.similarity_backward.default, arguments)
-    step = (plain[0], plain[0], plain[0], 0.1, 0.1, 0.5, 1, torch.arange(2), 0, 3)
-    torch.library.opcheck(library.signed_step.default, step)
+    if device.type == "cpu":
+        step = (detached[0], detached[0], detached[0], 0.1, 0.1, 0.5, 1, torch.arange(2), 0, 3)
+        torch.library.opcheck(library.signed_step.default, step)
 
 
-def test_compiles_whole() -> None:
-    anchor, views, theta = problem("odd", 0, "contiguous", torch.float32)
+def test_compiles_whole(device: torch.device) -> None:
+    anchor, views, theta = problem("odd", 0, "contiguous", torch.float32, device)
     theta = theta.double()
 
     def loss(f0: Tensor, *rest: Tensor) -> Tensor:
@@ -256,9 +279,10 @@ def test_theta_that_requires_grad_is_refused() -> None:
         ops.similarity(x, [x], theta)
 
 
-def test_the_library_refuses_what_does_not_fit() -> None:
+def test_the_library_refuses_what_does_not_fit(device: torch.device) -> None:
     """Whoever calls torch.ops.equifast gets no memory that is not the tensors'."""
-    library, x, theta = torch.ops.equifast, torch.rand(2, 3, 4, 4), cases.theta("identity", 2)
+    library, x = torch.ops.equifast, torch.rand(2, 3, 4, 4, device=device)
+    theta = cases.theta("identity", 2).to(device)
     for call in (
         lambda: library.warp(x[0], theta, [4], [4]),
         lambda: library.warp(x, theta, [4], [4, 4]),
@@ -278,24 +302,25 @@ def test_the_library_refuses_what_does_not_fit() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.0, 1e300])
-def test_any_theta_on_the_library_is_safe(bad: float) -> None:
+def test_any_theta_on_the_library_is_safe(bad: float, device: torch.device) -> None:
     """The public function refuses such a theta; the kernels must stay in bounds with it all the same."""
-    theta = torch.full((1, 1, 2, 3), bad, dtype=torch.float64)
-    x = torch.rand(1, 2, 5, 6)
+    theta = torch.full((1, 1, 2, 3), bad, dtype=torch.float64, device=device)
+    x = torch.rand(1, 2, 5, 6, device=device)
     for layout in ("contiguous", "channels_last"):
         f = lay(x, layout)
         assert torch.ops.equifast.warp(f, theta, [9], [7])[0].shape == (1, 2, 9, 7)
         s, sums = torch.ops.equifast.similarity(f, [f], theta, False)
         assert s.item() == 0
-        gradients = torch.ops.equifast.similarity_backward(torch.ones(1, 1), sums, f, [f], theta, False)
+        gradients = torch.ops.equifast.similarity_backward(torch.ones_like(s), sums, f, [f], theta, False)
         assert not any(g.any() for g in gradients)
 
 
-def test_empty() -> None:
-    x, theta = torch.zeros(0, 3, 4, 5), torch.zeros(2, 0, 2, 3)
+def test_empty(device: torch.device) -> None:
+    x, theta = torch.zeros(0, 3, 4, 5, device=device), torch.zeros(2, 0, 2, 3, device=device)
     assert [w.shape for w in ops.warp(x, theta, [(4, 5), (2, 2)])] == [(0, 3, 4, 5), (0, 3, 2, 2)]
     assert ops.similarity(x, [x, x], theta).shape == (0, 2)
-    assert ops.signed_step(x, x, x, 0.1, 0.1, 0.0, 0, torch.zeros(0, dtype=torch.int64), 0, 0).shape == x.shape
+    ids = torch.zeros(0, dtype=torch.int64, device=device)
+    assert ops.signed_step(x, x, x, 0.1, 0.1, 0.0, 0, ids, 0, 0).shape == x.shape
 
 
 def test_choice_of_backend(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,3 +334,6 @@ def test_choice_of_backend(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
     with pytest.raises(RuntimeError, match="asks for the native backend, but there are no native kernels for meta"):
         ops.choose(torch.device("meta"))
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="asks for the native backend, but there is no CUDA device here"):
+            ops.choose(torch.device("cuda"))

@@ -21,13 +21,14 @@ EQUIFAST_HD inline Theta theta_of(const double* theta, int images, int k, int n)
   return {t[0], t[1], t[2], t[3], t[4], t[5]};
 }
 
+constexpr double not_a_number = std::numeric_limits<double>::quiet_NaN();
+
 // The inverse map. NaN where theta is singular (a determinant below 1e-12) or not finite: every position is
 // then outside. + 0.0 turns -0.0 into 0.0; the adjugate over the determinant is exact for identity and flips.
 EQUIFAST_HD inline Theta invert(const Theta& t) {
   const double det = t.a * t.d - t.b * t.c;
   const bool invertible = (det >= 1e-12 || det <= -1e-12) && det - det == 0;
-  constexpr double nan = std::numeric_limits<double>::quiet_NaN();
-  const double over = invertible ? det : nan;
+  const double over = invertible ? det : not_a_number;
   const double a = t.d / over + 0.0, b = -t.b / over + 0.0, c = -t.c / over + 0.0, d = t.a / over + 0.0;
   return {a, b, -(a * t.x + b * t.y) + 0.0, c, d, -(c * t.x + d * t.y) + 0.0};
 }

@@ -37,4 +37,11 @@ EQUIFAST_HD inline Cosine<real> cosine(const Products<real>& p) {
   return {value, cross, value / p.square0, value / p.square1};
 }
 
+// The similarity of an image and a view from its three sums: those of its one cosine, or for reduction
+// "pixel" the sum of the positions' cosines, their number, and 0.
+EQUIFAST_HD inline double similarity(const double* sums, bool pixel) {
+  if (pixel) return sums[1] > 0 ? sums[0] / sums[1] : 0;
+  return cosine(Products<double>{sums[0], sums[1], sums[2]}).value;
+}
+
 }  // namespace equifast::core

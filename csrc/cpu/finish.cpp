@@ -16,8 +16,7 @@ void similarity_finish(const SimilarityParams& p, void* result) {
     for (int block = 0; block < blocks; ++block) {
       for (int i = 0; i < 3; ++i) sums[i] += p.partial[(pair * blocks + block) * 3 + i];
     }
-    const double value = p.pixel ? (sums[1] > 0 ? sums[0] / sums[1] : 0)
-                                 : core::cosine(core::Products<double>{sums[0], sums[1], sums[2]}).value;
+    const double value = core::similarity(sums, p.pixel);
     if (p.dtype == Dtype::float64) {
       static_cast<double*>(result)[pair] = value;
     } else {

@@ -216,7 +216,7 @@ Tensor signed_step(Tensor x, Tensor gradient, Tensor origin, double eps, double 
   check_features(x, "x");
   for (const Tensor* other : {&gradient, &origin}) {
     check_same(*other, x, other == &gradient ? "gradient" : "origin", "x");
-    STD_TORCH_CHECK(other->sizes() == x.sizes(), other == &gradient ? "gradient" : "origin",
+    STD_TORCH_CHECK(other->sizes().equals(x.sizes()), other == &gradient ? "gradient" : "origin",
                     " must have the shape of x");
   }
   STD_TORCH_CHECK(ids.dim() == 1 && ids.size(0) == x.size(0) && ids.scalar_type() == Scalar::Long,
