@@ -69,26 +69,49 @@ void visit_channels(int first, int last, const Work& work) {
   }
 }
 
-// The taps of position i.
+// `lanes` numbers that are computed with at once. As a type of its own, since compilers unroll a loop over
+// them before they think of vectors. Never passed by value: the calling convention depends on the instruction
+// set.
 template <int lanes, typename real>
-struct Corners4 {
-  const real *p00, *p01, *p10, *p11;
-  real w00, w01, w10, w11;
-
-  Corners4(const Geometry<real>& g, int i, const real* panel)
-      : p00(panel + int64_t{g.offset[i]} * lanes),
-        p01(p00 + g.right[i] * lanes),
-        p10(p00 + g.down[i] * lanes),
-        p11(p10 + g.right[i] * lanes),
-        w00(g.w00[i]),
-        w01(g.w01[i]),
-        w10(g.w10[i]),
-        w11(g.w11[i]) {}
-
-  real operator[](int lane) const {
-    return (w00 * p00[lane] + w01 * p01[lane]) + (w10 * p10[lane] + w11 * p11[lane]);
-  }
+struct Pack {
+  typedef real type
+      __attribute__((vector_size(lanes * sizeof(real))));  // an alias would not take the attribute
 };
+
+template <typename Vector, typename real>
+inline void get(const real* from, Vector& v) {
+  std::memcpy(&v, from, sizeof(v));
+}
+template <typename Vector, typename real>
+inline void put(real* to, const Vector& v) {
+  std::memcpy(to, &v, sizeof(v));
+}
+
+// Where position i has its taps in a panel.
+struct Corners4 {
+  int64_t o00, o01, o10, o11;
+  template <typename real>
+  Corners4(const Geometry<real>& g, int i, int lanes)
+      : o00(int64_t{g.offset[i]} * lanes),
+        o01(o00 + int64_t{g.right[i]} * lanes),
+        o10(o00 + int64_t{g.down[i]} * lanes),
+        o11(o10 + int64_t{g.right[i]} * lanes) {}
+};
+
+template <typename Vector, typename real>
+inline void sample(const Geometry<real>& g, int i, const Corners4& c, const real* panel, Vector& v) {
+  Vector a, b, d, e;
+  get(panel + c.o00, a), get(panel + c.o01, b), get(panel + c.o10, d), get(panel + c.o11, e);
+  v = (g.w00[i] * a + g.w01[i] * b) + (g.w10[i] * d + g.w11[i] * e);
+}
+
+template <typename Vector, typename real>
+inline void add(real* to, real weight, const Vector& v) {
+  Vector sum;
+  get(to, sum);
+  sum += weight * v;
+  put(to, sum);
+}
 
 template <int lanes, typename real>
 const real* at(const real* panel, const Rect& of, int column, int row) {
@@ -99,17 +122,17 @@ const real* at(const real* panel, const Rect& of, int column, int row) {
 template <int lanes, typename real>
 void add_products(const Geometry<real>& g, const Rect& anchor, const real* panel0, const real* panel1,
                   double* out) {
+  using Vector = typename Pack<lanes, real>::type;
   double total[3][lanes] = {};
   for (int s = 0; s < g.spans; ++s) {
     const auto& span = g.span[s];
     const real* f0 = at<lanes>(panel0, anchor, span.begin, span.row);
-    real inner[lanes] = {}, square0[lanes] = {}, square1[lanes] = {};
-    for (int i = 0; i < span.end - span.begin; ++i, f0 += lanes) {
-      const Corners4<lanes, real> f1(g, span.first + i, panel1);
-      for (int l = 0; l < lanes; ++l) {
-        const real a = f0[l], b = f1[l];
-        inner[l] += a * b, square0[l] += a * a, square1[l] += b * b;
-      }
+    Vector inner{}, square0{}, square1{};
+    for (int i = span.first; i < span.first + span.end - span.begin; ++i, f0 += lanes) {
+      Vector v0, v1;
+      get(f0, v0);
+      sample(g, i, Corners4(g, i, lanes), panel1, v1);
+      inner += v0 * v1, square0 += v0 * v0, square1 += v1 * v1;
     }
     for (int l = 0; l < lanes; ++l) {
       total[0][l] += double(inner[l]), total[1][l] += double(square0[l]), total[2][l] += double(square1[l]);
@@ -169,14 +192,16 @@ struct Weights {
 template <int lanes, typename real>
 void add_to_anchor(const Geometry<real>& g, const Rect& anchor, const Weights<real>& w, const real* panel0,
                    const real* panel1, real* gradient) {
+  using Vector = typename Pack<lanes, real>::type;
   for (int s = 0; s < g.spans; ++s) {
     const auto& span = g.span[s];
-    const int64_t start = at<lanes>(panel0, anchor, span.begin, span.row) - panel0;
-    const real* __restrict f0 = panel0 + start;
-    real* __restrict out = gradient + start;
-    for (int i = 0; i < span.end - span.begin; ++i, f0 += lanes, out += lanes) {
-      const Corners4<lanes, real> f1(g, span.first + i, panel1);
-      for (int l = 0; l < lanes; ++l) out[l] += w.cross * f1[l] - w.own0 * f0[l];
+    int64_t from = at<lanes>(panel0, anchor, span.begin, span.row) - panel0;
+    for (int i = span.first; i < span.first + span.end - span.begin; ++i, from += lanes) {
+      Vector v0, v1, sum;
+      get(panel0 + from, v0), get(gradient + from, sum);
+      sample(g, i, Corners4(g, i, lanes), panel1, v1);
+      sum += w.cross * v1 - w.own0 * v0;
+      put(gradient + from, sum);
     }
   }
 }
@@ -249,22 +274,19 @@ class AnchorGradient {
 template <int lanes, typename real>
 void add_to_view(const Geometry<real>& g, const Rect& anchor, const Weights<real>& w, const real* panel0,
                  const real* panel1, real* gradient) {
+  using Vector = typename Pack<lanes, real>::type;
   for (int s = 0; s < g.spans; ++s) {
     const auto& span = g.span[s];
     const real* f0 = at<lanes>(panel0, anchor, span.begin, span.row);
-    for (int i = 0; i < span.end - span.begin; ++i, f0 += lanes) {
-      const Corners4<lanes, real> f1(g, span.first + i, panel1);
-      real slope[lanes];
-      for (int l = 0; l < lanes; ++l) slope[l] = w.cross * f0[l] - w.own1 * f1[l];
+    for (int i = span.first; i < span.first + span.end - span.begin; ++i, f0 += lanes) {
+      const Corners4 c(g, i, lanes);
+      Vector v0, v1;
+      get(f0, v0);
+      sample(g, i, c, panel1, v1);
+      const Vector slope = w.cross * v0 - w.own1 * v1;
       // one tap after the other: at the border two may be the same pixel
-      real* to = gradient + (f1.p00 - panel1);
-      for (int l = 0; l < lanes; ++l) to[l] += f1.w00 * slope[l];
-      to = gradient + (f1.p01 - panel1);
-      for (int l = 0; l < lanes; ++l) to[l] += f1.w01 * slope[l];
-      to = gradient + (f1.p10 - panel1);
-      for (int l = 0; l < lanes; ++l) to[l] += f1.w10 * slope[l];
-      to = gradient + (f1.p11 - panel1);
-      for (int l = 0; l < lanes; ++l) to[l] += f1.w11 * slope[l];
+      add(gradient + c.o00, g.w00[i], slope), add(gradient + c.o01, g.w01[i], slope);
+      add(gradient + c.o10, g.w10[i], slope), add(gradient + c.o11, g.w11[i], slope);
     }
   }
 }
