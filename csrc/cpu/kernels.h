@@ -102,22 +102,17 @@ inline int64_t similarity_pixel_backward_tasks(const SimilarityParams& p) {
   return int64_t{p.images} * (p.views + parts(p.anchor.height, similarity_pixel_rows));
 }
 
-// One cosine per image: a task owns some rows of a gradient, of the anchor's perhaps some of the channels
-// alone.
-constexpr int similarity_anchor_rows = 16, similarity_lanes = 16;
-inline int similarity_anchor_groups(const SimilarityParams& p) {
-  const int64_t others = int64_t{p.images} * parts(p.anchor.height, similarity_anchor_rows);
-  const int wanted = others >= 16 ? 1 : parts(16, static_cast<int>(others)),
-            most = parts(p.channels, similarity_lanes);
-  return wanted < most ? wanted : most;
-}
-inline int64_t similarity_anchor_tasks(const SimilarityParams& p) {
-  return int64_t{p.images} * parts(p.anchor.height, similarity_anchor_rows) * similarity_anchor_groups(p);
+// One cosine per image: a task owns some rows of a gradient, in a group of channels. The tasks of one image
+// and group follow each other, those of the anchor first: what they read is still in cache for those of the
+// views.
+constexpr int similarity_anchor_rows = 16, similarity_group = 64;
+inline int64_t similarity_group_tasks(const SimilarityParams& p) {
+  int64_t tasks = parts(p.anchor.height, similarity_anchor_rows);
+  for (int k = 0; k < p.views; ++k) tasks += parts(p.view[k].height, similarity_rows);
+  return tasks;
 }
 inline int64_t similarity_backward_tasks(const SimilarityParams& p) {
-  int64_t tasks = similarity_anchor_tasks(p);
-  for (int k = 0; k < p.views; ++k) tasks += int64_t{p.images} * parts(p.view[k].height, similarity_rows);
-  return tasks;
+  return int64_t{p.images} * parts(p.channels, similarity_group) * similarity_group_tasks(p);
 }
 
 constexpr int64_t step_chunk = 16384;  // elements, a multiple of 4

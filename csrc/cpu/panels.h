@@ -4,6 +4,10 @@
 // hence the unnamed namespace.
 #pragma once
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #include <initializer_list>
 #include <type_traits>
 
@@ -14,10 +18,12 @@ namespace equifast::cpu {
 namespace {
 
 constexpr int most_lanes = 16;
-constexpr int edge = 32;                       // of a square of pixels that is worked on at once
-constexpr int halo = (edge + 2) * (edge + 2);  // pixels of a square and of its neighbors
-constexpr int most_positions = 2048;           // of an anchor, that a square of a view is read by at once
-constexpr int most_window = 2816;              // pixels of a panel: what 16 rows of 32 read at twice the size
+// What is worked on at once: long rows, which memory likes, and few of them, so that what they read stays in
+// cache.
+constexpr int tile_columns = 64, tile_rows = 16;
+constexpr int halo = (tile_columns + 2) * (tile_rows + 2);  // pixels of a tile and of its neighbors
+constexpr int most_positions = 2048;  // of an anchor, that a tile of a view is read by at once
+constexpr int most_window = 4608;     // pixels of a panel: what 16 rows of 64 read at twice the size
 
 // Pixels of columns [left, right) and rows [top, bottom).
 struct Rect {
@@ -175,13 +181,39 @@ inline void transpose(const double* from, int64_t from_stride, double* to, int64
   }
 }
 
+// Sixteen channels of sixteen pixels, where a register holds a row of them: a quarter of the loads and
+// stores.
+#if defined(__AVX512F__)
+constexpr bool wide = true;
+
+inline void interleave(const __m512* from, __m512* to) {
+  for (int i = 0; i < 8; ++i) {
+    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    to[2 * i] = _mm512_permutex2var_ps(from[i], low, from[i + 8]);
+    to[2 * i + 1] = _mm512_permutex2var_ps(from[i], high, from[i + 8]);
+  }
+}
+
+inline void transpose_wide(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+  __m512 a[16], b[16];
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(from + i * from_stride);
+  interleave(a, b), interleave(b, a), interleave(a, b), interleave(b, a);
+  for (int i = 0; i < 16; ++i) _mm512_storeu_ps(to + i * to_stride, a[i]);
+}
+#else
+constexpr bool wide = false;
+inline void transpose_wide(const float*, int64_t, float*, int64_t) {}
+#endif
+inline void transpose_wide(const double*, int64_t, double*, int64_t) {}
+
 // Scratch of the two functions below: four lines of a window, in real numbers.
 template <typename real>
 constexpr int64_t lines_scratch() {
   return 4 * Scratch::bytes<real>(most_window);
 }
 
-// Asks for a piece of four planes' rows before it is wanted: pieces are too short for the hardware to see a
+// Asks for a piece of some planes' rows before it is wanted: pieces are too short for the hardware to see a
 // stream.
 template <typename T>
 inline void prefetch(const T* first, int64_t stride, int planes, int columns) {
@@ -272,6 +304,16 @@ void store_panel(const Gradient& map, T* image, int channels, bool interleaved, 
       }
       for (int x = 0; x < columns; ++x, to += map.sx, from += lanes) {
         for (int l = 0; l < channels; ++l) store(to[l], from[l]);
+      }
+    }
+    return;
+  }
+  if (wide && lanes == 16 && channels == 16 && columns >= 16 && std::is_same<T, float>::value) {
+    for (int y = r.top; y < r.bottom; ++y) {
+      for (int x = 0; x < columns; x += 16) {
+        const int at = x + 16 <= columns ? x : columns - 16;
+        real* to = reinterpret_cast<real*>(image + y * map.sy + r.left + at);
+        transpose_wide(row(y) + at * lanes, lanes, to, map.sc);
       }
     }
     return;

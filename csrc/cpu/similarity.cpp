@@ -43,11 +43,15 @@ void visit(const Rect& r, const Work& work) {
   visit(first, work), visit(second, work);
 }
 
+// Calls work on the tiles of a band.
 template <typename Work>
-void visit_band(const Rect& band, const Work& work) {
-  for (int left = band.left; left < band.right; left += edge) {
-    const int right = left + edge < band.right ? left + edge : band.right;
-    visit({left, right, band.top, band.bottom}, work);
+void visit_band(const Rect& band, int rows, const Work& work) {
+  const int columns = parts(band.width(), parts(band.width(), tile_columns));  // of about one width
+  for (int top = band.top; top < band.bottom; top += rows) {
+    const int bottom = top + rows < band.bottom ? top + rows : band.bottom;
+    for (int left = band.left; left < band.right; left += columns) {
+      visit({left, left + columns < band.right ? left + columns : band.right, top, bottom}, work);
+    }
   }
 }
 
@@ -146,11 +150,11 @@ void add_products(const Geometry<real>& g, const Rect& anchor, const real* panel
 template <typename T>
 void run_similarity(const SimilarityParams& p, int64_t begin, int64_t end) {
   using real = Real<T>;
-  Scratch scratch(Geometry<real>::scratch(edge * edge) + lines_scratch<real>() +
-                  Scratch::bytes<real>((edge * edge + most_window) * most_lanes));
-  Geometry<real> g(scratch, edge * edge);
+  Scratch scratch(Geometry<real>::scratch(tile_rows * tile_columns) + lines_scratch<real>() +
+                  Scratch::bytes<real>((tile_rows * tile_columns + most_window) * most_lanes));
+  Geometry<real> g(scratch, tile_rows * tile_columns);
   real* lines = scratch.take<real>(4 * most_window);
-  real* panel0 = scratch.take<real>(edge * edge * most_lanes);
+  real* panel0 = scratch.take<real>(tile_rows * tile_columns * most_lanes);
   real* panel1 = scratch.take<real>(most_window * most_lanes);
   const int blocks = similarity_blocks(p);
   for (int64_t task = begin; task < end; ++task) {
@@ -160,18 +164,19 @@ void run_similarity(const SimilarityParams& p, int64_t begin, int64_t end) {
     const PixelMap map = map_back(p, n, k);
     double* out = p.partial + task * 3;
     out[0] = out[1] = out[2] = 0;
-    visit_band(rows_of(p.anchor, static_cast<int>(task % blocks), similarity_rows), [&](const Rect& r) {
-      g.look(map, r, view.width, view.height);
-      if (g.spans == 0) return true;
-      if (g.window.area() > most_window && r.area() > 1) return false;
-      g.finish();
-      visit_channels(0, p.channels, [&](auto lanes, int c, int count) {
-        load_panel<lanes>(p.anchor, image_of<T>(p.anchor, n, c), count, p.interleaved, r, panel0, lines);
-        load_panel<lanes>(view, image_of<T>(view, n, c), count, p.interleaved, g.window, panel1, lines);
-        add_products<lanes>(g, r, panel0, panel1, out);
-      });
-      return true;
-    });
+    visit_band(
+        rows_of(p.anchor, static_cast<int>(task % blocks), similarity_rows), tile_rows, [&](const Rect& r) {
+          g.look(map, r, view.width, view.height);
+          if (g.spans == 0) return true;
+          if (g.window.area() > most_window && r.area() > 1) return false;
+          g.finish();
+          visit_channels(0, p.channels, [&](auto lanes, int c, int count) {
+            load_panel<lanes>(p.anchor, image_of<T>(p.anchor, n, c), count, p.interleaved, r, panel0, lines);
+            load_panel<lanes>(view, image_of<T>(view, n, c), count, p.interleaved, g.window, panel1, lines);
+            add_products<lanes>(g, r, panel0, panel1, out);
+          });
+          return true;
+        });
   }
 }
 
@@ -211,7 +216,8 @@ template <typename T>
 class AnchorGradient {
  public:
   using real = Real<T>;
-  static constexpr int positions = similarity_anchor_rows * edge;
+  static constexpr int rows = tile_rows / 2;  // the views' geometries are kept together
+  static constexpr int positions = rows * tile_columns;
 
   static int64_t scratch(const SimilarityParams& p) {
     return p.views * (Geometry<real>::scratch(positions) + Scratch::bytes<Geometry<real>>(1)) +
@@ -229,15 +235,10 @@ class AnchorGradient {
     for (int k = 0; k < p.views; ++k) new (seen_ + k) Geometry<real>(s, positions);
   }
 
-  void run(int64_t task) {
-    const int groups = similarity_anchor_groups(p_), bands = parts(p_.anchor.height, similarity_anchor_rows);
-    const int group = static_cast<int>(task % groups), band = static_cast<int>(task / groups % bands);
-    const int n = static_cast<int>(task / groups / bands);
-    const int blocks = parts(p_.channels, most_lanes);
-    const int first = int(int64_t{blocks} * group / groups) * most_lanes;
-    const int last = int(int64_t{blocks} * (group + 1) / groups) * most_lanes;
-    visit_band(rows_of(p_.anchor, band, similarity_anchor_rows),
-               [&](const Rect& r) { return add(n, r, first, last < p_.channels ? last : p_.channels); });
+  // Band `band` of image n, channels [first, last).
+  void run(int n, int band, int first, int last) {
+    visit_band(rows_of(p_.anchor, band, similarity_anchor_rows), rows,
+               [&](const Rect& r) { return add(n, r, first, last); });
   }
 
  private:
@@ -310,17 +311,13 @@ class ViewGradient {
         panel1_(s.take<real>(halo * most_lanes)),
         gradient_(s.take<real>(halo * most_lanes)) {}
 
-  void run(int64_t task) {
-    int k = 0;
-    for (int64_t tasks; (tasks = int64_t{p_.images} * parts(p_.view[k].height, similarity_rows)) <= task; ++k)
-      task -= tasks;
+  // Band `band` of view k of image n, channels [first, last).
+  void run(int n, int k, int band, int first, int last) {
     const Map& view = p_.view[k];
-    const int bands = parts(view.height, similarity_rows);
-    const int n = static_cast<int>(task / bands);
     const Weights<real> w(p_, n, k);
     const PixelMap map = map_back(p_, n, k);
     const core::Preimage preimage(map, p_.anchor.width, p_.anchor.height);
-    visit_band(rows_of(view, static_cast<int>(task % bands), similarity_rows), [&](const Rect& r) {
+    visit_band(rows_of(view, band, similarity_rows), tile_rows, [&](const Rect& r) {
       Rect readers{0, 0, 0, 0};
       if (!w.zero()) {
         const auto x0 = core::reach(r.left, view.width, map.left, map.right),
@@ -331,7 +328,7 @@ class ViewGradient {
         readers = {box.left, box.right, box.top, box.bottom};
       }
       if (readers.area() > most_positions && r.area() > 16) return false;
-      add(n, k, map, w, r, readers);
+      add(n, k, map, w, r, readers, first, last);
       return true;
     });
   }
@@ -342,14 +339,15 @@ class ViewGradient {
   real *lines_, *panel0_, *panel1_, *gradient_;
 
   // The pixels `r`, which are read by positions in `readers`.
-  void add(int n, int k, const PixelMap& map, const Weights<real>& w, const Rect& r, const Rect& readers) {
+  void add(int n, int k, const PixelMap& map, const Weights<real>& w, const Rect& r, const Rect& readers,
+           int first, int last) {
     const Map& view = p_.view[k];
     const Rect window = Geometry<real>::around(r, view.width, view.height);
     // Few readers, as a rule, and seen once for all channels; many (a view that all but vanishes) part by
     // part.
     const bool once = readers.area() <= most_positions;
     if (once) see(map, readers, view, r);
-    visit_channels(0, p_.channels, [&](auto lanes, int c, int count) {
+    visit_channels(first, last, [&](auto lanes, int c, int count) {
       std::memset(gradient_, 0, sizeof(real) * std::size_t(window.area() * lanes));
       if (!once || g_.spans > 0) {
         load_panel<lanes>(view, image_of<T>(view, n, c), count, p_.interleaved, window, panel1_, lines_);
@@ -376,16 +374,27 @@ class ViewGradient {
 
 template <typename T>
 void run_backward(const SimilarityParams& p, int64_t begin, int64_t end) {
-  const int64_t anchors = similarity_anchor_tasks(p);
-  if (begin < anchors) {
-    Scratch scratch(AnchorGradient<T>::scratch(p));
-    AnchorGradient<T> gradient(p, scratch);
-    for (int64_t task = begin; task < end && task < anchors; ++task) gradient.run(task);
-  }
-  if (end > anchors) {
-    Scratch scratch(ViewGradient<T>::scratch());
-    ViewGradient<T> gradient(p, scratch);
-    for (int64_t task = begin > anchors ? begin : anchors; task < end; ++task) gradient.run(task - anchors);
+  Scratch scratch(AnchorGradient<T>::scratch(p) + ViewGradient<T>::scratch());
+  AnchorGradient<T> anchor(p, scratch);
+  ViewGradient<T> view(p, scratch);
+  const int groups = parts(p.channels, similarity_group),
+            bands = parts(p.anchor.height, similarity_anchor_rows);
+  const int64_t per_group = similarity_group_tasks(p);
+  for (int64_t task = begin; task < end; ++task) {
+    const int group = static_cast<int>(task / per_group % groups),
+              n = static_cast<int>(task / per_group / groups);
+    const int first = group * similarity_group;
+    const int last = first + similarity_group < p.channels ? first + similarity_group : p.channels;
+    int band = static_cast<int>(task % per_group);
+    if (band < bands) {
+      anchor.run(n, band, first, last);
+      continue;
+    }
+    band -= bands;
+    int k = 0;
+    for (; band >= parts(p.view[k].height, similarity_rows); ++k)
+      band -= parts(p.view[k].height, similarity_rows);
+    view.run(n, k, band, first, last);
   }
 }
 
