@@ -240,6 +240,18 @@ void load_panel(const Map& map, const T* image, int channels, bool interleaved, 
         }
         continue;
       }
+      // All channels, and fewer than lanes: a row is converted as one, and each pixel taken with some of the
+      // next.
+      const int64_t row = columns * int64_t{channels};
+      if (map.sx == channels && row + lanes <= 4 * most_window) {
+        for (int64_t i = 0; i < row; ++i) lines[i] = load(from[i]);
+        for (int64_t i = row; i < row + lanes; ++i) lines[i] = 0;
+        const real* line = lines;
+        for (int x = 0; x < columns; ++x, line += channels, out += lanes) {
+          for (int l = 0; l < lanes; ++l) out[l] = l < channels ? line[l] : real(0);
+        }
+        continue;
+      }
       for (int x = 0; x < columns; ++x, from += map.sx, out += lanes) {
         for (int l = 0; l < channels; ++l) out[l] = load(from[l]);
         for (int l = channels; l < lanes; ++l) out[l] = 0;
@@ -300,6 +312,15 @@ void store_panel(const Gradient& map, T* image, int channels, bool interleaved, 
         for (int x = 0; x < columns; ++x, to += map.sx, from += lanes) {
           for (int l = 0; l < lanes; ++l) store(to[l], from[l]);
         }
+        continue;
+      }
+      const int64_t length = columns * int64_t{channels};
+      if (map.sx == channels && length + lanes <= 4 * most_window) {  // as in load_panel
+        real* line = lines;
+        for (int x = 0; x < columns; ++x, line += channels, from += lanes) {
+          for (int l = 0; l < lanes; ++l) line[l] = from[l];  // the next pixel overwrites the lanes too many
+        }
+        for (int64_t i = 0; i < length; ++i) store(to[i], lines[i]);
         continue;
       }
       for (int x = 0; x < columns; ++x, to += map.sx, from += lanes) {
