@@ -234,6 +234,14 @@ def versions() -> dict[str, str]:
     }
 
 
+def write(document: Mapping[str, object], output: Path) -> None:
+    """The results file: whole, or as it was before."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    beside = output.with_name(output.name + ".partial")
+    beside.write_text(json.dumps(document, indent=2) + "\n")
+    beside.replace(output)
+
+
 def _cells(study: Study, progress: Progress) -> Iterator[tuple[str, str, Cell]]:
     runner = _Runner(study, progress)
     task = progress.add_task(study.name, total=len(ROWS) * len(COLUMNS))
@@ -288,8 +296,5 @@ def run(study: Study, output: Path | None) -> dict[str, object]:
         "machine": machine(),
     }
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        beside = output.with_name(output.name + ".partial")
-        beside.write_text(json.dumps(document, indent=2) + "\n")
-        beside.replace(output)
+        write(document, output)
     return document

@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import pytest
 import torch
 import typer
-from _study import machine, versions
+from _study import machine, versions, write
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -231,10 +231,7 @@ def main(
             "versions": versions(),
             "machine": machine(),
         }
-        output.parent.mkdir(parents=True, exist_ok=True)
-        beside = output.with_name(output.name + ".partial")
-        beside.write_text(json.dumps(document, indent=2) + "\n")
-        beside.replace(output)
+        write(document, output)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ views, similarity and the sign step. Steps and passes take turns in one process,
 matter to the time and are random.
 """
 
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from typing import Annotated
 import torch
 import typer
 from _models import SegmentationNet
-from _study import machine, versions
+from _study import machine, versions, write
 from rich.console import Console
 from rich.table import Table
 
@@ -86,10 +85,7 @@ def main(
     if output is not None:
         settings = {"images": images, "height": height, "width": width, "rounds": rounds}
         document = {"seconds": found, "settings": settings, "versions": versions(), "machine": machine()}
-        output.parent.mkdir(parents=True, exist_ok=True)
-        beside = output.with_name(output.name + ".partial")
-        beside.write_text(json.dumps(document, indent=2) + "\n")
-        beside.replace(output)
+        write(document, output)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ peak resident set after a warm-up on a small image (which includes the scratch s
 forward and backward is that of the frozen model down to the image, in float32 as the purifier here.
 """
 
-import json
 import resource
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from typing import Annotated
 import torch
 import typer
 from _models import SegmentationNet
-from _study import machine, versions
+from _study import machine, versions, write
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -97,8 +96,7 @@ def main(
     if output is not None:
         settings = {"height": height, "width": width}
         document = {"peak_mib": peaks, "settings": settings, "versions": versions(), "machine": machine()}
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(document, indent=2) + "\n")
+        write(document, output)
 
 
 if __name__ == "__main__":
