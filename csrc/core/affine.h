@@ -37,11 +37,14 @@ struct Position {
   double x, y;  // input pixels; the center of the first pixel is 0
 };
 
-// A product that no compiler for a device fuses with the sum that follows: all kernels see a position alike,
-// to the last bit, so that one pass is the exact adjoint of another.
+// A product that no compiler fuses with the sum that follows: all kernels, and all loops of one, see a
+// position alike, to the last bit, so that one pass is the exact adjoint of another and nothing is read that
+// was not foreseen.
 EQUIFAST_HD inline double product(double a, double b) {
 #ifdef __CUDA_ARCH__
   return __dmul_rn(a, b);
+#elif defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12  // clang does not fuse across functions
+  return __builtin_assoc_barrier(a * b);
 #else
   return a * b;
 #endif

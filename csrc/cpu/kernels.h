@@ -82,18 +82,21 @@ inline int64_t warp_adjoint_tasks(const WarpParams& p) {
 
 inline int parts(int size, int part) { return (size + part - 1) / part; }
 
-// How many parts of the rows of one (n, k) have sums of their own. A position's channels stay together where
-// the cosine is per pixel; about 64 tasks in all then.
-constexpr int similarity_rows = 32;
+// One cosine per image: tasks own some rows, in a group of channels.
+constexpr int similarity_anchor_rows = 16, similarity_view_rows = 32, similarity_group = 64;
+
+// How many parts of one (n, k) have sums of their own: bands of the anchor's rows in groups of channels. A
+// position's channels stay together where the cosine is per pixel; about 64 tasks in all then.
 inline int similarity_blocks(const SimilarityParams& p) {
-  if (!p.pixel) return parts(p.anchor.height, similarity_rows);
+  if (!p.pixel) return parts(p.anchor.height, similarity_anchor_rows) * parts(p.channels, similarity_group);
   const int64_t pairs = int64_t{p.images} * p.views;
   const int wanted = pairs >= 64 ? 1 : static_cast<int>(parts(64, static_cast<int>(pairs)));
   return wanted < p.anchor.height ? wanted : p.anchor.height;
 }
 
+// A task is a part of one (n, k), or of one n with all its views where the cosine is per image.
 inline int64_t similarity_tasks(const SimilarityParams& p) {
-  return int64_t{p.images} * p.views * similarity_blocks(p);
+  return int64_t{p.images} * (p.pixel ? p.views : 1) * similarity_blocks(p);
 }
 
 // One cosine per pixel: a task owns some rows of the gradient of the anchor, or the gradient of one view.
@@ -105,10 +108,9 @@ inline int64_t similarity_pixel_backward_tasks(const SimilarityParams& p) {
 // One cosine per image: a task owns some rows of a gradient, in a group of channels. The tasks of one image
 // and group follow each other, those of the anchor first: what they read is still in cache for those of the
 // views.
-constexpr int similarity_anchor_rows = 16, similarity_group = 64;
 inline int64_t similarity_group_tasks(const SimilarityParams& p) {
   int64_t tasks = parts(p.anchor.height, similarity_anchor_rows);
-  for (int k = 0; k < p.views; ++k) tasks += parts(p.view[k].height, similarity_rows);
+  for (int k = 0; k < p.views; ++k) tasks += parts(p.view[k].height, similarity_view_rows);
   return tasks;
 }
 inline int64_t similarity_backward_tasks(const SimilarityParams& p) {

@@ -1,15 +1,21 @@
 // Similarity works on panels: a rectangle of a map, some channels at a time, the channels of a pixel side by
-// side whatever the layout in memory. A sample of `lanes` channels is then four vector loads, and its adjoint
-// four vector additions, for every geometry. Included by kernels that are compiled once per instruction set,
-// hence the unnamed namespace.
+// side whatever the layout in memory. A sample is then four vector loads, and its adjoint vector additions,
+// for every geometry. Included by kernels that are compiled once per instruction set, hence the unnamed
+// namespace.
 #pragma once
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define EQUIFAST_WIDE 1
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of registers that GCC 12's header leaves undefined
 #include <immintrin.h>
+#pragma GCC diagnostic pop
+#else
+#define EQUIFAST_WIDE 0
 #endif
 
-#include <initializer_list>
 #include <type_traits>
+#include <utility>
 
 #include "../core/preimage.h"
 #include "rows.h"
@@ -17,21 +23,30 @@
 namespace equifast::cpu {
 namespace {
 
-constexpr int most_lanes = 16;
 // What is worked on at once: long rows, which memory likes, and few of them, so that what they read stays in
 // cache.
-constexpr int tile_columns = 64, tile_rows = 16;
-constexpr int halo = (tile_columns + 2) * (tile_rows + 2);  // pixels of a tile and of its neighbors
-constexpr int most_positions = 2048;  // of an anchor, that a tile of a view is read by at once
-constexpr int most_window = 4608;     // pixels of a panel: what 16 rows of 64 read at twice the size
+constexpr int tile_columns = 96, tile_rows = 8;
+constexpr int tile_positions = tile_columns * tile_rows;
+constexpr int halo_rows = 16;
+constexpr int halo = (tile_columns + 2) * (halo_rows + 2);  // pixels of a tile of a view and its neighbors
+constexpr int most_positions = 1536;                        // of an anchor, that read such a tile
+constexpr int most_rows = 128;                              // of a panel
+constexpr int most_line = 1800;                             // pixels of a row of a panel
+// Of what a tile of an anchor reads of a view, numbers: 8 rows of 96 at twice the size, in 16 lanes.
+constexpr int most_window = 57600;
 
-// Pixels of columns [left, right) and rows [top, bottom).
+// Pixels of columns [left, right) and rows [top, bottom). Of a map continued by its border pixels, where
+// column -1 and row -1 are of it too.
 struct Rect {
   int left, right, top, bottom;
   int width() const { return right - left; }
   int height() const { return bottom - top; }
   int64_t area() const { return int64_t{width()} * height(); }
 };
+
+inline bool fits(const Rect& r, int pixels) {
+  return r.area() <= pixels && r.height() <= most_rows && r.width() <= most_line;
+}
 
 // The halves of a rectangle, cut across its longer side.
 inline void halve(const Rect& r, Rect& first, Rect& second) {
@@ -43,10 +58,21 @@ inline void halve(const Rect& r, Rect& first, Rect& second) {
   }
 }
 
-// Whether one of two pixels, neighbors or both the same, lies in [first, last).
-inline bool overlap(int low, int high, int first, int last) { return high >= first && low < last; }
+struct Range {  // columns [begin, end)
+  int begin, end;
+};
 
-// What the positions of a rectangle read in another map. Arrays by position, only of those inside the frame.
+// Leaves out columns i for which slope * (i + 1/2) + constant is far from [low, high]. Rough: what it leaves
+// is to be tested.
+inline void narrow(Range& c, double slope, double constant, double low, double high) {
+  if (!(slope > 1e-9 || slope < -1e-9)) return;
+  const double a = (low - constant) / slope - 0.5, b = (high - constant) / slope - 0.5;
+  const double first = (a < b ? a : b) - 1, last = (a < b ? b : a) + 2;
+  if (first > c.begin) c.begin = first < c.end ? static_cast<int>(first) : c.end;
+  if (last < c.end) c.end = last > c.begin ? static_cast<int>(last) : c.begin;
+}
+
+// What the positions of a rectangle read in another map.
 template <typename real>
 class Geometry {
  public:
@@ -56,100 +82,209 @@ class Geometry {
   int spans = 0;
   Span* span;
   Rect window{0, 0, 0, 0};  // the pixels that are read
-  // By position: the upper left tap and the steps to its neighbors, pixels of the window; the weights.
-  int *offset, *right, *down;
-  real *w00, *w01, *w10, *w11;
+  Range* columns;           // of each row of the window, that are read
+  // By position, of those in spans: its upper left tap, a pixel of the window; the weights of the others.
+  int* offset;
+  real *fx, *fy;
 
   static int64_t scratch(int positions) {
-    return Scratch::bytes<Span>(positions) + 4 * Scratch::bytes<int>(positions) +
-           4 * Scratch::bytes<real>(positions);
+    return Scratch::bytes<Span>(most_rows) + Scratch::bytes<Range>(most_rows) +
+           Scratch::bytes<int>(positions) + 2 * Scratch::bytes<real>(positions);
   }
   Geometry(Scratch& s, int positions)
-      : span(s.take<Span>(positions)),
+      : span(s.take<Span>(most_rows)),
+        columns(s.take<Range>(most_rows)),
         offset(s.take<int>(positions)),
-        right(s.take<int>(positions)),
-        down(s.take<int>(positions)),
-        w00(s.take<real>(positions)),
-        w01(s.take<real>(positions)),
-        w10(s.take<real>(positions)),
-        w11(s.take<real>(positions)),
-        left_(s.take<int>(positions)) {}
+        fx(s.take<real>(positions)),
+        fy(s.take<real>(positions)) {}
 
-  // The positions of `r` (no more than there is scratch for) in a map of `width` x `height`; where `touched`
-  // is given, only those that read a pixel of it, and the window is that rectangle and its neighbors.
-  void look(const core::PixelMap& map, const Rect& r, int width, int height, const Rect* touched = nullptr) {
+  // The positions of `r` in a map of `width` x `height`. False where they read more than `most_pixels`, which
+  // one position never does.
+  bool look(const core::PixelMap& map, const Rect& r, int width, int height, int most_pixels) {
     spans = 0;
-    int count = 0;
-    Rect read{width, 0, height, 0};
-    for (int j = r.top; j < r.bottom; ++j) {
-      int begin = r.left, end = r.right;
-      while (begin < end && !map.inside(map.at(begin, j))) ++begin;
-      while (end > begin && !map.inside(map.at(end - 1, j))) --end;
-      if (begin == end) continue;
-      taps(map, j, begin, end, count, width, height);
-      int first = count, last = count + (end - begin);
-      if (touched != nullptr) {
-        while (first < last && !touches(first, *touched)) ++first, ++begin;
-        while (last > first && !touches(last - 1, *touched)) --last, --end;
-        if (first == last) continue;
-      }
-      // along a row positions are monotone, so the ends tell what is read
-      for (const int at : {first, last - 1}) {
-        read.left = left_[at] < read.left ? left_[at] : read.left;
-        read.right = right[at] >= read.right ? right[at] + 1 : read.right;
-        read.top = offset[at] < read.top ? offset[at] : read.top;
-        read.bottom = down[at] >= read.bottom ? down[at] + 1 : read.bottom;
-      }
-      span[spans++] = {j, begin, end, first};
-      count = last;
+    Corners at(map, r);
+    // coordinates grow along rows and columns or shrink, rounding included: extremes are at the corners
+    const double left = least(at.x), right = most(at.x), top = least(at.y), bottom = most(at.y);
+    if (!(left <= right && top <= bottom)) return true;  // NaN: nothing is inside
+    window = {low(left, width), low(right, width) + 2, low(top, height), low(bottom, height) + 2};
+    if (!fits(window, most_pixels)) return false;
+    find(map, r, width, height);
+    const bool level = map.xj == 0 && map.yi == 0;
+    for (int y = window.top; y < window.bottom; ++y) {
+      columns[y - window.top] = level ? Range{window.left, window.right} : at.read(y, window, width);
     }
-    window = read;
-    if (spans == 0) window = {0, 0, 0, 0};
-    if (touched != nullptr) window = around(*touched, width, height);
-    count_ = count;
+    return true;
   }
 
-  // After look, where the window is small enough: offsets and weights.
-  void finish() {
-    const int columns = window.width(), left = window.left, top = window.top;
-#pragma omp simd
-    for (int i = 0; i < count_; ++i) {
-      const int x = left_[i], y = offset[i];
-      const real fx = w01[i], fy = w10[i];
-      offset[i] = (y - top) * columns + (x - left);
-      right[i] -= x;
-      down[i] = (down[i] - y) * columns;
-      w00[i] = (1 - fx) * (1 - fy), w01[i] = fx * (1 - fy), w10[i] = (1 - fx) * fy, w11[i] = fx * fy;
-    }
-  }
-
-  static Rect around(const Rect& r, int width, int height) {
-    return {r.left > 0 ? r.left - 1 : 0, r.right < width ? r.right + 1 : width, r.top > 0 ? r.top - 1 : 0,
-            r.bottom < height ? r.bottom + 1 : height};
+  // Those positions of `r` that read a pixel of `touched`; the window is that rectangle and its neighbors.
+  void look_at(const Rect& touched, const core::PixelMap& map, const Rect& r, int width, int height) {
+    window = {touched.left - 1, touched.right + 1, touched.top - 1, touched.bottom + 1};
+    find(map, r, width, height);
   }
 
  private:
-  int* left_;
-  int count_ = 0;
+  // The positions of a rectangle's corners, in turn.
+  struct Corners {
+    double x[4], y[4];
+    Corners(const core::PixelMap& map, const Rect& r) {
+      const int i[4] = {r.left, r.right - 1, r.right - 1, r.left},
+                j[4] = {r.top, r.top, r.bottom - 1, r.bottom - 1};
+      for (int c = 0; c < 4; ++c) {
+        const core::Position p = map.at(i[c], j[c]);
+        x[c] = p.x, y[c] = p.y;
+      }
+    }
 
-  // Until `finish`, rows stand in `offset` and `down`, columns in `left_` and `right`, fractions in w01 and
-  // w10.
-  void taps(const core::PixelMap& map, int j, int begin, int end, int first, int width, int height) {
-    const int count = end - begin;
-#pragma omp simd
-    for (int i = 0; i < count; ++i) {
-      const core::Position p = map.at(begin + i, j);
-      const auto x = core::tap<real>(p.x, width);
-      const auto y = core::tap<real>(p.y, height);
-      left_[first + i] = x.low, right[first + i] = x.high, w01[first + i] = x.fraction;
-      offset[first + i] = y.low, down[first + i] = y.high, w10[first + i] = y.fraction;
+    // The columns that row y of the window is read at: where the corners' parallelogram meets (y - 1, y + 1).
+    Range read(int row, const Rect& window, int width) const {
+      constexpr double slack = 1e-3, everything = 1e300;
+      const double above = row == window.top ? -everything : row - 1 - slack,
+                   below = row == window.bottom - 1 ? everything : row + 1 + slack;
+      double first = everything, last = -everything;
+      for (int c = 0; c < 4; ++c) {
+        double x0 = x[c], x1 = x[(c + 1) % 4], y0 = y[c], y1 = y[(c + 1) % 4];
+        if (y0 > y1) std::swap(x0, x1), std::swap(y0, y1);
+        if (y1 < above || y0 > below) continue;
+        const double slope = y1 - y0 > slack ? (x1 - x0) / (y1 - y0) : 0;
+        if (slope != 0 && y1 > below) x1 = x0 + slope * (below - y0);
+        if (slope != 0 && y0 < above) x0 += slope * (above - y0);
+        first = x0 < first ? x0 : first, first = x1 < first ? x1 : first;
+        last = x0 > last ? x0 : last, last = x1 > last ? x1 : last;
+      }
+      if (first > last) return {0, 0};
+      return {low(first - slack, width), low(last + slack, width) + 2};
+    }
+  };
+
+  static double least(const double* v) {
+    double value = v[0];
+    for (int i = 1; i < 4; ++i) value = v[i] >= value ? value : v[i];
+    return value;
+  }
+  static double most(const double* v) {
+    double value = v[0];
+    for (int i = 1; i < 4; ++i) value = v[i] <= value ? value : v[i];
+    return value;
+  }
+
+  // The lower tap of a coordinate that need not be inside.
+  static int low(double v, int size) { return v < 0 ? -1 : (v < size ? static_cast<int>(v) : size - 1); }
+
+  bool reads(const core::PixelMap& map, int i, int j, int width, int height) const {
+    const core::Position p = map.at(i, j);
+    if (!map.inside(p)) return false;
+    const int x = core::lower<real>(p.x, width).pixel, y = core::lower<real>(p.y, height).pixel;
+    return x >= window.left && x + 1 < window.right && y >= window.top && y + 1 < window.bottom;
+  }
+
+  // The positions of `r` that read inside the window only.
+  void find(const core::PixelMap& map, const Rect& r, int width, int height) {
+    constexpr double everything = 1e300;
+    const double left = window.left < 0 ? map.left : window.left,
+                 right = window.right > width ? everything : window.right - 1,
+                 top = window.top < 0 ? map.top : window.top,
+                 bottom = window.bottom > height ? everything : window.bottom - 1;
+    spans = 0;
+    int count = 0;
+    for (int j = r.top; j < r.bottom; ++j) {
+      Range c{r.left, r.right};
+      const double x0 = map.xj * (j + 0.5) + map.x0, y0 = map.yj * (j + 0.5) + map.y0;
+      narrow(c, map.xi, x0, left, right < map.right ? right : map.right);
+      narrow(c, map.yi, y0, top, bottom < map.bottom ? bottom : map.bottom);
+      while (c.begin < c.end && !reads(map, c.begin, j, width, height)) ++c.begin;
+      while (c.end > c.begin && !reads(map, c.end - 1, j, width, height)) --c.end;
+      if (c.begin == c.end) continue;
+      taps(map, j, c, count, width, height);
+      span[spans++] = {j, c.begin, c.end, count};
+      count += c.end - c.begin;
     }
   }
 
-  bool touches(int at, const Rect& r) const {
-    return overlap(left_[at], right[at], r.left, r.right) && overlap(offset[at], down[at], r.top, r.bottom);
+  void taps(const core::PixelMap& map, int j, const Range& c, int first, int width, int height) {
+    const int pitch = window.width(), left = window.left, top = window.top;
+    int* __restrict o = offset + first;
+    real* __restrict right = fx + first, * __restrict down = fy + first;
+#pragma omp simd
+    for (int i = 0; i < c.end - c.begin; ++i) {
+      const core::Position p = map.at(c.begin + i, j);
+      const auto x = core::lower<real>(p.x, width);
+      const auto y = core::lower<real>(p.y, height);
+      o[i] = (y.pixel - top) * pitch + (x.pixel - left);
+      right[i] = x.fraction, down[i] = y.fraction;
+    }
   }
 };
+
+// `lanes` numbers that are computed with at once: a vector, or one of 16 and a shorter one. As a type of its
+// own, since compilers unroll a loop over them before they think of vectors. Never passed by value: the
+// calling convention depends on the instruction set.
+template <int lanes, typename real>
+struct Pack {
+  static constexpr int head = lanes < 16 ? lanes : 16, tail = lanes - head;
+  typedef real Head __attribute__((vector_size(head * sizeof(real))));  // an alias would not take the
+  typedef real Tail __attribute__((vector_size((tail > 0 ? tail : 4) * sizeof(real))));  // attribute
+  Head h;
+  Tail t;
+
+  void zero() { h = Head{}, t = Tail{}; }
+  void get(const real* from) {
+    std::memcpy(&h, from, sizeof(h));
+    if constexpr (tail > 0) std::memcpy(&t, from + head, sizeof(t));
+  }
+  void put(real* to) const {
+    std::memcpy(to, &h, sizeof(h));
+    if constexpr (tail > 0) std::memcpy(to + head, &t, sizeof(t));
+  }
+  void add(const Pack& a) {
+    h += a.h;
+    if constexpr (tail > 0) t += a.t;
+  }
+  void subtract(const Pack& a) {
+    h -= a.h;
+    if constexpr (tail > 0) t -= a.t;
+  }
+  void scaled(real f, const Pack& a) {
+    h = f * a.h;
+    if constexpr (tail > 0) t = f * a.t;
+  }
+  void add_product(const Pack& a, const Pack& b) {
+    h += a.h * b.h;
+    if constexpr (tail > 0) t += a.t * b.t;
+  }
+  // f a - g b
+  void combine(real f, const Pack& a, real g, const Pack& b) {
+    h = f * a.h - g * b.h;
+    if constexpr (tail > 0) t = f * a.t - g * b.t;
+  }
+  // a + f (b - a)
+  void between(real f, const Pack& a, const Pack& b) {
+    h = a.h + f * (b.h - a.h);
+    if constexpr (tail > 0) t = a.t + f * (b.t - a.t);
+  }
+  double sum() const {
+    double total = 0;
+    for (int i = 0; i < head; ++i) total += double(h[i]);
+    for (int i = 0; i < tail; ++i) total += double(t[i]);
+    return total;
+  }
+};
+
+// How many lanes serve the channels that are left: as few as hold them, up to 24, and 16 where there are
+// more.
+inline int lanes_for(int channels) {
+  return channels > 24   ? 16
+         : channels > 20 ? 24
+         : channels > 16 ? 20
+         : channels > 8  ? 16
+         : channels > 4  ? 8
+                         : 4;
+}
+
+// The most that a block of them takes.
+inline int most_lanes(int channels) {
+  const int rest = channels % 16;
+  return channels <= 24 ? lanes_for(channels) : (rest == 0 || rest > 8 ? 16 : (rest > 4 ? 24 : 20));
+}
 
 // Four channels of four pixels, turned round. Where the compiler has vectors, in registers.
 using Quad = float __attribute__((vector_size(16)));
@@ -181,117 +316,259 @@ inline void transpose(const double* from, int64_t from_stride, double* to, int64
   }
 }
 
+#if EQUIFAST_WIDE
 // Sixteen channels of sixteen pixels, where a register holds a row of them: a quarter of the loads and
 // stores.
-#if defined(__AVX512F__)
-constexpr bool wide = true;
+// Four registers, turned round within each quarter of a register.
+inline void transpose_quarters(__m512& a, __m512& b, __m512& c, __m512& d) {
+  const __m512d ab = _mm512_castps_pd(_mm512_unpacklo_ps(a, b)),
+                ba = _mm512_castps_pd(_mm512_unpackhi_ps(a, b)),
+                cd = _mm512_castps_pd(_mm512_unpacklo_ps(c, d)),
+                dc = _mm512_castps_pd(_mm512_unpackhi_ps(c, d));
+  a = _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), b = _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd));
+  c = _mm512_castpd_ps(_mm512_unpacklo_pd(ba, dc)), d = _mm512_castpd_ps(_mm512_unpackhi_pd(ba, dc));
+}
 
-inline void interleave(const __m512* from, __m512* to) {
-  for (int i = 0; i < 8; ++i) {
-    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-    const __m512i high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-    to[2 * i] = _mm512_permutex2var_ps(from[i], low, from[i + 8]);
-    to[2 * i + 1] = _mm512_permutex2var_ps(from[i], high, from[i + 8]);
+// The same for the quarters themselves.
+inline void transpose_of_quarters(__m512& a, __m512& b, __m512& c, __m512& d) {
+  const __m512 ab = _mm512_shuffle_f32x4(a, b, 0x44), ba = _mm512_shuffle_f32x4(a, b, 0xee),
+               cd = _mm512_shuffle_f32x4(c, d, 0x44), dc = _mm512_shuffle_f32x4(c, d, 0xee);
+  a = _mm512_shuffle_f32x4(ab, cd, 0x88), b = _mm512_shuffle_f32x4(ab, cd, 0xdd);
+  c = _mm512_shuffle_f32x4(ba, dc, 0x88), d = _mm512_shuffle_f32x4(ba, dc, 0xdd);
+}
+
+inline void transpose(__m512 (&a)[16]) {
+  for (int i = 0; i < 16; i += 4) transpose_quarters(a[i], a[i + 1], a[i + 2], a[i + 3]);
+  for (int i = 0; i < 4; ++i) transpose_of_quarters(a[i], a[i + 4], a[i + 8], a[i + 12]);
+}
+
+// Quarter q of four registers: pixels 4 q + i of a panel, of those that exist.
+template <int q, int lanes>
+inline void put_quarters(const __m512* a, float* to, int pixels) {
+  for (int i = 0; i < 4; ++i) {
+    if (4 * q + i < pixels) _mm_storeu_ps(to + (4 * q + i) * lanes, _mm512_extractf32x4_ps(a[i], q));
   }
 }
 
-inline void transpose_wide(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
-  __m512 a[16], b[16];
-  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(from + i * from_stride);
-  interleave(a, b), interleave(b, a), interleave(a, b), interleave(b, a);
-  for (int i = 0; i < 16; ++i) _mm512_storeu_ps(to + i * to_stride, a[i]);
+// Every fourth pixel of a panel, of those that exist.
+template <int lanes>
+inline __m512 get_quarters(const float* from, int pixels) {
+  __m512 v = _mm512_setzero_ps();
+  if (pixels > 0) v = _mm512_insertf32x4(v, _mm_loadu_ps(from), 0);
+  if (pixels > 4) v = _mm512_insertf32x4(v, _mm_loadu_ps(from + 4 * lanes), 1);
+  if (pixels > 8) v = _mm512_insertf32x4(v, _mm_loadu_ps(from + 8 * lanes), 2);
+  if (pixels > 12) v = _mm512_insertf32x4(v, _mm_loadu_ps(from + 12 * lanes), 3);
+  return v;
 }
-#else
-constexpr bool wide = false;
-inline void transpose_wide(const float*, int64_t, float*, int64_t) {}
-#endif
-inline void transpose_wide(const double*, int64_t, double*, int64_t) {}
 
-// Scratch of the two functions below: four lines of a window, in real numbers.
+inline __mmask16 first_of_16(int count) {
+  return static_cast<__mmask16>(count >= 16 ? 0xffff : (1 << count) - 1);
+}
+
+inline __m512 load_16(const float* from, __mmask16 m) { return _mm512_maskz_loadu_ps(m, from); }
+inline __m512 load_16(const BFloat16* from, __mmask16 m) {
+  const __m512i words = _mm512_maskz_cvtepu16_epi32(m, _mm256_maskz_loadu_epi16(m, from));
+  return _mm512_castsi512_ps(_mm512_maskz_slli_epi32(m, words, 16));
+}
+inline __m512 load_16(const Half* from, __mmask16 m) {
+  return _mm512_maskz_cvtph_ps(m, _mm256_maskz_loadu_epi16(m, from));
+}
+
+inline void put_16(float* to, __m512 v) { _mm512_storeu_ps(to, v); }
+inline void put_16(Half* to, __m512 v) {
+  const __m256i words = _mm512_maskz_cvtps_ph(0xffff, v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), words);
+}
+inline void put_16(BFloat16* to, __m512 v) {  // as core::store
+  const __m512i bits = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_maskz_srli_epi32(0xffff, bits, 16), _mm512_set1_epi32(1));
+  __m512i words = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  words = _mm512_maskz_srli_epi32(0xffff, words, 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  words = _mm512_mask_mov_epi32(words, nan, _mm512_set1_epi32(0x7fc0));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_maskz_cvtepi32_epi16(0xffff, words));
+}
+// The first `count` of them.
+template <typename T>
+inline void put_16(T* to, int count, __m512 v) {
+  if (count >= 16) return put_16(to, v);
+  T values[16];
+  put_16(values, v);
+  std::memcpy(to, values, sizeof(T) * std::size_t(count));
+}
+inline void put_16(float* to, int count, __m512 v) { _mm512_mask_storeu_ps(to, first_of_16(count), v); }
+#endif
+
+// Whether 16 lanes are one register.
+template <typename T>
+constexpr bool wide = EQUIFAST_WIDE && !std::is_same<T, double>::value;
+
+// Scratch of the functions below: four lines of a panel, in real numbers.
 template <typename real>
 constexpr int64_t lines_scratch() {
-  return 4 * Scratch::bytes<real>(most_window);
+  return 4 * Scratch::bytes<real>(most_line);
 }
 
-// Asks for a piece of some planes' rows before it is wanted: pieces are too short for the hardware to see a
-// stream.
+// Reads `count` pixels of some planes into lanes [0, 4) of pixels `stride` apart.
 template <typename T>
-inline void prefetch(const T* first, int64_t stride, int planes, int columns) {
-  for (int l = 0; l < planes; ++l) {
-    const char* from = reinterpret_cast<const char*>(first + l * stride);
-    for (int64_t i = 0; i < columns * int64_t{sizeof(T)}; i += 64) __builtin_prefetch(from + i);
+void load_four(const T* first, int64_t sc, int filled, int count, Real<T>* __restrict out, int stride,
+               Real<T>* lines) {
+  using real = Real<T>;
+  const real* from = lines;
+  int64_t from_stride = most_line;
+  if (std::is_same<T, real>::value && filled >= 4) {
+    from = reinterpret_cast<const real*>(first), from_stride = sc;
+  } else {
+    for (int l = 0; l < 4; ++l) {
+      real* __restrict line = lines + l * most_line;
+      const T* channel = first + l * sc;
+      for (int x = 0; x < count; ++x) line[x] = l < filled ? real(load(channel[x])) : real(0);
+    }
+  }
+  int x = 0;
+  for (; x + 4 <= count; x += 4) transpose(from + x, from_stride, out + x * stride, stride);
+  for (; x < count; ++x) {
+    for (int l = 0; l < 4; ++l) out[x * stride + l] = from[l * from_stride + x];
   }
 }
 
-// Reads `channels` (at most lanes) of a window: panel[pixel * lanes + channel]. The other lanes are 0.
-// `image`: the first of the channels.
-template <int lanes, typename T>
-void load_panel(const Map& map, const T* image, int channels, bool interleaved, const Rect& w,
-                Real<T>* __restrict panel, Real<T>* lines) {
+// The other way round.
+template <typename T>
+void store_four(T* first, int64_t sc, int filled, int count, const Real<T>* from, int stride,
+                Real<T>* lines) {
   using real = Real<T>;
-  const int columns = w.width();
-  if (interleaved) {
-    for (int y = w.top; y < w.bottom; ++y) {
-      const T* from = image + y * map.sy + w.left * map.sx;
-      real* __restrict out = panel + int64_t{y - w.top} * columns * lanes;
-      if (channels == lanes) {
-        for (int x = 0; x < columns; ++x, from += map.sx, out += lanes) {
-          for (int l = 0; l < lanes; ++l) out[l] = load(from[l]);
-        }
-        continue;
+  const bool direct = std::is_same<T, real>::value && filled >= 4;
+  real* to = direct ? reinterpret_cast<real*>(first) : lines;
+  const int64_t to_stride = direct ? sc : most_line;
+  int x = 0;
+  for (; x + 4 <= count; x += 4) transpose(from + x * stride, stride, to + x, to_stride);
+  for (; x < count; ++x) {
+    for (int l = 0; l < 4; ++l) to[l * to_stride + x] = from[x * stride + l];
+  }
+  for (int l = 0; l < 4 && l < filled && !direct; ++l) {
+    T* __restrict line = first + l * sc;
+    for (x = 0; x < count; ++x) store(line[x], to[l * to_stride + x]);
+  }
+}
+
+// A row of a planar map: `count` pixels from `first`. `ahead`: how far a later row is, elements.
+template <int lanes, typename T>
+void load_planar(const T* first, int64_t sc, int64_t ahead, int channels, int count, Real<T>* out,
+                 Real<T>* lines) {
+  int done = 0;
+#if EQUIFAST_WIDE
+  if constexpr (wide<T> && lanes >= 16) {
+    for (int x = 0; x < count; x += 16) {
+      const int pixels = count - x < 16 ? count - x : 16;
+      const __mmask16 mask = first_of_16(pixels);
+      __m512 a[16];
+      for (int i = 0; i < 16; ++i) {
+        const T* from = first + i * sc + x;
+        // pieces of rows are too short for the hardware to see a stream
+        if (i < channels) __builtin_prefetch(from + ahead);
+        a[i] = load_16(from, i < channels ? mask : 0);
       }
-      // All channels, and fewer than lanes: a row is converted as one, and each pixel taken with some of the
-      // next.
-      const int64_t row = columns * int64_t{channels};
-      if (map.sx == channels && row + lanes <= 4 * most_window) {
-        for (int64_t i = 0; i < row; ++i) lines[i] = load(from[i]);
-        for (int64_t i = row; i < row + lanes; ++i) lines[i] = 0;
-        const real* line = lines;
-        for (int x = 0; x < columns; ++x, line += channels, out += lanes) {
-          for (int l = 0; l < lanes; ++l) out[l] = l < channels ? line[l] : real(0);
+      transpose(a);
+      float* to = out + int64_t{x} * lanes;
+      for (int i = 0; i < 16 && i < pixels; ++i) _mm512_storeu_ps(to + i * lanes, a[i]);
+      for (int c = 16; c < lanes; c += 4) {
+        for (int i = 0; i < 4; ++i) {
+          const T* from = first + (c + i) * sc + x;
+          if (c + i < channels) __builtin_prefetch(from + ahead);
+          a[i] = load_16(from, c + i < channels ? mask : 0);
         }
-        continue;
+        transpose_quarters(a[0], a[1], a[2], a[3]);
+        put_quarters<0, lanes>(a, to + c, pixels), put_quarters<1, lanes>(a, to + c, pixels);
+        put_quarters<2, lanes>(a, to + c, pixels), put_quarters<3, lanes>(a, to + c, pixels);
       }
-      for (int x = 0; x < columns; ++x, from += map.sx, out += lanes) {
-        for (int l = 0; l < channels; ++l) out[l] = load(from[l]);
-        for (int l = channels; l < lanes; ++l) out[l] = 0;
+    }
+    done = lanes;
+  }
+#endif
+  for (int c = done; c < lanes; c += 4) {
+    for (int l = 0; l < 4 && c + l < channels; ++l) {
+      const char* later = reinterpret_cast<const char*>(first + (c + l) * sc + ahead);
+      for (int64_t i = 0; i < count * int64_t{sizeof(T)}; i += 64) __builtin_prefetch(later + i);
+    }
+    load_four(first + c * sc, sc, channels - c, count, out + c, lanes, lines);
+  }
+}
+
+// A row of an interleaved map.
+template <int lanes, typename T>
+void load_interleaved(const T* from, int64_t sx, int64_t ahead, int channels, int count, Real<T>* out) {
+  for (int64_t i = 0; i < count * sx * int64_t{sizeof(T)};
+       i += channels == sx ? 64 : sx * int64_t{sizeof(T)}) {
+    __builtin_prefetch(reinterpret_cast<const char*>(from + ahead) + i);
+  }
+#if EQUIFAST_WIDE
+  if constexpr (wide<T> && lanes >= 16) {
+    const __mmask16 head = first_of_16(channels), tail = first_of_16(channels > 16 ? channels - 16 : 0);
+    for (int x = 0; x < count; ++x, from += sx, out += lanes) {
+      _mm512_storeu_ps(out, load_16(from, head));
+      if constexpr (lanes > 16) {
+        _mm512_mask_storeu_ps(out + 16, first_of_16(lanes - 16), load_16(from + 16, tail));
       }
     }
     return;
   }
-  constexpr int ahead = 4;  // rows
-  for (int c = 0; c < lanes; c += 4) {
-    const int filled = channels - c;  // of the four
-    for (int y = w.top; y < w.bottom; ++y) {
-      const int later = y + ahead < w.bottom ? y + ahead : y + ahead - w.height();  // of the next four planes
-      const int planes = y + ahead < w.bottom ? filled : filled - 4;
-      if (planes > 0 && later >= w.top) {
-        const T* row = image + (channels - planes) * map.sc + later * map.sy + w.left;
-        prefetch(row, map.sc, planes < 4 ? planes : 4, columns);
+#endif
+  for (int x = 0; x < count; ++x, from += sx, out += lanes) {
+    // Lanes beyond the channels are read from the next pixel, where there is one, and dropped.
+    const int64_t left = (count - x) * sx;
+    if (left >= lanes) {
+      for (int l = 0; l < lanes; ++l) {
+        const Real<T> v = load(from[l]);
+        out[l] = l < channels ? v : 0;
       }
-      real* __restrict out = panel + int64_t{y - w.top} * columns * lanes + c;
-      const T* first = image + c * map.sc + y * map.sy + w.left;
-      const real* from = lines;
-      int64_t stride = most_window;
-      if (std::is_same<T, real>::value && filled >= 4) {
-        from = reinterpret_cast<const real*>(first), stride = map.sc;
-      } else {
-        for (int l = 0; l < 4; ++l) {
-          real* __restrict line = lines + l * most_window;
-          if (l < filled) {
-            const T* channel = first + l * map.sc;
-            for (int x = 0; x < columns; ++x) line[x] = load(channel[x]);
-          } else {
-            for (int x = 0; x < columns; ++x) line[x] = 0;
-          }
-        }
-      }
-      int x = 0;
-      for (; x + 4 <= columns; x += 4) transpose(from + x, stride, out + x * lanes, lanes);
-      for (; x < columns; ++x) {
-        for (int l = 0; l < 4; ++l) out[x * lanes + l] = from[l * stride + x];
-      }
+    } else {
+      for (int l = 0; l < lanes; ++l) out[l] = l < channels ? Real<T>(load(from[l])) : 0;
     }
+  }
+}
+
+// Reads `channels` (at most lanes) of a window, or of each of its rows the given columns:
+// panel[pixel * lanes + channel]. The other lanes are 0. `image`: the first of the channels.
+template <int lanes, typename T>
+void load_panel(const Map& map, const T* image, int channels, bool interleaved, const Rect& w,
+                const Range* columns, Real<T>* panel, Real<T>* lines) {
+  constexpr int rows_ahead = 2;
+  for (int y = w.top; y < w.bottom; ++y) {
+    const Range c = columns != nullptr ? columns[y - w.top] : Range{w.left, w.right};
+    if (c.begin >= c.end) continue;
+    const Range inner{c.begin < 0 ? 0 : c.begin, c.end > map.width ? map.width : c.end};
+    const int row = y < 0 ? 0 : (y < map.height ? y : map.height - 1);
+    const T* from = image + row * map.sy + inner.begin * map.sx;
+    const int64_t ahead = row + rows_ahead < map.height ? rows_ahead * map.sy : 0;
+    Real<T>* out = panel + (int64_t{y - w.top} * w.width() + (inner.begin - w.left)) * lanes;
+    const int count = inner.end - inner.begin;
+    if (interleaved) {
+      load_interleaved<lanes>(from, map.sx, ahead, channels, count, out);
+    } else {
+      load_planar<lanes>(from, map.sc, ahead, channels, count, out, lines);
+    }
+    if (c.begin < inner.begin) std::memcpy(out - lanes, out, sizeof(Real<T>) * lanes);
+    if (c.end > inner.end) {
+      Real<T>* last = out + int64_t{count} * lanes;
+      std::memcpy(last, last - lanes, sizeof(Real<T>) * lanes);
+    }
+  }
+}
+
+// Adds what the continuation of a map by its border pixels got to these.
+template <int lanes, typename real>
+void fold_border(const Rect& w, int width, int height, real* panel) {
+  const auto pixel = [&](int x, int y) {
+    return panel + (int64_t{y - w.top} * w.width() + (x - w.left)) * lanes;
+  };
+  const auto add = [&](const real* from, real* to, int pixels) {
+    for (int64_t i = 0; i < int64_t{pixels} * lanes; ++i) to[i] += from[i];
+  };
+  if (w.top < 0) add(pixel(w.left, -1), pixel(w.left, 0), w.width());
+  if (w.bottom > height) add(pixel(w.left, height), pixel(w.left, height - 1), w.width());
+  for (int y = w.top; y < w.bottom; ++y) {
+    if (w.left < 0) add(pixel(-1, y), pixel(0, y), 1);
+    if (w.right > width) add(pixel(width, y), pixel(width - 1, y), 1);
   }
 }
 
@@ -299,69 +576,63 @@ void load_panel(const Map& map, const T* image, int channels, bool interleaved, 
 template <int lanes, typename T>
 void store_panel(const Gradient& map, T* image, int channels, bool interleaved, const Rect& w, const Rect& r,
                  const Real<T>* panel, Real<T>* lines) {
-  using real = Real<T>;
   const int columns = r.width();
-  const auto row = [&](int y) {
-    return panel + (int64_t{y - w.top} * w.width() + (r.left - w.left)) * lanes;
-  };
-  if (interleaved) {
-    for (int y = r.top; y < r.bottom; ++y) {
-      const real* from = row(y);
-      T* __restrict to = image + y * map.sy + r.left * map.sx;
-      if (channels == lanes) {
-        for (int x = 0; x < columns; ++x, to += map.sx, from += lanes) {
-          for (int l = 0; l < lanes; ++l) store(to[l], from[l]);
-        }
-        continue;
-      }
-      const int64_t length = columns * int64_t{channels};
-      if (map.sx == channels && length + lanes <= 4 * most_window) {  // as in load_panel
-        real* line = lines;
+  for (int y = r.top; y < r.bottom; ++y) {
+    const Real<T>* from = panel + (int64_t{y - w.top} * w.width() + (r.left - w.left)) * lanes;
+    T* to = image + y * map.sy + r.left * map.sx;
+    if (interleaved) {
+#if EQUIFAST_WIDE
+      if constexpr (wide<T> && lanes >= 16) {
+        // Each pixel is written with lanes too many, which the next one overwrites: in scratch, since the
+        // pixel after the last is another task's.
+        T* line = reinterpret_cast<T*>(lines);
         for (int x = 0; x < columns; ++x, line += channels, from += lanes) {
-          for (int l = 0; l < lanes; ++l) line[l] = from[l];  // the next pixel overwrites the lanes too many
+          put_16(line, _mm512_loadu_ps(from));
+          if constexpr (lanes > 16)
+            put_16(line + 16, _mm512_maskz_loadu_ps(first_of_16(lanes - 16), from + 16));
         }
-        for (int64_t i = 0; i < length; ++i) store(to[i], lines[i]);
+        line = reinterpret_cast<T*>(lines);
+        if (map.sx == channels) {
+          std::memcpy(to, line, sizeof(T) * std::size_t(columns * channels));
+        } else {
+          for (int x = 0; x < columns; ++x) {
+            std::memcpy(to + x * map.sx, line + x * channels, sizeof(T) * std::size_t(channels));
+          }
+        }
         continue;
       }
+#endif
       for (int x = 0; x < columns; ++x, to += map.sx, from += lanes) {
         for (int l = 0; l < channels; ++l) store(to[l], from[l]);
       }
+      continue;
     }
-    return;
-  }
-  if (wide && lanes == 16 && channels == 16 && columns >= 16 && std::is_same<T, float>::value) {
-    for (int y = r.top; y < r.bottom; ++y) {
+    int done = 0;
+#if EQUIFAST_WIDE
+    if constexpr (wide<T> && lanes >= 16) {
       for (int x = 0; x < columns; x += 16) {
-        const int at = x + 16 <= columns ? x : columns - 16;
-        real* to = reinterpret_cast<real*>(image + y * map.sy + r.left + at);
-        transpose_wide(row(y) + at * lanes, lanes, to, map.sc);
+        const int pixels = columns - x < 16 ? columns - x : 16;
+        __m512 a[16];
+        for (int i = 0; i < 16; ++i) {
+          a[i] = i < pixels ? _mm512_loadu_ps(from + int64_t{x + i} * lanes) : _mm512_setzero_ps();
+        }
+        transpose(a);
+        for (int i = 0; i < 16 && i < channels; ++i) put_16(to + i * map.sc + x, pixels, a[i]);
+        for (int c = 16; c < channels; c += 4) {
+          const float* pixel = from + int64_t{x} * lanes + c;
+          for (int i = 0; i < 4; ++i) a[i] = get_quarters<lanes>(pixel + i * lanes, pixels - i);
+          transpose_quarters(a[0], a[1], a[2], a[3]);
+          for (int i = 0; i < 4 && c + i < channels; ++i) put_16(to + (c + i) * map.sc + x, pixels, a[i]);
+        }
       }
+      done = channels;
     }
-    return;
-  }
-  for (int c = 0; c < channels; c += 4) {
-    const int filled = channels - c;  // of the four
-    for (int y = r.top; y < r.bottom; ++y) {
-      const real* from = row(y) + c;
-      T* first = image + c * map.sc + y * map.sy + r.left;
-      const bool direct = std::is_same<T, real>::value && filled >= 4;
-      real* to = direct ? reinterpret_cast<real*>(first) : lines;
-      const int64_t stride = direct ? map.sc : most_window;
-      int x = 0;
-      for (; x + 4 <= columns; x += 4) transpose(from + x * lanes, lanes, to + x, stride);
-      for (; x < columns; ++x) {
-        for (int l = 0; l < 4; ++l) to[l * stride + x] = from[x * lanes + l];
-      }
-      for (int l = 0; l < 4 && l < filled && !direct; ++l) {
-        T* __restrict line = first + l * map.sc;
-        for (x = 0; x < columns; ++x) store(line[x], to[l * stride + x]);
-      }
+#endif
+    for (int c = done; c < channels; c += 4) {
+      store_four(to + c * map.sc, map.sc, channels - c, columns, from + c, lanes, lines);
     }
   }
 }
-
-// How many lanes serve the channels that are left: as few as hold them, up to 16.
-inline int lanes_for(int channels) { return channels > 8 ? 16 : (channels > 4 ? 8 : 4); }
 
 }  // namespace
 }  // namespace equifast::cpu

@@ -29,6 +29,11 @@ class Scratch {
   ~Scratch() { std::free(base_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
+  // Everything that was taken is given back.
+  Scratch& clear() {
+    used_ = 0;
+    return *this;
+  }
   template <typename T>
   T* take(int64_t count) {
     T* array = reinterpret_cast<T*>(base_ + used_);

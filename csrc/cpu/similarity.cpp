@@ -58,9 +58,16 @@ void visit_band(const Rect& band, int rows, const Work& work) {
 // Calls work(lanes, first channel, number of channels) on blocks of [first, last).
 template <typename Work>
 void visit_channels(int first, int last, const Work& work) {
-  for (int c = first; c < last; c += most_lanes) {
-    const int count = last - c < most_lanes ? last - c : most_lanes;
-    switch (lanes_for(count)) {
+  for (int c = first, count; c < last; c += count) {
+    const int lanes = lanes_for(last - c);
+    count = lanes < last - c ? lanes : last - c;
+    switch (lanes) {
+      case 24:
+        work(std::integral_constant<int, 24>(), c, count);
+        break;
+      case 20:
+        work(std::integral_constant<int, 20>(), c, count);
+        break;
       case 16:
         work(std::integral_constant<int, 16>(), c, count);
         break;
@@ -73,48 +80,18 @@ void visit_channels(int first, int last, const Work& work) {
   }
 }
 
-// `lanes` numbers that are computed with at once. As a type of its own, since compilers unroll a loop over
-// them before they think of vectors. Never passed by value: the calling convention depends on the instruction
-// set.
+// The pixel whose upper left tap is at `tap` of a panel of `pitch` pixels a row.
 template <int lanes, typename real>
-struct Pack {
-  typedef real type
-      __attribute__((vector_size(lanes * sizeof(real))));  // an alias would not take the attribute
-};
-
-template <typename Vector, typename real>
-inline void get(const real* from, Vector& v) {
-  std::memcpy(&v, from, sizeof(v));
-}
-template <typename Vector, typename real>
-inline void put(real* to, const Vector& v) {
-  std::memcpy(to, &v, sizeof(v));
+inline void sample(const real* tap, int64_t pitch, real fx, real fy, Pack<lanes, real>& v) {
+  Pack<lanes, real> a, b, c, d, low, high;
+  a.get(tap), b.get(tap + lanes), c.get(tap + pitch), d.get(tap + pitch + lanes);
+  low.between(fx, a, b), high.between(fx, c, d), v.between(fy, low, high);
 }
 
-// Where position i has its taps in a panel.
-struct Corners4 {
-  int64_t o00, o01, o10, o11;
-  template <typename real>
-  Corners4(const Geometry<real>& g, int i, int lanes)
-      : o00(int64_t{g.offset[i]} * lanes),
-        o01(o00 + int64_t{g.right[i]} * lanes),
-        o10(o00 + int64_t{g.down[i]} * lanes),
-        o11(o10 + int64_t{g.right[i]} * lanes) {}
-};
-
-template <typename Vector, typename real>
-inline void sample(const Geometry<real>& g, int i, const Corners4& c, const real* panel, Vector& v) {
-  Vector a, b, d, e;
-  get(panel + c.o00, a), get(panel + c.o01, b), get(panel + c.o10, d), get(panel + c.o11, e);
-  v = (g.w00[i] * a + g.w01[i] * b) + (g.w10[i] * d + g.w11[i] * e);
-}
-
-template <typename Vector, typename real>
-inline void add(real* to, real weight, const Vector& v) {
-  Vector sum;
-  get(to, sum);
-  sum += weight * v;
-  put(to, sum);
+template <int lanes, typename real>
+inline void add(real* to, const Pack<lanes, real>& v) {
+  Pack<lanes, real> sum;
+  sum.get(to), sum.add(v), sum.put(to);
 }
 
 template <int lanes, typename real>
@@ -126,57 +103,106 @@ const real* at(const real* panel, const Rect& of, int column, int row) {
 template <int lanes, typename real>
 void add_products(const Geometry<real>& g, const Rect& anchor, const real* panel0, const real* panel1,
                   double* out) {
-  using Vector = typename Pack<lanes, real>::type;
-  double total[3][lanes] = {};
+  const int64_t pitch = int64_t{g.window.width()} * lanes;
   for (int s = 0; s < g.spans; ++s) {
     const auto& span = g.span[s];
     const real* f0 = at<lanes>(panel0, anchor, span.begin, span.row);
-    Vector inner{}, square0{}, square1{};
+    Pack<lanes, real> inner, square0, square1, v0, v1;
+    inner.zero(), square0.zero(), square1.zero();
     for (int i = span.first; i < span.first + span.end - span.begin; ++i, f0 += lanes) {
-      Vector v0, v1;
-      get(f0, v0);
-      sample(g, i, Corners4(g, i, lanes), panel1, v1);
-      inner += v0 * v1, square0 += v0 * v0, square1 += v1 * v1;
+      v0.get(f0);
+      sample(panel1 + int64_t{g.offset[i]} * lanes, pitch, g.fx[i], g.fy[i], v1);
+      inner.add_product(v0, v1), square0.add_product(v0, v0), square1.add_product(v1, v1);
     }
-    for (int l = 0; l < lanes; ++l) {
-      total[0][l] += double(inner[l]), total[1][l] += double(square0[l]), total[2][l] += double(square1[l]);
-    }
-  }
-  for (int i = 0; i < 3; ++i) {
-    for (int l = 0; l < lanes; ++l) out[i] += total[i][l];
+    out[0] += inner.sum(), out[1] += square0.sum(), out[2] += square1.sum();
   }
 }
 
+// What all views read at a tile of the anchor, and the features there.
+template <typename T>
+class Tile {
+ public:
+  using real = Real<T>;
+
+  static int64_t scratch(const SimilarityParams& p) {
+    return p.views * (Geometry<real>::scratch(tile_positions) + Scratch::bytes<Geometry<real>>(1)) +
+           lines_scratch<real>() + Scratch::bytes<real>(tile_positions * most_lanes(p.channels)) +
+           Scratch::bytes<real>(most_window);
+  }
+
+  Tile(const SimilarityParams& p, Scratch& s)
+      : p_(p),
+        seen_(s.take<Geometry<real>>(p.views)),
+        lines_(s.take<real>(4 * most_line)),
+        panel0_(s.take<real>(tile_positions * most_lanes(p.channels))),
+        panel1_(s.take<real>(most_window)) {
+    for (int k = 0; k < p.views; ++k) new (seen_ + k) Geometry<real>(s, tile_positions);
+  }
+
+  // Looks at those views of image n for which seen(k); false where a view's window is too large.
+  template <typename Seen>
+  bool look(int n, const Rect& r, const Seen& seen) {
+    const int most_pixels = most_window / most_lanes(p_.channels);
+    for (int k = 0; k < p_.views; ++k) {
+      const Map& view = p_.view[k];
+      seen_[k].spans = 0;
+      if (seen(k) && !seen_[k].look(map_back(p_, n, k), r, view.width, view.height, most_pixels))
+        return false;
+    }
+    return true;
+  }
+
+  // Calls begin(lanes, panel of the anchor), then work(lanes, k, geometry, panel of the anchor, panel of the
+  // view) for the views that see the tile, then end(lanes, first channel, number of channels, lines), by
+  // blocks of channels.
+  template <typename Begin, typename Work, typename End>
+  void visit_views(int n, const Rect& r, int first, int last, const Begin& begin, const Work& work,
+                   const End& end) {
+    visit_channels(first, last, [&](auto lanes, int c, int count) {
+      load_panel<lanes>(p_.anchor, image_of<T>(p_.anchor, n, c), count, p_.interleaved, r, nullptr, panel0_,
+                        lines_);
+      begin(lanes);
+      for (int k = 0; k < p_.views; ++k) {
+        const Geometry<real>& g = seen_[k];
+        if (g.spans == 0) continue;
+        const Map& view = p_.view[k];
+        load_panel<lanes>(view, image_of<T>(view, n, c), count, p_.interleaved, g.window, g.columns, panel1_,
+                          lines_);
+        work(lanes, k, g, panel0_, panel1_);
+      }
+      end(lanes, c, count, lines_);
+    });
+  }
+
+ private:
+  const SimilarityParams& p_;
+  Geometry<real>* seen_;  // by view
+  real *lines_, *panel0_, *panel1_;
+};
+
+// Task: some rows of the anchor of an image, in a group of channels, with all views.
 template <typename T>
 void run_similarity(const SimilarityParams& p, int64_t begin, int64_t end) {
   using real = Real<T>;
-  Scratch scratch(Geometry<real>::scratch(tile_rows * tile_columns) + lines_scratch<real>() +
-                  Scratch::bytes<real>((tile_rows * tile_columns + most_window) * most_lanes));
-  Geometry<real> g(scratch, tile_rows * tile_columns);
-  real* lines = scratch.take<real>(4 * most_window);
-  real* panel0 = scratch.take<real>(tile_rows * tile_columns * most_lanes);
-  real* panel1 = scratch.take<real>(most_window * most_lanes);
-  const int blocks = similarity_blocks(p);
+  Scratch scratch(Tile<T>::scratch(p));
+  Tile<T> tile(p, scratch);
+  const int blocks = similarity_blocks(p), bands = parts(p.anchor.height, similarity_anchor_rows);
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t pair = task / blocks;
-    const int n = static_cast<int>(pair / p.views), k = static_cast<int>(pair % p.views);
-    const Map& view = p.view[k];
-    const PixelMap map = map_back(p, n, k);
-    double* out = p.partial + task * 3;
-    out[0] = out[1] = out[2] = 0;
-    visit_band(
-        rows_of(p.anchor, static_cast<int>(task % blocks), similarity_rows), tile_rows, [&](const Rect& r) {
-          g.look(map, r, view.width, view.height);
-          if (g.spans == 0) return true;
-          if (g.window.area() > most_window && r.area() > 1) return false;
-          g.finish();
-          visit_channels(0, p.channels, [&](auto lanes, int c, int count) {
-            load_panel<lanes>(p.anchor, image_of<T>(p.anchor, n, c), count, p.interleaved, r, panel0, lines);
-            load_panel<lanes>(view, image_of<T>(view, n, c), count, p.interleaved, g.window, panel1, lines);
-            add_products<lanes>(g, r, panel0, panel1, out);
-          });
-          return true;
-        });
+    const int n = static_cast<int>(task / blocks), block = static_cast<int>(task % blocks);
+    const int first = block / bands * similarity_group;
+    const int last = first + similarity_group < p.channels ? first + similarity_group : p.channels;
+    const auto sums = [&](int k) { return p.partial + ((int64_t{n} * p.views + k) * blocks + block) * 3; };
+    for (int k = 0; k < p.views; ++k) std::memset(sums(k), 0, 3 * sizeof(double));
+    visit_band(rows_of(p.anchor, block % bands, similarity_anchor_rows), tile_rows, [&](const Rect& r) {
+      if (!tile.look(n, r, [](int) { return true; })) return false;
+      tile.visit_views(
+          n, r, first, last, [](auto) {},
+          [&](auto lanes, int k, const Geometry<real>& g, const real* panel0, const real* panel1) {
+            add_products<lanes>(g, r, panel0, panel1, sums(k));
+          },
+          [](auto, int, int, real*) {});
+      return true;
+    });
   }
 }
 
@@ -197,16 +223,16 @@ struct Weights {
 template <int lanes, typename real>
 void add_to_anchor(const Geometry<real>& g, const Rect& anchor, const Weights<real>& w, const real* panel0,
                    const real* panel1, real* gradient) {
-  using Vector = typename Pack<lanes, real>::type;
+  const int64_t pitch = int64_t{g.window.width()} * lanes;
   for (int s = 0; s < g.spans; ++s) {
     const auto& span = g.span[s];
     int64_t from = at<lanes>(panel0, anchor, span.begin, span.row) - panel0;
+    Pack<lanes, real> v0, v1, slope;
     for (int i = span.first; i < span.first + span.end - span.begin; ++i, from += lanes) {
-      Vector v0, v1, sum;
-      get(panel0 + from, v0), get(gradient + from, sum);
-      sample(g, i, Corners4(g, i, lanes), panel1, v1);
-      sum += w.cross * v1 - w.own0 * v0;
-      put(gradient + from, sum);
+      v0.get(panel0 + from);
+      sample(panel1 + int64_t{g.offset[i]} * lanes, pitch, g.fx[i], g.fy[i], v1);
+      slope.combine(w.cross, v1, w.own0, v0);
+      add(gradient + from, slope);
     }
   }
 }
@@ -216,79 +242,102 @@ template <typename T>
 class AnchorGradient {
  public:
   using real = Real<T>;
-  static constexpr int rows = tile_rows / 2;  // the views' geometries are kept together
-  static constexpr int positions = rows * tile_columns;
 
   static int64_t scratch(const SimilarityParams& p) {
-    return p.views * (Geometry<real>::scratch(positions) + Scratch::bytes<Geometry<real>>(1)) +
-           Scratch::bytes<Geometry<real>>(p.views) + lines_scratch<real>() +
-           Scratch::bytes<real>((2 * positions + most_window) * most_lanes);
+    return Tile<T>::scratch(p) + Scratch::bytes<real>(tile_positions * most_lanes(p.channels));
   }
 
   AnchorGradient(const SimilarityParams& p, Scratch& s)
-      : p_(p),
-        seen_(s.take<Geometry<real>>(p.views)),
-        lines_(s.take<real>(4 * most_window)),
-        panel0_(s.take<real>(positions * most_lanes)),
-        gradient_(s.take<real>(positions * most_lanes)),
-        panel1_(s.take<real>(most_window * most_lanes)) {
-    for (int k = 0; k < p.views; ++k) new (seen_ + k) Geometry<real>(s, positions);
-  }
+      : p_(p), tile_(p, s), gradient_(s.take<real>(tile_positions * most_lanes(p.channels))) {}
 
   // Band `band` of image n, channels [first, last).
   void run(int n, int band, int first, int last) {
-    visit_band(rows_of(p_.anchor, band, similarity_anchor_rows), rows,
-               [&](const Rect& r) { return add(n, r, first, last); });
+    const Gradient& to = p_.anchor_gradient;
+    visit_band(rows_of(p_.anchor, band, similarity_anchor_rows), tile_rows, [&](const Rect& r) {
+      if (!tile_.look(n, r, [&](int k) { return !Weights<real>(p_, n, k).zero(); })) return false;
+      tile_.visit_views(
+          n, r, first, last,
+          [&](auto lanes) { std::memset(gradient_, 0, sizeof(real) * std::size_t(r.area() * lanes)); },
+          [&](auto lanes, int k, const Geometry<real>& g, const real* panel0, const real* panel1) {
+            add_to_anchor<lanes>(g, r, Weights<real>(p_, n, k), panel0, panel1, gradient_);
+          },
+          [&](auto lanes, int c, int count, real* lines) {
+            store_panel<lanes>(to, image_of<T>(to, n, c), count, p_.interleaved, r, r, gradient_, lines);
+          });
+      return true;
+    });
   }
 
  private:
   const SimilarityParams& p_;
-  Geometry<real>* seen_;  // by view
-  real *lines_, *panel0_, *gradient_, *panel1_;
+  Tile<T> tile_;
+  real* gradient_;
+};
 
-  bool add(int n, const Rect& r, int first, int last) {
-    for (int k = 0; k < p_.views; ++k) {
-      Geometry<real>& g = seen_[k];
-      g.spans = 0;
-      if (Weights<real>(p_, n, k).zero()) continue;
-      g.look(map_back(p_, n, k), r, p_.view[k].width, p_.view[k].height);
-      if (g.window.area() > most_window && r.area() > 1) return false;
-      g.finish();
+// What positions give to their four taps, added up in registers as long as the next position reads some of
+// the same: an addition in memory waits for the one before it.
+template <int lanes, typename real>
+class Scatter {
+ public:
+  Scatter(real* gradient, int64_t pitch, int first) : pitch_(pitch), at_(first), gradient_(gradient) {
+    a_.zero(), b_.zero(), c_.zero(), d_.zero();
+  }
+
+  void add(int tap, real fx, real fy, const Pack<lanes, real>& v) {
+    if (tap != at_) move(tap);
+    Pack<lanes, real> low, high, part;
+    high.scaled(fy, v), low = v, low.subtract(high);
+    part.scaled(fx, low), b_.add(part), low.subtract(part), a_.add(low);
+    part.scaled(fx, high), d_.add(part), high.subtract(part), c_.add(high);
+  }
+
+  void flush() { flush_left(), flush_right(); }
+
+ private:
+  const int64_t pitch_;
+  int at_;  // the upper left tap, pixels
+  real* gradient_;
+  Pack<lanes, real> a_, b_, c_, d_;  // upper left and right, lower left and right
+
+  void flush_left() {
+    real* to = gradient_ + int64_t{at_} * lanes;
+    EQUIFAST_ISA::add(to, a_), EQUIFAST_ISA::add(to + pitch_, c_);
+  }
+  void flush_right() {
+    real* to = gradient_ + int64_t{at_} * lanes + lanes;
+    EQUIFAST_ISA::add(to, b_), EQUIFAST_ISA::add(to + pitch_, d_);
+  }
+  void move(int tap) {
+    if (tap == at_ + 1) {
+      flush_left();
+      a_ = b_, c_ = d_, b_.zero(), d_.zero();
+    } else if (tap == at_ - 1) {
+      flush_right();
+      b_ = a_, d_ = c_, a_.zero(), c_.zero();
+    } else {
+      flush();
+      a_.zero(), b_.zero(), c_.zero(), d_.zero();
     }
-    visit_channels(first, last, [&](auto lanes, int c, int count) {
-      load_panel<lanes>(p_.anchor, image_of<T>(p_.anchor, n, c), count, p_.interleaved, r, panel0_, lines_);
-      std::memset(gradient_, 0, sizeof(real) * std::size_t(r.area() * lanes));
-      for (int k = 0; k < p_.views; ++k) {
-        const Geometry<real>& g = seen_[k];
-        if (g.spans == 0) continue;
-        const Map& view = p_.view[k];
-        load_panel<lanes>(view, image_of<T>(view, n, c), count, p_.interleaved, g.window, panel1_, lines_);
-        add_to_anchor<lanes>(g, r, Weights<real>(p_, n, k), panel0_, panel1_, gradient_);
-      }
-      const Gradient& to = p_.anchor_gradient;
-      store_panel<lanes>(to, image_of<T>(to, n, c), count, p_.interleaved, r, r, gradient_, lines_);
-    });
-    return true;
+    at_ = tap;
   }
 };
 
 template <int lanes, typename real>
 void add_to_view(const Geometry<real>& g, const Rect& anchor, const Weights<real>& w, const real* panel0,
                  const real* panel1, real* gradient) {
-  using Vector = typename Pack<lanes, real>::type;
+  const int64_t pitch = int64_t{g.window.width()} * lanes;
   for (int s = 0; s < g.spans; ++s) {
     const auto& span = g.span[s];
     const real* f0 = at<lanes>(panel0, anchor, span.begin, span.row);
+    Scatter<lanes, real> scatter(gradient, pitch, g.offset[span.first]);
+    Pack<lanes, real> v0, v1, slope;
     for (int i = span.first; i < span.first + span.end - span.begin; ++i, f0 += lanes) {
-      const Corners4 c(g, i, lanes);
-      Vector v0, v1;
-      get(f0, v0);
-      sample(g, i, c, panel1, v1);
-      const Vector slope = w.cross * v0 - w.own1 * v1;
-      // one tap after the other: at the border two may be the same pixel
-      add(gradient + c.o00, g.w00[i], slope), add(gradient + c.o01, g.w01[i], slope);
-      add(gradient + c.o10, g.w10[i], slope), add(gradient + c.o11, g.w11[i], slope);
+      v0.get(f0);
+      sample(panel1 + int64_t{g.offset[i]} * lanes, pitch, g.fx[i], g.fy[i], v1);
+      slope.combine(w.cross, v0, w.own1, v1);
+      scatter.add(g.offset[i], g.fx[i], g.fy[i], slope);
     }
+    scatter.flush();
   }
 }
 
@@ -298,18 +347,21 @@ class ViewGradient {
  public:
   using real = Real<T>;
 
-  static int64_t scratch() {
-    return Geometry<real>::scratch(most_positions) + lines_scratch<real>() +
-           Scratch::bytes<real>((most_positions + 2 * halo) * most_lanes);
+  static int64_t scratch(const SimilarityParams& p) {
+    const int lanes = most_lanes(p.channels);
+    return Geometry<real>::scratch(most_positions) + Scratch::bytes<Range>(most_rows) +
+           lines_scratch<real>() + Scratch::bytes<real>(most_positions * lanes) +
+           2 * Scratch::bytes<real>(halo * lanes);
   }
 
   ViewGradient(const SimilarityParams& p, Scratch& s)
       : p_(p),
         g_(s, most_positions),
-        lines_(s.take<real>(4 * most_window)),
-        panel0_(s.take<real>(most_positions * most_lanes)),
-        panel1_(s.take<real>(halo * most_lanes)),
-        gradient_(s.take<real>(halo * most_lanes)) {}
+        seen_(s.take<Range>(most_rows)),
+        lines_(s.take<real>(4 * most_line)),
+        panel0_(s.take<real>(most_positions * most_lanes(p.channels))),
+        panel1_(s.take<real>(halo * most_lanes(p.channels))),
+        gradient_(s.take<real>(halo * most_lanes(p.channels))) {}
 
   // Band `band` of view k of image n, channels [first, last).
   void run(int n, int k, int band, int first, int last) {
@@ -317,7 +369,7 @@ class ViewGradient {
     const Weights<real> w(p_, n, k);
     const PixelMap map = map_back(p_, n, k);
     const core::Preimage preimage(map, p_.anchor.width, p_.anchor.height);
-    visit_band(rows_of(view, band, similarity_rows), tile_rows, [&](const Rect& r) {
+    visit_band(rows_of(view, band, similarity_view_rows), halo_rows, [&](const Rect& r) {
       Rect readers{0, 0, 0, 0};
       if (!w.zero()) {
         const auto x0 = core::reach(r.left, view.width, map.left, map.right),
@@ -327,7 +379,7 @@ class ViewGradient {
         const core::Box box = preimage.box({x0.low, x1.high}, {y0.low, y1.high});
         readers = {box.left, box.right, box.top, box.bottom};
       }
-      if (readers.area() > most_positions && r.area() > 16) return false;
+      if (!fits(readers, most_positions) && r.area() > 16) return false;
       add(n, k, map, w, r, readers, first, last);
       return true;
     });
@@ -336,47 +388,52 @@ class ViewGradient {
  private:
   const SimilarityParams& p_;
   Geometry<real> g_;
+  Range* seen_;  // of each row of the positions, those that are needed
   real *lines_, *panel0_, *panel1_, *gradient_;
 
   // The pixels `r`, which are read by positions in `readers`.
   void add(int n, int k, const PixelMap& map, const Weights<real>& w, const Rect& r, const Rect& readers,
            int first, int last) {
     const Map& view = p_.view[k];
-    const Rect window = Geometry<real>::around(r, view.width, view.height);
+    const Rect window{r.left - 1, r.right + 1, r.top - 1, r.bottom + 1};
     // Few readers, as a rule, and seen once for all channels; many (a view that all but vanishes) part by
     // part.
-    const bool once = readers.area() <= most_positions;
+    const bool once = fits(readers, most_positions);
     if (once) see(map, readers, view, r);
     visit_channels(first, last, [&](auto lanes, int c, int count) {
       std::memset(gradient_, 0, sizeof(real) * std::size_t(window.area() * lanes));
       if (!once || g_.spans > 0) {
-        load_panel<lanes>(view, image_of<T>(view, n, c), count, p_.interleaved, window, panel1_, lines_);
+        load_panel<lanes>(view, image_of<T>(view, n, c), count, p_.interleaved, window, nullptr, panel1_,
+                          lines_);
       }
       visit(readers, [&](const Rect& part) {
-        if (part.area() > most_positions) return false;
+        if (!fits(part, most_positions)) return false;
         if (!once) see(map, part, view, r);
         if (g_.spans == 0) return true;
-        load_panel<lanes>(p_.anchor, image_of<T>(p_.anchor, n, c), count, p_.interleaved, part, panel0_,
-                          lines_);
+        load_panel<lanes>(p_.anchor, image_of<T>(p_.anchor, n, c), count, p_.interleaved, part, seen_,
+                          panel0_, lines_);
         add_to_view<lanes>(g_, part, w, panel0_, panel1_, gradient_);
         return true;
       });
+      fold_border<lanes>(window, view.width, view.height, gradient_);
       const Gradient& to = p_.view_gradient[k];
       store_panel<lanes>(to, image_of<T>(to, n, c), count, p_.interleaved, window, r, gradient_, lines_);
     });
   }
 
   void see(const PixelMap& map, const Rect& readers, const Map& view, const Rect& r) {
-    g_.look(map, readers, view.width, view.height, &r);
-    g_.finish();
+    g_.look_at(r, map, readers, view.width, view.height);
+    for (int j = 0; j < readers.height(); ++j) seen_[j] = {0, 0};
+    for (int s = 0; s < g_.spans; ++s) {
+      seen_[g_.span[s].row - readers.top] = {g_.span[s].begin, g_.span[s].end};
+    }
   }
 };
 
 template <typename T>
 void run_backward(const SimilarityParams& p, int64_t begin, int64_t end) {
-  Scratch scratch(AnchorGradient<T>::scratch(p) + ViewGradient<T>::scratch());
-  AnchorGradient<T> anchor(p, scratch);
-  ViewGradient<T> view(p, scratch);
+  const int64_t for_anchor = AnchorGradient<T>::scratch(p), for_view = ViewGradient<T>::scratch(p);
+  Scratch scratch(for_anchor > for_view ? for_anchor : for_view);
   const int groups = parts(p.channels, similarity_group),
             bands = parts(p.anchor.height, similarity_anchor_rows);
   const int64_t per_group = similarity_group_tasks(p);
@@ -387,14 +444,14 @@ void run_backward(const SimilarityParams& p, int64_t begin, int64_t end) {
     const int last = first + similarity_group < p.channels ? first + similarity_group : p.channels;
     int band = static_cast<int>(task % per_group);
     if (band < bands) {
-      anchor.run(n, band, first, last);
+      AnchorGradient<T>(p, scratch.clear()).run(n, band, first, last);
       continue;
     }
     band -= bands;
     int k = 0;
-    for (; band >= parts(p.view[k].height, similarity_rows); ++k)
-      band -= parts(p.view[k].height, similarity_rows);
-    view.run(n, k, band, first, last);
+    for (; band >= parts(p.view[k].height, similarity_view_rows); ++k)
+      band -= parts(p.view[k].height, similarity_view_rows);
+    ViewGradient<T>(p, scratch.clear()).run(n, k, band, first, last);
   }
 }
 
