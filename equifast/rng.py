@@ -10,8 +10,12 @@ batch that an image is in, not of its place there, not of any global random stat
 
 import enum
 import math
+from collections.abc import Sequence
+from typing import TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 __all__ = ["MAX_DRAW", "MAX_STEP", "Stream", "fresh_seed", "normal", "philox", "uniform"]
@@ -22,6 +26,8 @@ MAX_STEP = 2**16 - 1
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
+
+Words = TypeVar("Words", Tensor, NDArray[np.int64])
 
 
 class Stream(enum.IntEnum):
@@ -39,59 +45,60 @@ class Stream(enum.IntEnum):
         return int(self) + len(Stream) * index
 
 
-def philox(counter: list[Tensor], key: list[Tensor]) -> list[Tensor]:
-    """Ten rounds of Philox-4x32.
+def philox(counter: list[Words], key: list[Words]) -> list[Words]:
+    """Ten rounds of Philox-4x32, in torch or in numpy.
 
     Args:
-        counter: four int64 tensors of one shape, each element a 32-bit word.
-        key: two int64 tensors that broadcast against them.
+        counter: four int64 tensors or arrays that broadcast, each element a 32-bit word.
+        key: two more that broadcast against them.
 
     Returns:
-        Four int64 tensors of 32-bit words.
+        Four int64 tensors or arrays of 32-bit words.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
-        # int64 products wrap modulo 2**64, so after masking both halves are those of the unsigned product.
+        # int64 products wrap modulo 2**64: their lower halves, and after masking the upper ones, are those of the
+        # unsigned product. What is not multiplied next may carry more than its 32 bits.
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            (p1 >> 32) & _WORD ^ c1 ^ k0,
-            p1 & _WORD,
-            (p0 >> 32) & _WORD ^ c3 ^ k1,
-            p0 & _WORD,
-        )
-        k0, k1 = (k0 + _WEYL[0]) & _WORD, (k1 + _WEYL[1]) & _WORD
-    return [c0, c1, c2, c3]
+        c0, c1, c2, c3 = ((p1 >> 32) ^ c1 ^ k0) & _WORD, p1, ((p0 >> 32) ^ c3 ^ k1) & _WORD, p0
+        k0, k1 = k0 + _WEYL[0], k1 + _WEYL[1]
+    return [c0, c1 & _WORD, c2, c3 & _WORD]
 
 
-def _words(
+def _unit(
     seed: int | Tensor,
-    stream: int,
+    stream: int | Sequence[int],
     ids: Tensor,
     draw: int | Tensor,
     step: int | Tensor,
     count: int,
 ) -> Tensor:
-    blocks = -(-count // 4)
-    zero = torch.zeros(ids.numel(), blocks, dtype=torch.int64, device=ids.device)
-    column = ids.to(torch.int64).reshape(-1, 1)
-    counter = [
-        zero + torch.arange(blocks, device=ids.device),
-        (zero + draw) * 2**16 + step,  # in int64, also where draw is a tensor of a narrower type
-        zero + (column & _WORD),
-        zero + (column >> 32 & _WORD),
-    ]
-    scalar = torch.zeros((), dtype=torch.int64, device=ids.device)
-    return torch.stack(philox(counter, [scalar + seed, scalar + stream]), dim=-1)  # (N, blocks, 4)
+    """Uniform numbers (N, blocks, 4), or (S, N, blocks, 4) of several streams."""
+    ids, blocks = ids.to(torch.int64), -(-count // 4)
+    if ids.device.type == "cpu":
+        # numpy: on small arrays torch's many operations would take several times as long
+        key = [np.asarray(seed, np.int64), np.asarray(stream, np.int64)]
+        place = [np.asarray(draw, np.int64), np.asarray(step, np.int64)]
+        words = np.stack(_words(key, place, ids.numpy(), np.arange(blocks)), -1)
+        return torch.from_numpy((words + 0.5) * 2.0**-32)
+    zero = torch.zeros((), dtype=torch.int64, device=ids.device)  # keeps sums in int64 and on the device
+    streams = zero + stream if isinstance(stream, int) else torch.tensor(stream, device=ids.device)
+    elements = torch.arange(blocks, device=ids.device)
+    drawn = torch.stack(_words([zero + seed, streams], [zero + draw, zero + step], ids, elements), -1)
+    return (drawn.to(torch.float64) + 0.5) * 2.0**-32
 
 
-def _unit(words: Tensor) -> Tensor:
-    return (words.to(torch.float64) + 0.5) * 2.0**-32
+def _words(key: list[Words], place: list[Words], ids: Words, blocks: Words) -> list[Words]:
+    (seed, stream), (draw, step) = key, place
+    column = ids.reshape(-1, 1)
+    counter = [blocks, draw * 2**16 + step, column & _WORD, column >> 32 & _WORD]
+    return philox(counter, [seed, stream[..., None, None]])
 
 
 def uniform(
     seed: int | Tensor,
-    stream: int,
+    stream: int | Sequence[int],
     ids: Tensor,
     draw: int | Tensor,
     step: int | Tensor,
@@ -101,31 +108,31 @@ def uniform(
 
     Args:
         seed: 0..2**32-1, a number or a 0-d int64 tensor.
-        stream: a :class:`Stream` or the number that :meth:`Stream.of` gives.
+        stream: a :class:`Stream` or the number that :meth:`Stream.of` gives; or S of them.
         ids: (N,) int64 image ids.
         draw: 0..65535, the realization.
         step: 0..65535, the step of the ascent.
         count: numbers per image.
 
     Returns:
-        (N, count) float64 on the device of ``ids``.
+        (N, count) float64 on the device of ``ids``; (S, N, count) for several streams.
     """
-    return _unit(_words(seed, stream, ids, draw, step, count)).flatten(1)[:, :count]
+    return _unit(seed, stream, ids, draw, step, count).flatten(-2)[..., :count]
 
 
 def normal(
     seed: int | Tensor,
-    stream: int,
+    stream: int | Sequence[int],
     ids: Tensor,
     draw: int | Tensor,
     step: int | Tensor,
     count: int,
 ) -> Tensor:
     """Standard normal numbers by Box-Muller; arguments and result as those of :func:`uniform`."""
-    u = _unit(_words(seed, stream, ids, draw, step, count))
+    u = _unit(seed, stream, ids, draw, step, count)
     radius, angle = (-2 * u[..., 0::2].log()).sqrt(), 2 * math.pi * u[..., 1::2]
-    pairs = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1)  # (N, blocks, 2, 2)
-    return pairs.flatten(1)[:, :count]
+    pairs = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1)  # (..., N, blocks, 2, 2)
+    return pairs.flatten(-3)[..., :count]
 
 
 def fresh_seed() -> int:

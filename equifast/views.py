@@ -8,6 +8,7 @@ these; it holds no random state of its own. To add one, write one class with the
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ __all__ = [
 ]
 
 Size = tuple[int, int]
+Number = TypeVar("Number", float, Tensor)
 
 
 def _interval(name: str, value: tuple[float, float], least: float | None = None) -> None:
@@ -39,7 +41,7 @@ def _interval(name: str, value: tuple[float, float], least: float | None = None)
         raise ValueError(f"{name} is {value!r}; its low end must not be above its high end")
 
 
-def _between(low: float, high: float, u: Tensor) -> Tensor:
+def _between(low: float, high: float, u: Number) -> Number:
     return low + (high - low) * u
 
 
@@ -120,8 +122,8 @@ class Resize(View):
 
     def geometry(self, size: Size, shared: Tensor, u: Tensor) -> tuple[Tensor, Size]:
         theta, (height, width) = super().geometry(size, shared, u)
-        scale = float(_between(*self._scale, shared[0]))
-        ratio = float(_between(*self.ratio, shared[1]))
+        first, second = shared.tolist()
+        scale, ratio = _between(*self._scale, first), _between(*self.ratio, second)
         return theta, (max(1, math.floor(height * scale)), max(1, math.floor(width * scale * ratio)))
 
 
@@ -138,11 +140,8 @@ class Rotation(View):
     def geometry(self, size: Size, shared: Tensor, u: Tensor) -> tuple[Tensor, Size]:
         angle = math.radians(self.degrees) * (2 * u[:, 0] - 1)
         aspect = size[0] / size[1]
-        theta, size = super().geometry(size, shared, u)
-        theta[:, 0, 0] = theta[:, 1, 1] = angle.cos()
-        theta[:, 0, 1] = -angle.sin() * aspect
-        theta[:, 1, 0] = angle.sin() / aspect
-        return theta, size
+        cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
+        return torch.stack((cos, -sin * aspect, zero, sin / aspect, cos, zero), 1).view(-1, 2, 3), size
 
 
 @dataclass(frozen=True)
@@ -227,6 +226,13 @@ def _shift_hue(x: Tensor, turns: Tensor) -> Tensor:
     return torch.stack((channel(5), channel(3), channel(1)), 1)
 
 
+def _product(theta: Tensor, following: Tensor) -> Tensor:
+    """One affine map (N, 2, 3) after the other: a matrix reads from the output of the one before it."""
+    both = theta[:, :, :2].bmm(following)
+    both[:, :, 2] += theta[:, :, 2]
+    return both
+
+
 @dataclass(frozen=True)
 class Compose(View):
     """Several views, one after the other: their color maps first, then one resampling by the product of matrices."""
@@ -242,8 +248,7 @@ class Compose(View):
         object.__setattr__(self, "image", sum(view.image for view in views))
 
     def geometry(self, size: Size, shared: Tensor, u: Tensor) -> tuple[Tensor, Size]:
-        # A matrix reads from the output of the view before it, so the product runs in the order of application.
-        theta, size = super().geometry(size, shared, u)
+        theta = None
         parts = zip(
             self.views,
             shared.split([view.shared for view in self.views]),
@@ -252,9 +257,8 @@ class Compose(View):
         )
         for view, common, own in parts:
             following, size = view.geometry(size, common, own)
-            linear = theta[..., :2] @ following[..., :2]
-            theta = torch.cat((linear, theta[..., :2] @ following[..., 2:] + theta[..., 2:]), -1)
-        return theta, size
+            theta = following if theta is None else _product(theta, following)
+        return (super().geometry(size, shared, u)[0] if theta is None else theta), size
 
     def color(self, images: Tensor, u: Tensor) -> Tensor:
         for view, part in zip(self.views, u.split([v.image for v in self.views], 1), strict=True):
@@ -323,16 +327,19 @@ def sample(
         seed, draw, step: as in :mod:`equifast.rng`. Choice and sizes are those of all images, the rest of each.
         ids: (N,) int64 image ids; the result is on their device.
     """
-    host, everyone = ids.cpu(), torch.zeros(1, dtype=torch.int64)
-    chosen = list(range(len(views)))
+    # All numbers at once: the cost of drawing is in the number of operations, not in that of numbers.
+    k = range(len(views))
+    streams = [int(rng.Stream.CHOICE), *map(rng.Stream.SHARED.of, k), *map(rng.Stream.IMAGE.of, k)]
+    most = max(len(views), *(max(view.shared, view.image) for view in views))
+    rows = torch.tensor([0, *ids.tolist()])  # 0 is the id of what all images share
+    numbers = rng.uniform(seed, streams, rows, draw, step, most)
+    choice, shared, image = numbers[0, 0], numbers[1 : 1 + len(views), 0], numbers[1 + len(views) :, 1:]
+    chosen = list(k)
     if count is not None and count < len(views):
-        keys = rng.uniform(seed, rng.Stream.CHOICE, everyone, draw, step, len(views))[0]
-        chosen = sorted(keys.argsort()[:count].tolist())
+        chosen = sorted(choice[: len(views)].argsort()[:count].tolist())
     sampled = []
-    for k in chosen:
-        view = views[k]
-        shared = rng.uniform(seed, rng.Stream.SHARED.of(k), everyone, draw, step, view.shared)[0]
-        u = rng.uniform(seed, rng.Stream.IMAGE.of(k), host, draw, step, view.image)
-        theta, target = view.geometry(size, shared, u)
+    for i in chosen:
+        view, u = views[i], image[i, :, : views[i].image]
+        theta, target = view.geometry(size, shared[i, : view.shared], u)
         sampled.append(Sampled(view, theta.to(ids.device), target, u))
     return sampled

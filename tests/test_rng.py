@@ -68,6 +68,26 @@ def test_device_scalars() -> None:
     assert torch.equal(rng.normal(scalars[0], 1, ids, scalars[1], scalars[2], 9), rng.normal(7, 1, ids, 2, 3, 9))
 
 
+def test_several_streams_at_once() -> None:
+    ids, streams = torch.tensor([3, -1]), [0, 7, 44]
+    for draw in (rng.uniform, rng.normal):
+        together = draw(5, streams, ids, 2, 1, 9)
+        assert together.shape == (3, 2, 9)
+        assert torch.equal(together, torch.stack([draw(5, stream, ids, 2, 1, 9) for stream in streams]))
+
+
+def test_torch_and_numpy_agree() -> None:
+    """uniform asks numpy on the host and torch on a device."""
+    generator = torch.Generator().manual_seed(0)
+    words = list(torch.randint(2**32, (6, 100), generator=generator))
+    for one, other in zip(
+        rng.philox(words[:4], words[4:]),
+        rng.philox([w.numpy() for w in words[:4]], [w.numpy() for w in words[4:]]),
+        strict=True,
+    ):
+        assert torch.equal(one, torch.from_numpy(other))
+
+
 def test_streams_do_not_meet() -> None:
     numbers = [stream.of(index) for stream in rng.Stream for index in range(20)]
     assert len(set(numbers)) == len(numbers)
