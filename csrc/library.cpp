@@ -14,4 +14,7 @@ STABLE_TORCH_LIBRARY(equifast, m) {
   m.def(
       "signed_step(Tensor x, Tensor gradient, Tensor origin, float eps, float step, float sigma, int seed, "
       "Tensor ids, int draw, int t) -> Tensor");
+  // Returns the images and what the backward pass wants: the mean gray of each after brightness.
+  m.def("color_jitter(Tensor images, Tensor parameters) -> (Tensor, Tensor)");
+  m.def("color_jitter_backward(Tensor upstream, Tensor mean, Tensor images, Tensor parameters) -> Tensor");
 }

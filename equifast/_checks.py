@@ -180,6 +180,28 @@ def similarity(anchor: object, views: Sequence[Tensor], theta_given: object, red
             raise ValueError(f"{name} has shape {shape(view)}; it must be ({n}, {channels}, h, w) as anchor")
 
 
+def color_jitter(images_given: object, parameters: object) -> None:
+    """The arguments of ``color_jitter``, on every backend."""
+    x = tensor("images", images_given, 4, "(N, 3, H, W)")
+    if x.shape[1] != 3:
+        raise ValueError(f"images has shape {shape(x)}; it must be (N, 3, H, W)")
+    given = tensor("parameters", parameters, 2, "(N, 5)")
+    if given.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"parameters has dtype {given.dtype}; it must be float32 or float64")
+    if given.shape != (x.shape[0], 5):
+        raise ValueError(f"parameters has shape {shape(given)}; it must be ({x.shape[0]}, 5), one row per image")
+    same_device("parameters", given, "images", x)
+    if given.device.type == "cpu" and given.numel():
+        bounds = zip(*(side.tolist() for side in torch.aminmax(given.detach(), dim=0)), strict=True)
+        for name, (low, high) in zip(("brightness", "contrast", "saturation", "hue", "gray"), bounds, strict=True):
+            least, most = {"hue": (-0.5, 0.5), "gray": (0, 1)}.get(name, (0, math.inf))
+            if not (math.isfinite(low) and math.isfinite(high)):
+                raise ValueError(f"parameters has a {name} that is NaN or infinite; it must be finite")
+            if low < least or high > most:
+                wanted = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+                raise ValueError(f"parameters has a {name} of {low if low < least else high:g}; it must be {wanted}")
+
+
 def signed_step(x: object, gradient: object, origin: object, eps: object, ids_given: object) -> Tensor:
     """The arguments of ``signed_step``, on every backend; returns the ids."""
     start = tensor("x", x, 4, "(N, C, H, W)")

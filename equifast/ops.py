@@ -8,7 +8,7 @@ import ctypes
 import functools
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from equifast import _C, _checks, reference
 
-__all__ = ["Backend", "backend", "choose", "signed_step", "similarity", "use", "warp"]
+__all__ = ["Backend", "backend", "choose", "color_jitter", "signed_step", "similarity", "use", "warp"]
 
 BACKENDS = ("native", "reference")
 
@@ -143,10 +143,11 @@ def _native(tensor: Tensor) -> bool:
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-def _matrices(theta: Tensor, name: str) -> Tensor:
-    if theta.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"theta requires a gradient; it must not, or use equifast.reference.{name}")
-    return theta.detach().to(torch.float64).contiguous()
+def _constant(argument: str, value: Tensor, operator: str) -> Tensor:
+    """An argument without derivative, as the native operators take it: float64 and contiguous."""
+    if value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{argument} requires a gradient; it must not, or use equifast.reference.{operator}")
+    return value.detach().to(torch.float64).contiguous()
 
 
 def warp(images: Tensor, theta: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
@@ -159,7 +160,7 @@ def warp(images: Tensor, theta: Tensor, sizes: Sequence[tuple[int, int]]) -> lis
     if not _native(images):
         return reference.warp(images, theta, sizes)
     heights, widths = [h for h, _ in sizes], [w for _, w in sizes]
-    warped: list[Tensor] = torch.ops.equifast.warp(images, _matrices(theta, "warp"), heights, widths)
+    warped: list[Tensor] = torch.ops.equifast.warp(images, _constant("theta", theta, "warp"), heights, widths)
     return warped
 
 
@@ -172,7 +173,7 @@ def similarity(anchor: Tensor, views: Sequence[Tensor], theta: Tensor, reduction
     _checks.similarity(anchor, views, theta, reduction)
     if not _native(anchor):
         return reference.similarity(anchor, views, theta, reduction)
-    matrices = _matrices(theta, "similarity")
+    matrices = _constant("theta", theta, "similarity")
     result: Tensor = torch.ops.equifast.similarity(anchor, list(views), matrices, reduction == "pixel")[0]
     return result
 
@@ -205,6 +206,20 @@ def signed_step(
         *tensors, float(eps), float(step), float(sigma), int(seed), ids, int(draw), int(t)
     )
     return moved
+
+
+def color_jitter(images: Tensor, parameters: Tensor) -> Tensor:
+    """Change brightness, contrast, saturation and hue of images; see :func:`equifast.reference.color_jitter`.
+
+    On the CPU the native backend makes one pass for the mean of each image and one for the rest, computes in float32,
+    or float64 where the images are, and keeps nothing but its arguments for its derivative. It is differentiable once
+    with respect to ``images``, and refuses ``parameters`` that require a gradient. On CUDA it is the reference.
+    """
+    _checks.color_jitter(images, parameters)
+    if images.device.type == "cuda" or not _native(images):
+        return reference.color_jitter(images, parameters)
+    result: Tensor = torch.ops.equifast.color_jitter(images, _constant("parameters", parameters, "color_jitter"))[0]
+    return result
 
 
 # Fakes and derivatives, registered when the library has been loaded.
@@ -251,6 +266,18 @@ def _fake_signed_step(x: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def _fake_color_jitter(images: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+    return _fake_like(images), images.new_empty(images.shape[0], dtype=torch.float64)
+
+
+def _fake_color_jitter_backward(upstream: Tensor, mean: Tensor, images: Tensor, parameters: Tensor) -> Tensor:
+    return _fake_like(images)
+
+
+def _fake_like(images: Tensor) -> Tensor:
+    return _map(images, images.shape[2], images.shape[3], _interleaved(images), images.dtype)
+
+
 def _warp_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     images, theta, ctx.heights, ctx.widths = inputs
     ctx.save_for_backward(theta)
@@ -295,23 +322,48 @@ def _similarity_backward(
     return first, rest, None, None
 
 
+def _color_jitter_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1], *inputs)
+
+
+def _color_jitter_backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, None]:
+    if upstream is None:
+        return None, None
+    return torch.ops.equifast.color_jitter_backward(upstream, *ctx.saved_tensors), None
+
+
 def _no_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.views = len(inputs[3])
+    pass
 
 
-def _no_second_derivative(ctx: Any, gradients: Sequence[Tensor]) -> Any:
-    raise RuntimeError("equifast.ops.similarity is differentiable once; equifast.reference.similarity is twice")
+def _no_second_derivative(name: str) -> Callable[..., Any]:
+    def refuse(ctx: Any, *gradients: Any) -> Any:
+        raise RuntimeError(f"equifast.ops.{name} is differentiable once; equifast.reference.{name} is twice")
+
+    return refuse
 
 
 def _register() -> None:
-    fakes = (_fake_warp, _fake_warp_adjoint, _fake_similarity, _fake_similarity_backward, _fake_signed_step)
+    fakes: tuple[Callable[..., Any], ...] = (
+        _fake_warp,
+        _fake_warp_adjoint,
+        _fake_similarity,
+        _fake_similarity_backward,
+        _fake_signed_step,
+        _fake_color_jitter,
+        _fake_color_jitter_backward,
+    )
     for fake in fakes:
         torch.library.register_fake("equifast::" + fake.__name__.removeprefix("_fake_"))(fake)
     derivatives = (
         ("warp", _warp_backward, _warp_context),
         ("warp_adjoint", _adjoint_backward, _adjoint_context),
         ("similarity", _similarity_backward, _similarity_context),
-        ("similarity_backward", _no_second_derivative, _no_context),
+        ("similarity_backward", _no_second_derivative("similarity"), _no_context),
+        ("color_jitter", _color_jitter_backward, _color_jitter_context),
+        ("color_jitter_backward", _no_second_derivative("color_jitter"), _no_context),
     )
     for name, backward, context in derivatives:
         torch.library.register_autograd(f"equifast::{name}", backward, setup_context=context)

@@ -1,4 +1,4 @@
-"""The three operators in plain PyTorch: the definition that every kernel is held to.
+"""The four operators in plain PyTorch: the definition that every kernel is held to.
 
 Any float dtype and device, differentiable twice (``warp`` with respect to ``theta`` too). Geometry is computed in
 float64 whatever the dtype of the images, similarities are accumulated in float32 or better.
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from equifast import _checks, rng
 
-__all__ = ["signed_step", "similarity", "warp"]
+__all__ = ["color_jitter", "signed_step", "similarity", "warp"]
 
 _EDGE = 1 + 1e-6  # |q| up to this is inside the frame
 _CHUNK = 4096
@@ -194,6 +194,66 @@ def _cosine(inner: Tensor, square0: Tensor, square1: Tensor) -> Tensor:
     # The guarded operands keep the derivative of the square root finite where the result is discarded.
     norms = torch.where(valid, square0, 1.0).sqrt() * torch.where(valid, square1, 1.0).sqrt()
     return torch.where(valid, inner / norms, 0.0)
+
+
+def color_jitter(images: Tensor, parameters: Tensor) -> Tensor:
+    """Change brightness, contrast, saturation and hue, in this order, then perhaps drop the color.
+
+    The adjustments are those of torchvision's transform of the same name; after each of the first three, values are
+    clamped to [0, 1]. Gray is ``0.2989 red + 0.587 green + 0.114 blue``, contrast is about the mean gray of the image.
+
+    Args:
+        images: (N, 3, H, W) in [0, 1], any float dtype.
+        parameters: (N, 5), float32 or float64: the factors of brightness, contrast and saturation, at least 0, where 1
+            changes nothing; the shift of the hue in turns, in [-0.5, 0.5]; and gray, 0 or 1.
+
+    Returns:
+        (N, 3, H, W) in [0, 1], in the dtype of ``images``.
+
+    Raises:
+        TypeError: if ``images`` or ``parameters`` are not floating-point tensors.
+        ValueError: if shapes or devices do not match, or ``parameters`` (in host memory) leave their ranges.
+    """
+    _checks.color_jitter(images, parameters)
+
+    def factor(column: int) -> Tensor:
+        return parameters[:, column].to(images.dtype).view(-1, 1, 1, 1)
+
+    if images.numel() == 0:
+        return images.clone()
+    x = (images * factor(0)).clamp(0, 1)
+    gray = _gray(x)
+    mean = (row_sum(gray.flatten(1)) / (x.shape[2] * x.shape[3])).view(-1, 1, 1, 1)
+    x = (mean + (x - mean) * factor(1)).clamp(0, 1)
+    gray = _gray(x)
+    x = (gray + (x - gray) * factor(2)).clamp(0, 1)
+    x = _shift_hue(x, factor(3)[:, 0])
+    return torch.where((parameters[:, 4] != 0).view(-1, 1, 1, 1), _gray(x).expand_as(x), x)
+
+
+def _gray(x: Tensor) -> Tensor:
+    red, green, blue = x.unbind(1)
+    return (0.2989 * red + 0.587 * green + 0.114 * blue)[:, None]
+
+
+def _shift_hue(x: Tensor, turns: Tensor) -> Tensor:
+    """Turn the hue of (N, 3, H, W) in HSV space by (N, 1, 1) turns."""
+    red, green, blue = x.unbind(1)
+    value, low = x.amax(1), x.amin(1)
+    chroma = value - low
+    divisor = torch.where(chroma > 0, chroma, 1.0)
+    hue = torch.where(
+        value == red,
+        (green - blue) / divisor,
+        torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
+    )
+    hue = hue + 6 * turns
+
+    def channel(offset: float) -> Tensor:
+        k = (hue + offset) % 6
+        return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
+
+    return torch.stack((channel(5), channel(3), channel(1)), 1)
 
 
 def signed_step(

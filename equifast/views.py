@@ -13,8 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from equifast import _checks, rng
-from equifast.reference import row_sum
+from equifast import _checks, ops, rng
 
 __all__ = [
     "ColorJitter",
@@ -186,44 +185,10 @@ class ColorJitter(View):
         _checks.number("grayscale", self.grayscale, least=0, most=1)
 
     def color(self, images: Tensor, u: Tensor) -> Tensor:
-        u = u.to(images.device)
-
-        def factor(value: float, column: int) -> Tensor:
-            return _between(max(0.0, 1 - value), 1 + value, u[:, column]).to(images.dtype).view(-1, 1, 1, 1)
-
-        x = (images * factor(self.brightness, 0)).clamp(0, 1)
-        gray = _gray(x)
-        mean = (row_sum(gray.flatten(1)) / (x.shape[2] * x.shape[3])).view(-1, 1, 1, 1)
-        x = (mean + (x - mean) * factor(self.contrast, 1)).clamp(0, 1)
-        gray = _gray(x)
-        x = (gray + (x - gray) * factor(self.saturation, 2)).clamp(0, 1)
-        x = _shift_hue(x, (self.hue * (2 * u[:, 3] - 1)).to(x.dtype).view(-1, 1, 1))
-        return torch.where((u[:, 4] < self.grayscale).view(-1, 1, 1, 1), _gray(x).expand_as(x), x)
-
-
-def _gray(x: Tensor) -> Tensor:
-    red, green, blue = x.unbind(1)
-    return (0.2989 * red + 0.587 * green + 0.114 * blue)[:, None]
-
-
-def _shift_hue(x: Tensor, turns: Tensor) -> Tensor:
-    """Turn the hue of (N, 3, H, W) in HSV space by (N, 1, 1) turns."""
-    red, green, blue = x.unbind(1)
-    value, low = x.amax(1), x.amin(1)
-    chroma = value - low
-    divisor = torch.where(chroma > 0, chroma, 1.0)
-    hue = torch.where(
-        value == red,
-        (green - blue) / divisor,
-        torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
-    )
-    hue = hue + 6 * turns
-
-    def channel(offset: float) -> Tensor:
-        k = (hue + offset) % 6
-        return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
-
-    return torch.stack((channel(5), channel(3), channel(1)), 1)
+        widths = (self.brightness, self.contrast, self.saturation)
+        columns = [_between(max(0.0, 1 - width), 1 + width, u[:, i]) for i, width in enumerate(widths)]
+        columns += [self.hue * (2 * u[:, 3] - 1), (u[:, 4] < self.grayscale).to(u.dtype)]
+        return ops.color_jitter(images, torch.stack(columns, 1).to(images.device))
 
 
 def _product(theta: Tensor, following: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from equifast.evaluate import difference
 X = cases.images()
 MODEL = cases.dense()
 THETA = cases.theta("flip", 2)
+JITTER = torch.tensor([[1.0, 1.0, 1.0, 0.0, 0.0]] * 2, dtype=torch.float64)
 
 
 class Constant(nn.Module):
@@ -26,6 +27,12 @@ def filled(value: float) -> Tensor:
     x = X.clone()
     x[1, 2, 3, 4] = value
     return x
+
+
+def jitter(column: int, value: float) -> Tensor:
+    parameters = JITTER.clone()
+    parameters[1, column] = value
+    return parameters
 
 
 IMAGES: dict[str, tuple[Any, str]] = {
@@ -252,6 +259,55 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     "devices": (
         lambda: reference.warp(X, THETA.to("meta"), [(2, 2)]),
         "theta is on meta, images on cpu; they must be on one device",
+    ),
+    "jitter channels": (
+        lambda: reference.color_jitter(X[:, :2], JITTER),
+        "images has shape (2, 2, 20, 28); it must be (N, 3, H, W)",
+    ),
+    "jitter rank": (
+        lambda: reference.color_jitter(X[0], JITTER),
+        "images has shape (3, 20, 28); it must be (N, 3, H, W)",
+    ),
+    "jitter integers": (
+        lambda: reference.color_jitter((X * 255).to(torch.uint8), JITTER),
+        "images has dtype torch.uint8; it must be floating point",
+    ),
+    "jitter rows": (
+        lambda: reference.color_jitter(X, JITTER[:1]),
+        "parameters has shape (1, 5); it must be (2, 5), one row per image",
+    ),
+    "jitter columns": (
+        lambda: reference.color_jitter(X, JITTER[:, :4]),
+        "parameters has shape (2, 4); it must be (2, 5), one row per image",
+    ),
+    "jitter dtype": (
+        lambda: reference.color_jitter(X, JITTER.half()),
+        "parameters has dtype torch.float16; it must be float32 or float64",
+    ),
+    "jitter list": (lambda: reference.color_jitter(X, [1.0]), "parameters is a list; it must be a tensor (N, 5)"),  # type: ignore[arg-type]
+    "jitter device": (
+        lambda: reference.color_jitter(X, JITTER.to("meta")),
+        "parameters is on meta, images on cpu; they must be on one device",
+    ),
+    "jitter nan": (
+        lambda: reference.color_jitter(X, jitter(2, math.nan)),
+        "parameters has a saturation that is NaN or infinite; it must be finite",
+    ),
+    "jitter inf": (
+        lambda: reference.color_jitter(X, jitter(0, math.inf)),
+        "parameters has a brightness that is NaN or infinite; it must be finite",
+    ),
+    "jitter factor": (
+        lambda: reference.color_jitter(X, jitter(1, -0.1)),
+        "parameters has a contrast of -0.1; it must be at least 0",
+    ),
+    "jitter hue": (
+        lambda: reference.color_jitter(X, jitter(3, 0.7)),
+        "parameters has a hue of 0.7; it must be from -0.5 to 0.5",
+    ),
+    "jitter gray": (
+        lambda: reference.color_jitter(X, jitter(4, 2)),
+        "parameters has a gray of 2; it must be from 0 to 1",
     ),
     "step shapes": (
         lambda: reference.signed_step(X, X[:1], X, 0.1, 0.1, 0.0, 0, torch.zeros(2, dtype=torch.int64), 0, 0),

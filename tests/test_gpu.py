@@ -38,6 +38,9 @@ def test_operators_agree_with_the_cpu() -> None:
         expected = reference.similarity(x, [host], theta, reduction)
         actual = reference.similarity(x.cuda(), [host.cuda()], theta.cuda(), reduction)
         torch.testing.assert_close(actual.cpu(), expected)
+    parameters = torch.tensor([[1.31, 0.71, 1.53, 0.13, 0], [0.7, 1.2, 0.4, -0.3, 1]], dtype=torch.float64)
+    jittered = ops.color_jitter(x.cuda(), parameters.cuda())
+    torch.testing.assert_close(jittered.cpu(), reference.color_jitter(x, parameters))
 
 
 def test_random_numbers_agree_with_the_cpu() -> None:

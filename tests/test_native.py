@@ -1,7 +1,7 @@
 """The native operators against the reference, over a table of cases."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import cases
 import pytest
@@ -163,6 +163,11 @@ def test_second_derivative_names_the_reference() -> None:
     (first,) = torch.autograd.grad(ops.similarity(anchor, views, theta).sum(), anchor, create_graph=True)
     with pytest.raises(RuntimeError, match=r"equifast\.reference\.similarity is twice"):
         first.sum().backward()
+    x, parameters = colors("random", 1, 4, 5)
+    x.requires_grad_()
+    (first,) = torch.autograd.grad(ops.color_jitter(x, parameters).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"equifast\.reference\.color_jitter is twice"):
+        first.sum().backward()
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # opcheck's own
@@ -235,6 +240,117 @@ def test_the_number_of_threads_changes_no_bit() -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+# Of values that are uniform in [0, 1), (N, 3, H, W). Real images have many of the pixels whose channels are tied or at
+# an end of [0, 1].
+COLORS: dict[str, Callable[[Tensor], Tensor]] = {
+    "random": lambda u: u,
+    "bytes": lambda u: (u * 255).round() / 255,
+    "gray": lambda u: u[:, :1].expand_as(u),
+    "two tied": lambda u: u[:, [0, 1, 0]],
+    "saturated": lambda u: u.round(),
+    "black": lambda u: u * 0,
+    "white": lambda u: u * 0 + 1,
+    "outside": lambda u: 2 * u - 0.5,
+}
+
+# Factors of brightness, contrast and saturation, hue in turns, gray
+JITTERS: dict[str, list[float]] = {
+    "strong": [1.313, 1.721, 1.537, 0.13173, 0],
+    "dull": [0.431, 0.617, 0.373, -0.20719, 0],
+    "bright": [1.793, 0.727, 1.817, 0.07193, 0],
+    "half a turn": [0.913, 1.217, 0.819, 0.5, 0],
+    "gray": [0.913, 1.131, 0.819, -0.5, 1],
+    "nothing": [1, 1, 1, 0, 0],
+    "no brightness": [0, 1.217, 0.819, 0.13173, 0],
+    "no contrast": [1.313, 0, 0.819, 0.13173, 0],
+    "no saturation": [1.313, 1.217, 0, 0.13173, 0],
+}
+
+
+def colors(
+    kind: str, n: int, height: int, width: int, dtype: torch.dtype = torch.float32, layout: str = "contiguous"
+) -> tuple[Tensor, Tensor]:
+    """Images (N, 3, H, W), and parameters (N, 5) of the table's rows in turn."""
+    u = torch.rand(n, 3, height, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows = list(JITTERS.values())
+    parameters = torch.tensor([rows[i % len(rows)] for i in range(n)], dtype=torch.float64).view(n, 5)
+    return lay(COLORS[kind](u).contiguous().to(dtype), layout), parameters
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
+@pytest.mark.parametrize("kind", COLORS)
+def test_color_jitter(kind: str, layout: str, dtype: torch.dtype) -> None:
+    for shape in ((len(JITTERS), 1, 1), (len(JITTERS), 23, 37), (5, 9, 1), (2, 1, 9), (3, 75, 66), (0, 4, 5)):
+        x, parameters = colors(kind, *shape, dtype, layout)
+        x.requires_grad_()
+        actual = ops.color_jitter(x, parameters)
+        # The native one computes in float32 where the images are of fewer bits.
+        wide = plain(x).detach().to(torch.promote_types(dtype, torch.float32)).requires_grad_()
+        expected = reference.color_jitter(wide, parameters)
+        close(actual, expected.to(dtype), dtype)
+        for other in ("contiguous", "channels_last", "strided"):
+            upstream = lay(draw(*x.shape, seed=7, dtype=dtype), other)
+            (gradient,) = torch.autograd.grad(actual, x, upstream, retain_graph=True)
+            (wanted,) = torch.autograd.grad(expected, wide, upstream.to(wide.dtype), retain_graph=True)
+            close(gradient, wanted.to(dtype), dtype)
+
+
+def test_gradcheck_of_color_jitter() -> None:
+    x, parameters = colors("random", 3, 3, 4, torch.float64)
+    parameters[:, :3] = 0.8 + 0.2 * parameters[:, :3]  # no value at an end of [0, 1]
+    parameters[2, 4] = 1
+    x = (0.3 + 0.3 * x).requires_grad_()
+    assert torch.autograd.gradcheck(lambda a: ops.color_jitter(a, parameters), x)
+
+
+def test_color_jitter_does_not_depend_on_batch_layout_or_threads() -> None:
+    threads = torch.get_num_threads()
+    x, parameters = colors("random", 5, 75, 66)
+    results: list[tuple[Tensor, Tensor]] = []
+
+    def record(images: Tensor, rows: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
+        leaf = images.detach().requires_grad_()
+        jittered = ops.color_jitter(leaf, rows)
+        return jittered.detach(), torch.autograd.grad(jittered, leaf, upstream)[0]
+
+    upstream = draw(*x.shape, seed=7, dtype=torch.float32)
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results += [record(lay(x, layout), parameters, upstream) for layout in ("contiguous", "channels_last")]
+            alone = [record(x[i : i + 1], parameters[i : i + 1], upstream[i : i + 1]) for i in range(5)]
+            results.append((torch.cat([a for a, _ in alone]), torch.cat([b for _, b in alone])))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_color_jitter_of_pixels_that_are_no_numbers(value: float) -> None:
+    x, parameters = colors("random", 2, 5, 6)
+    expected = ops.color_jitter(x, parameters)[1]
+    x[0, 1, 2, 3] = value
+    x.requires_grad_()
+    jittered = ops.color_jitter(x, parameters)
+    (gradient,) = torch.autograd.grad(jittered.sum(), x)
+    torch.testing.assert_close(jittered, reference.color_jitter(x, parameters), equal_nan=True)
+    assert torch.equal(jittered[1], expected)
+    assert gradient[1].isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # opcheck's own
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
+def test_opcheck_of_color_jitter(layout: str, dtype: torch.dtype) -> None:
+    library = torch.ops.equifast
+    x, parameters = colors("random", 3, 7, 5, dtype, layout)
+    mean = library.color_jitter(x, parameters)[1]
+    torch.library.opcheck(library.color_jitter.default, (x.clone().requires_grad_(), parameters))
+    torch.library.opcheck(library.color_jitter_backward.default, (torch.ones_like(x), mean, x, parameters))
+
+
 STEPS = [(0.0, 0.1), (0.5, 0.05), (0.95, 12 / 255)]
 
 
@@ -270,13 +386,16 @@ def test_signed_step_of_extreme_gradients(value: float, sigma: float) -> None:
     )
 
 
-def test_theta_that_requires_grad_is_refused() -> None:
+def test_arguments_that_require_grad_and_get_none_are_refused() -> None:
     theta = cases.theta("rotation").requires_grad_()
     x = torch.rand(1, 2, 4, 4)
     with pytest.raises(ValueError, match=r"theta requires a gradient; it must not, or use equifast\.reference\.warp"):
         ops.warp(x, theta, [(4, 4)])
     with pytest.raises(ValueError, match=r"theta requires a gradient"):
         ops.similarity(x, [x], theta)
+    images, parameters = colors("random", 1, 4, 4)
+    with pytest.raises(ValueError, match=r"parameters requires a gradient; .*equifast\.reference\.color_jitter"):
+        ops.color_jitter(images, parameters.requires_grad_())
 
 
 def test_the_library_refuses_what_does_not_fit(device: torch.device) -> None:
@@ -296,6 +415,27 @@ def test_the_library_refuses_what_does_not_fit(device: torch.device) -> None:
         lambda: library.similarity(x, [x.double()], theta, False),
         lambda: library.signed_step(x, x[:1], x, 0.1, 0.1, 0.0, 0, torch.zeros(2, dtype=torch.int64), 0, 0),
         lambda: library.signed_step(x, x, x, 0.1, 0.1, 0.0, 0, torch.zeros(1, dtype=torch.int64), 0, 0),
+    ):
+        with pytest.raises(RuntimeError):
+            call()
+
+
+def test_the_library_refuses_colors_that_do_not_fit() -> None:
+    library = torch.ops.equifast
+    x, parameters = colors("random", 2, 4, 5)
+    mean = torch.zeros(2, dtype=torch.float64)
+    for call in (
+        lambda: library.color_jitter(x[0], parameters),
+        lambda: library.color_jitter(x[:, :2], parameters),
+        lambda: library.color_jitter(x.int(), parameters),
+        lambda: library.color_jitter(x, parameters[:1]),
+        lambda: library.color_jitter(x, parameters[:, :4]),
+        lambda: library.color_jitter(x, parameters.float()),
+        lambda: library.color_jitter(x, parameters.repeat(1, 2)[:, ::2]),
+        lambda: library.color_jitter_backward(x[:1], mean, x, parameters),
+        lambda: library.color_jitter_backward(x.double(), mean, x, parameters),
+        lambda: library.color_jitter_backward(x, mean[:1], x, parameters),
+        lambda: library.color_jitter_backward(x, mean.float(), x, parameters),
     ):
         with pytest.raises(RuntimeError):
             call()

@@ -220,10 +220,32 @@ def test_noise_of_the_step() -> None:
     assert torch.equal(again, noisy)
 
 
+def test_gradients_of_color_jitter() -> None:
+    x = (0.3 + 0.3 * random(2, 3, 3, 4, dtype=torch.float64)).requires_grad_()
+    factors = torch.tensor([[1.1, 0.9, 1.2, 0.13], [0.9, 1.1, 0.8, -0.2]], dtype=torch.float64, requires_grad=True)
+    for gray in (0.0, 1.0):
+
+        def jitter(images: Tensor, given: Tensor, gray: float = gray) -> Tensor:
+            return reference.color_jitter(images, torch.cat((given, torch.full((2, 1), gray)), 1))
+
+        assert torch.autograd.gradcheck(jitter, (x, factors))
+        assert torch.autograd.gradgradcheck(jitter, (x, factors))
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_color_jitter_in_half(dtype: torch.dtype) -> None:
+    x, parameters = random(2, 3, 9, 7), torch.tensor([[1.31, 0.71, 1.53, 0.13, 0], [0.7, 1.2, 0.4, -0.3, 1]])
+    actual = reference.color_jitter(x.to(dtype), parameters)
+    assert actual.dtype == dtype
+    expected = reference.color_jitter(x.to(dtype).float(), parameters)
+    torch.testing.assert_close(actual.float(), expected, atol=8 * HALF[dtype], rtol=0)  # rounded after every operation
+
+
 def test_empty_and_tiny() -> None:
     empty, theta = torch.zeros(0, 3, 4, 5), cases.theta("flip", 0)
     assert reference.warp(empty, theta, [(2, 2)])[0].shape == (0, 3, 2, 2)
     assert reference.similarity(empty, [empty], theta).shape == (0, 1)
     assert step(empty, empty).shape == empty.shape
+    assert reference.color_jitter(empty, torch.zeros(0, 5)).shape == empty.shape
     pixel = random(1, 3, 1, 1)
     torch.testing.assert_close(reference.warp(pixel, cases.theta("identity"), [(3, 3)])[0], pixel.expand(1, 3, 3, 3))

@@ -19,6 +19,10 @@
   void step_largest(const StepParams& p, int64_t begin, int64_t end);                    \
   void step_squares(const StepParams& p, int64_t begin, int64_t end);                    \
   void step_move(const StepParams& p, int64_t begin, int64_t end);                       \
+  void color_jitter_gray(const ColorJitterParams& p, int64_t begin, int64_t end);        \
+  void color_jitter(const ColorJitterParams& p, int64_t begin, int64_t end);             \
+  void color_jitter_backward(const ColorJitterParams& p, int64_t begin, int64_t end);    \
+  void color_jitter_add_mean(const ColorJitterParams& p, int64_t begin, int64_t end);    \
   constexpr Kernels table{#isa,                                                          \
                           warp,                                                          \
                           warp_adjoint,                                                  \
@@ -28,7 +32,11 @@
                           similarity_pixel_backward,                                     \
                           step_largest,                                                  \
                           step_squares,                                                  \
-                          step_move};                                                    \
+                          step_move,                                                     \
+                          color_jitter_gray,                                             \
+                          color_jitter,                                                  \
+                          color_jitter_backward,                                         \
+                          color_jitter_add_mean};                                        \
   }
 
 namespace equifast::cpu {

@@ -52,4 +52,13 @@ void step_finish_norm(const StepParams& p) {
   }
 }
 
+void color_jitter_finish(const ColorJitterParams& p, double* means) {
+  const int64_t chunks = color_jitter_chunks(p);
+  for (int n = 0; n < p.images; ++n) {
+    double sum = 0;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += p.partial[n * chunks + chunk];
+    means[n] = sum / static_cast<double>(p.pixels);
+  }
+}
+
 }  // namespace equifast::cpu

@@ -67,6 +67,21 @@ struct StepParams {
   double* partial;  // (N, step_chunks)
 };
 
+struct ColorJitterParams {
+  Dtype dtype;
+  bool interleaved, upstream_interleaved;
+  int images;
+  int64_t pixels;            // of one image
+  const void* images_data;   // (N, 3, H, W), dense
+  const void* upstream;      // likewise, in its own layout
+  const double* parameters;  // (N, 5): factors of brightness, contrast, saturation; hue, turns; gray, 0 or 1
+  const double* mean;        // (N): of gray, after brightness; null until it is known
+  double* mean_gradient;     // (N): the gradient of the mean over the pixels
+  double* partial;           // (N, color_jitter_chunks)
+  void* result;              // laid out as the images
+  void* gradient;            // likewise, float32, or float64 where the images are
+};
+
 // Tasks of a kernel; all are counted from the shapes.
 constexpr int warp_task_rows = 16;
 inline int64_t warp_tasks(const WarpParams& p) {
@@ -120,11 +135,17 @@ inline int64_t similarity_backward_tasks(const SimilarityParams& p) {
 constexpr int64_t step_chunk = 16384;  // elements, a multiple of 4
 inline int64_t step_chunks(const StepParams& p) { return (p.elements + step_chunk - 1) / step_chunk; }
 
+constexpr int64_t color_jitter_chunk = 4096;  // pixels
+inline int64_t color_jitter_chunks(const ColorJitterParams& p) {
+  return (p.pixels + color_jitter_chunk - 1) / color_jitter_chunk;
+}
+
 // After the tasks: adds their partial sums in order. `result`: (N, K) float32, or float64 for float64
 // features.
 void similarity_finish(const SimilarityParams& p, void* result);
 void step_finish_largest(const StepParams& p);
 void step_finish_norm(const StepParams& p);
+void color_jitter_finish(const ColorJitterParams& p, double* means);  // (N): of the partial sums, over pixels
 
 // One instruction set's kernels; [begin, end) are tasks.
 struct Kernels {
@@ -138,6 +159,11 @@ struct Kernels {
   void (*step_largest)(const StepParams& p, int64_t begin, int64_t end);  // tasks: N * step_chunks
   void (*step_squares)(const StepParams& p, int64_t begin, int64_t end);
   void (*step_move)(const StepParams& p, int64_t begin, int64_t end);
+  // tasks: N * color_jitter_chunks
+  void (*color_jitter_gray)(const ColorJitterParams& p, int64_t begin, int64_t end);
+  void (*color_jitter)(const ColorJitterParams& p, int64_t begin, int64_t end);
+  void (*color_jitter_backward)(const ColorJitterParams& p, int64_t begin, int64_t end);
+  void (*color_jitter_add_mean)(const ColorJitterParams& p, int64_t begin, int64_t end);
 };
 
 // The widest set that this machine runs; EQUIFAST_ISA=baseline|avx2|avx512 in the environment asks for less.

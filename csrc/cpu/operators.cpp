@@ -248,6 +248,81 @@ Tensor signed_step(Tensor x, Tensor gradient, Tensor origin, double eps, double 
   return next;
 }
 
+// The arguments of color_jitter and of its backward pass, and what keeps their memory alive.
+struct ColorJitterArguments {
+  Tensor images;
+  ColorJitterParams p{};
+  std::vector<double> partial;
+
+  static bool interleaved(const Tensor& t) { return !is_planar(t) && is_interleaved(t); }
+  static Tensor dense(const Tensor& t) {
+    return torch::stable::contiguous(t,
+                                     interleaved(t) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  }
+
+  ColorJitterArguments(const Tensor& given, const Tensor& parameters) {
+    check_features(given, "images");
+    STD_TORCH_CHECK(given.size(1) == 3, "images must be (N, 3, H, W)");
+    STD_TORCH_CHECK(
+        parameters.dim() == 2 && parameters.size(0) == given.size(0) && parameters.size(1) == 5 &&
+            parameters.scalar_type() == Scalar::Double && parameters.is_contiguous() &&
+            parameters.device() == given.device(),
+        "parameters must be (N, 5) float64 and contiguous, with N that of images, on the device of images");
+    images = dense(given);
+    p.dtype = dtype_of(images);
+    p.interleaved = interleaved(images);
+    p.images = static_cast<int>(images.size(0));
+    p.pixels = images.size(2) * images.size(3);
+    p.images_data = images.const_data_ptr();
+    p.parameters = static_cast<const double*>(parameters.const_data_ptr());
+    partial.resize(static_cast<std::size_t>(tasks()));
+    p.partial = partial.data();
+  }
+
+  int64_t tasks() const { return color_jitter_chunks(p) * p.images; }
+  Tensor like_images(Scalar dtype) const {
+    return new_map(images, 3, images.size(2), images.size(3), dtype, p.interleaved);
+  }
+};
+
+std::tuple<Tensor, Tensor> color_jitter(Tensor images, Tensor parameters) {
+  ColorJitterArguments a(images, parameters);
+  ColorJitterParams& p = a.p;
+  Tensor result = a.like_images(a.images.scalar_type());
+  const std::int64_t mean_size[] = {p.images};
+  Tensor mean = torch::stable::empty(mean_size, Scalar::Double, std::nullopt, a.images.device());
+  if (result.numel() == 0) return {result, torch::stable::zero_(mean)};
+  p.result = result.mutable_data_ptr();
+  run(kernels().color_jitter_gray, p, a.tasks(), result.numel());
+  color_jitter_finish(p, static_cast<double*>(mean.mutable_data_ptr()));
+  p.mean = static_cast<const double*>(mean.const_data_ptr());
+  run(kernels().color_jitter, p, a.tasks(), result.numel());
+  return {result, mean};
+}
+
+Tensor color_jitter_backward(Tensor upstream, Tensor mean, Tensor images, Tensor parameters) {
+  ColorJitterArguments a(images, parameters);
+  ColorJitterParams& p = a.p;
+  check_same(upstream, images, "upstream", "images");
+  STD_TORCH_CHECK(upstream.sizes().equals(images.sizes()), "upstream must have the shape of images");
+  STD_TORCH_CHECK(mean.dim() == 1 && mean.size(0) == images.size(0) && mean.scalar_type() == Scalar::Double &&
+                      mean.is_contiguous() && mean.device() == images.device(),
+                  "mean must be that which color_jitter returned");
+  const Tensor from = ColorJitterArguments::dense(upstream);
+  Tensor gradient = a.like_images(accumulator(images));
+  if (gradient.numel() == 0) return narrowed(gradient, images.scalar_type());
+  std::vector<double> mean_gradient(static_cast<std::size_t>(p.images));
+  p.upstream = from.const_data_ptr();
+  p.upstream_interleaved = ColorJitterArguments::interleaved(from);
+  p.mean = static_cast<const double*>(mean.const_data_ptr());
+  p.mean_gradient = mean_gradient.data();
+  p.gradient = gradient.mutable_data_ptr();
+  run(kernels().color_jitter_backward, p, a.tasks(), gradient.numel());
+  color_jitter_finish(p, p.mean_gradient);
+  run(kernels().color_jitter_add_mean, p, a.tasks(), gradient.numel());
+  return narrowed(gradient, images.scalar_type());
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(equifast, CPU, m) {
@@ -256,6 +331,8 @@ STABLE_TORCH_LIBRARY_IMPL(equifast, CPU, m) {
   m.impl("similarity", TORCH_BOX(&similarity));
   m.impl("similarity_backward", TORCH_BOX(&similarity_backward));
   m.impl("signed_step", TORCH_BOX(&signed_step));
+  m.impl("color_jitter", TORCH_BOX(&color_jitter));
+  m.impl("color_jitter_backward", TORCH_BOX(&color_jitter_backward));
 }
 
 }  // namespace equifast::cpu
