@@ -186,9 +186,16 @@ class ColorJitter(View):
 
     def color(self, images: Tensor, u: Tensor) -> Tensor:
         widths = (self.brightness, self.contrast, self.saturation)
-        columns = [_between(max(0.0, 1 - width), 1 + width, u[:, i]) for i, width in enumerate(widths)]
-        columns += [self.hue * (2 * u[:, 3] - 1), (u[:, 4] < self.grayscale).to(u.dtype)]
-        return ops.color_jitter(images, torch.stack(columns, 1).to(images.device))
+        rows = [
+            [
+                *(_between(max(0.0, 1 - width), 1 + width, v) for width, v in zip(widths, factors, strict=True)),
+                self.hue * (2 * turn - 1),
+                float(chance < self.grayscale),
+            ]
+            for *factors, turn, chance in u.tolist()
+        ]
+        parameters = torch.tensor(rows, dtype=torch.float64, device=images.device)
+        return ops.color_jitter(images, parameters.view(-1, 5))
 
 
 def _product(theta: Tensor, following: Tensor) -> Tensor:
