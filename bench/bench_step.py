@@ -4,8 +4,9 @@
 
 One step of a preset on images of the CamVid study's size (240x176) with its network, beside the passes of the network
 alone: forward and backward of the same rendered views, with gradients of the same shape. What the step takes longer is
-views, similarity and the sign step. Steps and passes take turns in one process, figures are medians; the weights do not
-matter to the time and are random.
+views, similarity and the sign step. Where features are the logits before they are enlarged to the image (`head`), the
+network alone does not enlarge them either. Steps and passes take turns in one process, figures are medians; the weights
+do not matter to the time and are random.
 """
 
 import statistics
@@ -31,11 +32,11 @@ def seconds(task: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def measure(preset: str, images: int, height: int, width: int, rounds: int) -> dict[str, float]:
+def measure(preset: str, features: str | None, images: int, height: int, width: int, rounds: int) -> dict[str, float]:
     """Medians in seconds: the step on each backend, and the network alone."""
     torch.manual_seed(0)
     model = SegmentationNet(11).eval().requires_grad_(False).to(memory_format=torch.channels_last)
-    purifier = equifast.Purifier(model, preset=preset)
+    purifier = equifast.Purifier(model, features, preset)
     given = torch.rand(images, 3, height, width)
     with purifier._objective(given, None, 0, purifier.views_per_step) as (x, objective, seed, ids):
         with torch.no_grad():
@@ -73,18 +74,21 @@ def main(
     output: Annotated[Path | None, typer.Option(help="Where the JSON goes.")] = None,
 ) -> None:
     """Print the table and write it."""
-    presets = ("fast", "paper")
-    found = {preset: measure(preset, images, height, width, rounds) for preset in presets}
+    rows = {
+        f"{preset}, {features or 'output'}": measure(preset, features, images, height, width, rounds)
+        for preset in ("fast", "paper")
+        for features in (None, "head")
+    }
     table = Table(title=f"one step on {images} images of {width}x{height}: milliseconds, and what is not the network")
-    for heading in ("preset", "network alone", "step, native", "step, reference"):
-        table.add_column(heading, justify="left" if heading == "preset" else "right")
-    for preset, row in found.items():
+    for heading in ("preset, features", "network alone", "step, native", "step, reference"):
+        table.add_column(heading, justify="left" if heading.startswith("preset") else "right")
+    for name, row in rows.items():
         steps = (f"{1e3 * row[b]:.1f} ({100 * (1 - row['network'] / row[b]):.0f}%)" for b in ("native", "reference"))
-        table.add_row(preset, f"{1e3 * row['network']:.1f}", *steps)
+        table.add_row(name, f"{1e3 * row['network']:.1f}", *steps)
     Console().print(table)
     if output is not None:
         settings = {"images": images, "height": height, "width": width, "rounds": rounds}
-        document = {"seconds": found, "settings": settings, "versions": versions(), "machine": machine()}
+        document = {"seconds": rows, "settings": settings, "versions": versions(), "machine": machine()}
         write(document, output)
 
 

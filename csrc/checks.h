@@ -42,4 +42,14 @@ inline void check_theta(const Tensor& theta, std::int64_t views, std::int64_t im
                   "theta must be float64 and contiguous");
 }
 
+// What the backward pass of similarity gets: (N, K), and the sums (N, K, 3) of the forward pass.
+inline void check_upstream(const Tensor& upstream, const Tensor& sums, std::int64_t images,
+                           std::int64_t views) {
+  STD_TORCH_CHECK(upstream.dim() == 2 && upstream.size(0) == images && upstream.size(1) == views,
+                  "upstream must be (N, K)");
+  STD_TORCH_CHECK(sums.dim() == 3 && sums.size(0) == images && sums.size(1) == views && sums.size(2) == 3 &&
+                      sums.scalar_type() == Scalar::Double && sums.is_contiguous(),
+                  "sums must be those that similarity returned");
+}
+
 }  // namespace equifast

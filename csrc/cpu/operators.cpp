@@ -181,11 +181,7 @@ std::vector<Tensor> similarity_backward(Tensor upstream, Tensor sums, Tensor anc
   SimilarityArguments a(anchor, views, theta, pixel);
   SimilarityParams& p = a.p;
   const std::int64_t n = p.images, k = p.views;
-  STD_TORCH_CHECK(upstream.dim() == 2 && upstream.size(0) == n && upstream.size(1) == k,
-                  "upstream must be (N, K)");
-  STD_TORCH_CHECK(sums.dim() == 3 && sums.size(0) == n && sums.size(1) == k && sums.size(2) == 3 &&
-                      sums.scalar_type() == Scalar::Double && sums.is_contiguous(),
-                  "sums must be those that similarity returned");
+  check_upstream(upstream, sums, n, k);
   const Tensor weights = torch::stable::contiguous(narrowed(upstream, Scalar::Double));
   const Scalar dtype = pixel ? accumulator(a.anchor) : a.anchor.scalar_type();
   std::vector<Tensor> gradients;

@@ -185,11 +185,7 @@ std::vector<Tensor> similarity_backward(Tensor upstream, Tensor sums, Tensor anc
   SimilarityArguments a(anchor, views, theta, pixel);
   SimilarityParams& p = a.p;
   const int64_t n = p.shape.images, k = p.shape.views;
-  STD_TORCH_CHECK(upstream.dim() == 2 && upstream.size(0) == n && upstream.size(1) == k,
-                  "upstream must be (N, K)");
-  STD_TORCH_CHECK(sums.dim() == 3 && sums.size(0) == n && sums.size(1) == k && sums.size(2) == 3 &&
-                      sums.scalar_type() == Scalar::Double && sums.is_contiguous(),
-                  "sums must be those that similarity returned");
+  check_upstream(upstream, sums, n, k);
   check_device(upstream, anchor, "upstream", "anchor");
   check_device(sums, anchor, "sums", "anchor");
   const Tensor weights = torch::stable::contiguous(narrowed(upstream, accumulator(anchor)));
