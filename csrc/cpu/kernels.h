@@ -98,7 +98,7 @@ inline int64_t warp_adjoint_tasks(const WarpParams& p) {
 inline int parts(int size, int part) { return (size + part - 1) / part; }
 
 // One cosine per image: tasks own some rows, in a group of channels.
-constexpr int similarity_anchor_rows = 16, similarity_view_rows = 32, similarity_group = 64;
+constexpr int similarity_anchor_rows = 24, similarity_view_rows = 32, similarity_group = 64;
 
 // How many parts of one (n, k) have sums of their own: bands of the anchor's rows in groups of channels. A
 // position's channels stay together where the cosine is per pixel; about 64 tasks in all then.

@@ -25,14 +25,14 @@ namespace {
 
 // What is worked on at once: long rows, which memory likes, and few of them, so that what they read stays in
 // cache.
-constexpr int tile_columns = 96, tile_rows = 8;
+constexpr int tile_columns = 64, tile_rows = 12;
 constexpr int tile_positions = tile_columns * tile_rows;
 constexpr int halo_rows = 16;
 constexpr int halo = (tile_columns + 2) * (halo_rows + 2);  // pixels of a tile of a view and its neighbors
 constexpr int most_positions = 1536;                        // of an anchor, that read such a tile
 constexpr int most_rows = 128;                              // of a panel
 constexpr int most_line = 1800;                             // pixels of a row of a panel
-// Of what a tile of an anchor reads of a view, numbers: 8 rows of 96 at twice the size, in 16 lanes.
+// Numbers that a tile of an anchor reads of a view: 12 rows of 64 at twice the size, in 16 lanes.
 constexpr int most_window = 57600;
 
 // Pixels of columns [left, right) and rows [top, bottom). Of a map continued by its border pixels, where
