@@ -118,6 +118,11 @@ def ids(value: object, n: int, device: torch.device) -> Tensor:
     return value.to(device)
 
 
+def _has_values(value: Tensor) -> bool:
+    """Whether values can be looked at: in host memory, and not while torch.compile traces."""
+    return value.device.type == "cpu" and not torch.compiler.is_compiling() and bool(value.numel())
+
+
 def theta(value: object, n: int | None = None, k: int | None = None) -> Tensor:
     """Matrices (K, N, 2, 3), float32 or float64; finite and invertible where they lie in host memory."""
     matrices = tensor("theta", value, 4, "(K, N, 2, 3)")
@@ -132,7 +137,7 @@ def theta(value: object, n: int | None = None, k: int | None = None) -> Tensor:
         raise ValueError(f"theta has shape {shape(matrices)}; it must be {wanted}")
     if matrices.shape[0] == 0:
         raise ValueError("theta has shape " + shape(matrices) + "; there must be at least one view")
-    if matrices.device.type == "cpu" and matrices.numel():
+    if _has_values(matrices):
         t = matrices.detach().to(torch.float64)
         if not bool(t.isfinite().all()):
             raise ValueError("theta has values that are NaN or infinite; they must be finite")
@@ -191,7 +196,7 @@ def color_jitter(images_given: object, parameters: object) -> None:
     if given.shape != (x.shape[0], 5):
         raise ValueError(f"parameters has shape {shape(given)}; it must be ({x.shape[0]}, 5), one row per image")
     same_device("parameters", given, "images", x)
-    if given.device.type == "cpu" and given.numel():
+    if _has_values(given):
         bounds = zip(*(side.tolist() for side in torch.aminmax(given.detach(), dim=0)), strict=True)
         for name, (low, high) in zip(("brightness", "contrast", "saturation", "hue", "gray"), bounds, strict=True):
             least, most = {"hue": (-0.5, 0.5), "gray": (0, 1)}.get(name, (0, math.inf))

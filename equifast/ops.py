@@ -135,9 +135,15 @@ def use(name: str) -> Iterator[None]:
         _override.reset(token)
 
 
+# What torch.compile traces keeps the backend of that moment.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
+def _chosen(device: torch.device) -> bool:
+    return choose(device) == "native"
+
+
 def _native(tensor: Tensor) -> bool:
     # a fake or a meta tensor of torch.compile says the device that it stands for
-    return choose(tensor.device) == "native" and tensor.dtype in _DTYPES
+    return _chosen(tensor.device) and tensor.dtype in _DTYPES
 
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)

@@ -1,6 +1,7 @@
 """The native operators against the reference, over a table of cases."""
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 
 import cases
@@ -192,16 +193,22 @@ def test_opcheck(layout: str, dtype: torch.dtype, device: torch.device) -> None:
         torch.library.opcheck(library.signed_step.default, step)
 
 
-def test_compiles_whole(device: torch.device) -> None:
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor's own
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiles_whole(compiler: str, device: torch.device) -> None:
+    if compiler == "inductor" and (shutil.which("g++") or shutil.which("clang++")) is None:
+        pytest.skip("inductor wants a C++ compiler, and there is none here")
     anchor, views, theta = problem("odd", 0, "contiguous", torch.float32, device)
-    theta = theta.double()
+    images = torch.rand(len(anchor), 3, 6, 7, device=device)
+    parameters = torch.tensor([[1.1, 0.9, 0.8, 0.1, 0.0]] * len(anchor), dtype=torch.float64, device=device)
 
-    def loss(f0: Tensor, *rest: Tensor) -> Tensor:
-        return torch.ops.equifast.similarity(f0.relu(), list(rest), theta, False)[0].sum()
+    def loss(f0: Tensor, x: Tensor, *rest: Tensor) -> Tensor:
+        warped = ops.warp(ops.color_jitter(x, parameters), theta[:1], [(5, 8)])[0]
+        return ops.similarity(f0.relu(), list(rest), theta).sum() + warped.square().sum()
 
-    leaf = anchor.clone().requires_grad_()
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    gradients = [torch.autograd.grad(f(leaf, *views), leaf)[0] for f in (loss, compiled)]
+    leaves = [anchor.clone().requires_grad_(), images.requires_grad_()]
+    compiled = torch.compile(loss, fullgraph=True, backend=compiler)
+    gradients = [torch.autograd.grad(f(*leaves, *views), leaves) for f in (loss, compiled)]
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
