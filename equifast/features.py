@@ -82,6 +82,17 @@ class Features:
             )
         return features
 
+    def on(self, model: nn.Module) -> "Features":
+        """The same features of a copy of the model: a name and a bound method go with it, other callables stay."""
+        where = self.where
+        owner = getattr(where, "__self__", where)
+        if isinstance(owner, nn.Module) and isinstance(self.model, nn.Module):
+            names = {id(module): name for name, module in self.model.named_modules()}
+            if id(owner) in names:
+                module = model.get_submodule(names[id(owner)])
+                where = module if owner is where else getattr(module, getattr(where, "__name__"))  # noqa: B009
+        return Features(model, where)
+
     def modules(self) -> tuple[nn.Module, ...]:
         """The Modules that a callable ``features`` is, or is a bound method of."""
         owner = getattr(self.where, "__self__", self.where)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from equifast import _C, _checks, rng
+from equifast._folded import Folded
 from equifast.ascent import Ascent, Progress
 from equifast.balls import STARTS, make
 from equifast.features import Features, evaluating, output
@@ -97,6 +98,8 @@ class Purifier:
             the preset says (``momentum=0`` for none where it has one).
         pairing: ``"anchor"`` or ``"all"``.
         reduction: ``"image"`` or ``"pixel"``.
+        fold: whether a copy of the model is run in which batch norm is folded into the convolutions before it, where
+            that is exact. ``features`` that are a function of your own run the model itself.
 
     Raises:
         TypeError, ValueError: for any setting that cannot be, in one sentence that names it.
@@ -123,6 +126,7 @@ class Purifier:
         keep: str = "last",
         pairing: str = "anchor",
         reduction: str = "image",
+        fold: bool = True,
     ) -> None:
         self._features = Features(model, features)
         base = PRESETS[_checks.choice("preset", preset, tuple(PRESETS))]
@@ -138,6 +142,9 @@ class Purifier:
         if views_per_step is not None and views_per_step != "all":
             count = _checks.integer("views_per_step", views_per_step, 1, len(self.views))
         self.model = model
+        self.fold = _checks.boolean("fold", fold)
+        name = features if isinstance(features, str) else None
+        self._folded = Folded(model, name) if fold and isinstance(model, nn.Module) else None
         self.preset = preset
         self.seed = seed
         self.dtype = dtype
@@ -174,6 +181,7 @@ class Purifier:
             "views_per_step": self.views_per_step,
             "pairing": self.pairing,
             "reduction": self.reduction,
+            "fold": self.fold,
             "seed": self.seed,
             "dtype": self.dtype,
         }
@@ -225,18 +233,21 @@ class Purifier:
             numbers = _checks.ids(ids, len(x), x.device)
             _checks.integer("draw", draw, 0, rng.MAX_DRAW)
             seed = rng.fresh_seed() if self.seed is None else self.seed
-            objective = Equivariance(
-                self._features,
-                self.views,
-                count=count,
-                pairing=self.pairing,
-                reduction=self.reduction,
-                seed=seed,
-                ids=numbers,
-                draw=draw,
-                autocast=_autocast(self.dtype, x),
-            )
             with evaluating(x, self.model, *self._features.modules(), lean=True):
+                features = self._features
+                if self._folded is not None:
+                    features = features.on(self._folded(x, lambda model, images: features.on(model)(images)))
+                objective = Equivariance(
+                    features,
+                    self.views,
+                    count=count,
+                    pairing=self.pairing,
+                    reduction=self.reduction,
+                    seed=seed,
+                    ids=numbers,
+                    draw=draw,
+                    autocast=_autocast(self.dtype, x),
+                )
                 yield x, objective, seed, numbers
 
 

@@ -12,7 +12,7 @@ ORDER = [
     {"_step_triton"},
     {"ops"},
     {"views", "balls"},
-    {"objectives", "features"},
+    {"objectives", "features", "_folded"},
     {"ascent"},
     {"purifier"},
     {"attacks"},
