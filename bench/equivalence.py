@@ -57,10 +57,9 @@ def main(
         results = {}
         for row, (backend, settings) in ROWS.items():
             defended = equifast.Defended(model, equifast.Purifier(model, preset=preset, eps=6 / 255, **settings))
-            parts = []
+            chosen = track(torch.arange(count).split(4), f"{preset}, {row}")
             with torch.no_grad(), ops.use(backend):
-                for ids in track(torch.arange(count).split(4), f"{preset}, {row}"):
-                    parts.append(judge(defended(adversarial[ids], ids=ids, draw=0), y[ids]))
+                parts = [judge(defended(adversarial[ids], ids=ids, draw=0), y[ids]) for ids in chosen]
             results[row] = np.concatenate(parts)
             figure, apart = mean_iou(results[row]), difference(results[row], results["native"])
             cells = (f"{e.value:.2f} ± {e.standard_error:.2f}" for e in (figure, apart))
