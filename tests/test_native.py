@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from equifast import _C, ops, reference
+from equifast import _C, ops, reference, rng
 
 # With EQUIFAST_BACKEND=native a library that is absent or does not load fails the suite.
 pytestmark = pytest.mark.skipif(
@@ -380,6 +380,20 @@ def test_signed_step(sigma: float, step: float, shape: tuple[int, ...], dtype: t
     for i in range(shape[0]):
         alone = (gradient[i : i + 1], origin[i : i + 1], 0.03, step, sigma, 2**32 - 1, ids[i : i + 1], 65535, 65535)
         assert torch.equal(ops.signed_step(x[i : i + 1], *alone), actual[i : i + 1])
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 300, 301), (3, 1, 3, 7)])
+def test_noise_of_the_step(shape: tuple[int, ...]) -> None:
+    """It is that of rng.normal to 1e-5: a direction off its negative by so much takes the sign of the difference."""
+    ids, settings = torch.tensor([2**40 + 5, -3, 7])[: shape[0]], (65535, 65534)
+    noise = rng.normal(2**32 - 2, int(rng.Stream.NOISE), ids, *settings, shape[1] * shape[2] * shape[3])
+    off = 1e-5 * (1 - 2 * (torch.arange(noise.shape[1]) % 2)).double()
+    x = torch.full(shape, 0.5, dtype=torch.float64)
+    for i in range(shape[0]):
+        gradient = (off - noise[i]).view(shape[1:])[None]
+        arguments = (0.3, 0.1, 1 / float(gradient.norm()), 2**32 - 2, ids[i : i + 1], *settings)
+        moved = ops.signed_step(x[:1], gradient, x[:1], *arguments)
+        torch.testing.assert_close((moved - x[:1]).flatten(), 0.1 * off.sign())
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-40, 1e-38, 1e30, float("nan"), float("inf")])

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "host_device.h"
+#include "storage.h"
 
 namespace equifast::core {
 
@@ -52,22 +53,57 @@ EQUIFAST_HD inline Words4 philox(PhiloxKey key, Words4 counter) {
   return counter;
 }
 
+// The functions below are branch-free arithmetic, so that a compiler turns a loop over them into vectors,
+// which the libraries' logarithm, sine and cosine prevent. Their polynomials are minimax fits on the
+// intervals named.
+
 // sqrt(-2 log u) of u = (word + 1/2) * 2^-32. Near u = 1 float32 has no u that says how far below 1 it is
-// (the upper 129 words would round to 1 and give 0), but 1 - u = (~word + 1/2) * 2^-32 is exact there, and
-// log1p keeps the relative accuracy of -log u.
+// (the upper 129 words would round to 1 and give 0), but 1 - u = (~word + 1/2) * 2^-32 is exact there.
 EQUIFAST_HD inline float box_muller_radius(std::uint32_t word) {
   constexpr float scale = 1.0f / 4294967296.0f;  // 2^-32
-  const bool upper = word >= 0x80000000u;        // u > 1/2
-  const float u = (static_cast<float>(upper ? ~word : word) + 0.5f) * scale;
-  return std::sqrt(-2.0f * (upper ? std::log1p(-u) : std::log(u)));
+  constexpr float ln2 = 0.693147181f;
+  const std::int32_t upper = static_cast<std::int32_t>(word) >> 31;  // all ones where u > 1/2
+  const std::int32_t below = static_cast<std::int32_t>(word) ^ upper;
+  const float nearest = (static_cast<float>(below) + 0.5f) * scale;  // distance to 0 or 1
+  const float u = upper != 0 ? 1.0f - nearest : nearest;
+  // u = 2^exponent * (1 + f), with 1 + f in [sqrt(1/2), sqrt(2)). Exponent 0: u is above 1/2, and f is exact.
+  const std::int32_t exponent = static_cast<std::int32_t>(as_bits(u) - 0x3f3504f3u) >> 23;  // of sqrt(1/2)
+  const float f =
+      exponent == 0 ? -nearest : as_float(as_bits(u) - (static_cast<std::uint32_t>(exponent) << 23)) - 1.0f;
+  // log(1 + f) = f - f^2 / 2 + f^3 p(f), relative error 4e-8
+  float p = 0.0870043561f;
+  p = p * f - 0.142674863f;
+  p = p * f + 0.149147674f;
+  p = p * f - 0.16577585f;
+  p = p * f + 0.199630633f;
+  p = p * f - 0.250013381f;
+  p = p * f + 0.333339095f;
+  const float log1p = f + f * f * (p * f - 0.5f);
+  return std::sqrt(-2.0f * (static_cast<float>(exponent) * ln2 + log1p));
 }
 
-// 2 pi u less a whole turn where u > 1/2: in (-pi, pi) float32 carries the angle with half the error.
-EQUIFAST_HD inline float box_muller_angle(std::uint32_t word) {
-  constexpr float scale = 1.46291807926715968e-9f;  // pi * 2^-31
-  const bool upper = word >= 0x80000000u;
-  const float turned = (static_cast<float>(upper ? ~word : word) + 0.5f) * scale;
-  return upper ? -turned : turned;
+struct Direction {
+  float cosine, sine;
+};
+
+// Of the angle 2 pi u. The nearest quarter turn is taken off in integers, so that no accuracy is lost near
+// the multiples of pi / 2, where one of the two is small.
+EQUIFAST_HD inline Direction box_muller_direction(std::uint32_t word) {
+  constexpr float scale = 1.46291807926715968e-9f;           // pi * 2^-31
+  const std::uint32_t quarter = (word + 0x20000000u) >> 30;  // modulo 4, where the sum wraps too
+  const auto rest = static_cast<std::int32_t>(word - (quarter << 30));
+  const float angle = (static_cast<float>(rest) + 0.5f) * scale;  // in [-pi / 4, pi / 4]
+  const float square = angle * angle;
+  // errors below 1e-8
+  const float sine =
+      angle + angle * square * (-0.166666552f + square * (0.008332178f + square * -0.000195172994f));
+  const float cosine =
+      1.0f -
+      square * (0.5f - square * (0.0416666456f + square * (-0.00138873677f + square * 2.44384519e-05f)));
+  const bool swapped = (quarter & 1u) != 0;
+  const std::uint32_t cosine_sign = ((quarter + 1u) & 2u) << 30, sine_sign = (quarter & 2u) << 30;
+  return {as_float(as_bits(swapped ? sine : cosine) ^ cosine_sign),
+          as_float(as_bits(swapped ? cosine : sine) ^ sine_sign)};
 }
 
 // Words (0, 1) and (2, 3): radius, angle; cosine, then sine. Within 1e-5 of a float64 evaluation, everywhere.
@@ -75,9 +111,9 @@ EQUIFAST_HD inline Normals4 box_muller(Words4 words) {
   Normals4 normals;
   for (int pair = 0; pair < 4; pair += 2) {
     const float radius = box_muller_radius(words.word[pair]);
-    const float angle = box_muller_angle(words.word[pair + 1]);
-    normals.value[pair] = radius * std::cos(angle);
-    normals.value[pair + 1] = radius * std::sin(angle);
+    const Direction direction = box_muller_direction(words.word[pair + 1]);
+    normals.value[pair] = radius * direction.cosine;
+    normals.value[pair + 1] = radius * direction.sine;
   }
   return normals;
 }

@@ -75,6 +75,31 @@ inline real clamp(real v, real low, real high) {  // NaN stays
   return v > high ? high : v;
 }
 
+constexpr int noise_block = 1024;  // elements that are drawn at once; step_chunk is a multiple of it
+
+// Of noise_block elements from 4 * quad on. What lies beyond the image is drawn as well, and not used. Loops
+// of one purpose each, over words laid side by side: so that compilers find their vectors.
+void noise(const StepParams& p, int64_t n, int64_t quad, float* __restrict out) {
+  constexpr int quads = noise_block / 4;
+  std::uint32_t words[4][quads];
+  const core::PhiloxKey key{p.seed, noise_stream};
+  const auto first = static_cast<std::uint32_t>(quad);
+  const int64_t id = p.ids[n];
+#pragma omp simd
+  for (int i = 0; i < quads; ++i) {
+    const core::Words4 drawn =
+        core::philox(key, core::philox_counter(first + static_cast<std::uint32_t>(i), p.draw, p.t, id));
+    words[0][i] = drawn.word[0], words[1][i] = drawn.word[1];
+    words[2][i] = drawn.word[2], words[3][i] = drawn.word[3];
+  }
+#pragma omp simd
+  for (int i = 0; i < quads; ++i) {
+    const core::Normals4 normals = core::box_muller({{words[0][i], words[1][i], words[2][i], words[3][i]}});
+    out[4 * i] = normals.value[0], out[4 * i + 1] = normals.value[1];
+    out[4 * i + 2] = normals.value[2], out[4 * i + 3] = normals.value[3];
+  }
+}
+
 template <typename T>
 void move(const StepParams& p, int64_t task) {
   using real = Real<T>;
@@ -96,12 +121,12 @@ void move(const StepParams& p, int64_t task) {
     return;
   }
   const real scale = real(p.norms[2 * at.n]), norm = real(p.norms[2 * at.n + 1]);
-  for (int64_t quad = at.first / 4; quad * 4 < at.last; ++quad) {
-    const core::Normals4 noise = core::box_muller(
-        core::philox({p.seed, noise_stream},
-                     core::philox_counter(static_cast<std::uint32_t>(quad), p.draw, p.t, p.ids[at.n])));
-    for (int64_t i = quad * 4; i < quad * 4 + 4 && i < at.last; ++i) {
-      finish(i, real(load(g[i])) / scale / norm + sigma * real(noise.value[i % 4]));
+  float xi[noise_block];
+  for (int64_t first = at.first; first < at.last; first += noise_block) {
+    noise(p, at.n, first / 4, xi);
+    const int64_t last = first + noise_block < at.last ? first + noise_block : at.last;
+    for (int64_t i = first; i < last; ++i) {
+      finish(i, real(load(g[i])) / scale / norm + sigma * real(xi[i - first]));
     }
   }
 }
