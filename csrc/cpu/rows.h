@@ -20,6 +20,21 @@ using core::Real;
 using core::store;
 using core::theta_of;
 
+// Calls f with a 0 of the type that a dtype stands for.
+template <typename F>
+void dispatch(Dtype dtype, F&& f) {
+  switch (dtype) {
+    case Dtype::float32:
+      return f(float{});
+    case Dtype::float64:
+      return f(double{});
+    case Dtype::float16:
+      return f(Half{});
+    case Dtype::bfloat16:
+      return f(BFloat16{});
+  }
+}
+
 // Scratch of one thread, cut into arrays.
 class Scratch {
  public:

@@ -131,29 +131,24 @@ void move(const StepParams& p, int64_t task) {
   }
 }
 
-template <typename T, void (*kernel)(const StepParams&, int64_t)>
-void run(const StepParams& p, int64_t begin, int64_t end) {
-  for (int64_t task = begin; task < end; ++task) kernel(p, task);
-}
-
-#define EQUIFAST_STEP(name, kernel)                            \
-  void name(const StepParams& p, int64_t begin, int64_t end) { \
-    switch (p.dtype) {                                         \
-      case Dtype::float32:                                     \
-        return run<float, kernel<float>>(p, begin, end);       \
-      case Dtype::float64:                                     \
-        return run<double, kernel<double>>(p, begin, end);     \
-      case Dtype::float16:                                     \
-        return run<Half, kernel<Half>>(p, begin, end);         \
-      case Dtype::bfloat16:                                    \
-        return run<BFloat16, kernel<BFloat16>>(p, begin, end); \
-    }                                                          \
-  }
-
 }  // namespace
 
-EQUIFAST_STEP(step_largest, largest)
-EQUIFAST_STEP(step_squares, squares)
-EQUIFAST_STEP(step_move, move)
+void step_largest(const StepParams& p, int64_t begin, int64_t end) {
+  dispatch(p.dtype, [&](auto zero) {
+    for (int64_t task = begin; task < end; ++task) largest<decltype(zero)>(p, task);
+  });
+}
+
+void step_squares(const StepParams& p, int64_t begin, int64_t end) {
+  dispatch(p.dtype, [&](auto zero) {
+    for (int64_t task = begin; task < end; ++task) squares<decltype(zero)>(p, task);
+  });
+}
+
+void step_move(const StepParams& p, int64_t begin, int64_t end) {
+  dispatch(p.dtype, [&](auto zero) {
+    for (int64_t task = begin; task < end; ++task) move<decltype(zero)>(p, task);
+  });
+}
 
 }  // namespace equifast::cpu::EQUIFAST_ISA
