@@ -120,6 +120,47 @@ def test_warp(name: str, layout: str, dtype: torch.dtype, device: torch.device) 
         close(differentiate(actual, leaves[:1])[0], differentiate(expected, leaves[1:])[0], dtype)
 
 
+# What the kernels treat apart: many readers of a pixel, few, windows too large for a panel, turned by any angle.
+EXTREMES: dict[str, list[list[float]]] = {
+    "enlarged": [[0.04, 0, 0.3], [0, 0.05, -0.2]],
+    "flipped": [[-0.45, 0, 0], [0, -0.9, 0]],
+    "shrunk": [[5, 0, 0.1], [0, -3, 0]],
+    "flat": [[1, 0, 0], [0, 1e-9, 0.31]],
+    "quarter": [[0, 1, 0], [-1, 0, 0]],
+    "turned": [[0.3, -0.8, 0.1], [0.9, 0.2, 0]],
+    "enlarged and turned": [[0.05, -0.02, 0.4], [0.02, 0.04, 0]],
+    "shrunk and turned": [[4, -2, 0], [2, 5, 0.1]],
+    "nearly level": [[1, 1e-13, 0], [1e-300, 1, 0]],
+}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("name", EXTREMES)
+def test_warp_of_extreme_views(name: str, layout: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Two views at once and each alone; into memory that held NaN; of a batch and of its last image alone."""
+    sizes = [(70, 131), (37, 45)]
+    theta = torch.tensor([EXTREMES[name]] * 2).repeat(2, 1, 1, 1).to(torch.float64)
+    theta[1, 1] = cases.theta("rotation")[0, 0]
+    for channels in (3, 21):
+        x = lay(draw(2, channels, 67, 83, seed=1, dtype=dtype), layout).to(device)
+        poison = [x.new_full((2, channels, *size), torch.nan) for size in ((67, 83), *sizes)]
+        del poison
+        leaves = [x.requires_grad_(), plain(x)]
+        actual, expected = ops.warp(leaves[0], theta.to(device), sizes), reference.warp(leaves[1], theta, sizes)
+        for a, e in zip(actual, expected, strict=True):
+            close(a, e, dtype)
+        gradient = differentiate(actual, leaves[:1])[0]
+        close(gradient, differentiate(expected, leaves[1:])[0], dtype)
+        alone = x.detach()[1:].requires_grad_()
+        again = ops.warp(alone, theta[:, 1:].to(device), sizes)
+        assert all(torch.equal(a[1:], b) for a, b in zip(actual, again, strict=True))
+        weights = [draw(*o.shape, seed=7 + i, dtype=o.dtype).to(device)[1:] for i, o in enumerate(actual)]
+        assert torch.equal(torch.autograd.grad(again, alone, weights)[0], gradient[1:])
+        for k, size in enumerate(sizes):
+            assert torch.equal(ops.warp(x, theta[k : k + 1].to(device), [size])[0], actual[k])
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("reduction", ["image", "pixel"])

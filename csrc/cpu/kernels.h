@@ -21,9 +21,8 @@ struct Map {
   int64_t sx;          // stride of a column, elements
 };
 
-// Laid out as the map it belongs to. Where it is the sum of many tasks' or rows' parts it is float32, or
-// float64 where the features are; the gradients of similarity with one cosine per image are of the features'
-// dtype.
+// Laid out as the map it belongs to and of its dtype; but with one cosine per pixel it is float32, or float64
+// where the features are.
 struct Gradient {
   void* data;
   int64_t sn, sc, sy, sx;  // elements
@@ -83,19 +82,21 @@ struct ColorJitterParams {
 };
 
 // Tasks of a kernel; all are counted from the shapes.
-constexpr int warp_task_rows = 16;
+inline int parts(int size, int part) { return (size + part - 1) / part; }
+
+constexpr int warp_task_rows = 32;
 inline int64_t warp_tasks(const WarpParams& p) {
   int64_t rows = 0;
-  for (int k = 0; k < p.views; ++k) rows += (p.targets[k].height + warp_task_rows - 1) / warp_task_rows;
+  for (int k = 0; k < p.views; ++k) rows += parts(p.targets[k].height, warp_task_rows);
   return rows * p.images;
 }
 
-// A pixel is written by many positions: a task owns a plane, or an image where the channels are interleaved.
+// A task owns some rows of the gradient, in a group of channels.
+constexpr int warp_adjoint_rows = 32, warp_adjoint_channels = 16;
 inline int64_t warp_adjoint_tasks(const WarpParams& p) {
-  return int64_t{p.images} * (p.interleaved ? 1 : p.channels);
+  return int64_t{p.images} * parts(p.channels, warp_adjoint_channels) *
+         parts(p.source.height, warp_adjoint_rows);
 }
-
-inline int parts(int size, int part) { return (size + part - 1) / part; }
 
 // One cosine per image: tasks own some rows, in a group of channels.
 constexpr int similarity_anchor_rows = 24, similarity_view_rows = 32, similarity_group = 64;

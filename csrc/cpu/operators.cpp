@@ -99,8 +99,8 @@ Tensor warp_adjoint(std::vector<Tensor> gradients, Tensor theta, int64_t height,
     targets.push_back(map_of(kept.back(), "gradients"));
     elements += gradient.numel();
   }
-  Tensor output = new_map(first, first.size(1), height, width, accumulator(first), interleaved);
-  if (output.numel() == 0) return narrowed(output, first.scalar_type());
+  Tensor output = new_map(first, first.size(1), height, width, first.scalar_type(), interleaved);
+  if (output.numel() == 0) return output;
   const WarpParams p{dtype_of(first),
                      interleaved,
                      static_cast<int>(first.size(0)),
@@ -111,7 +111,7 @@ Tensor warp_adjoint(std::vector<Tensor> gradients, Tensor theta, int64_t height,
                      targets.data(),
                      gradient_of(output)};
   run(kernels().warp_adjoint, p, warp_adjoint_tasks(p), elements);
-  return narrowed(output, first.scalar_type());
+  return output;
 }
 
 // The arguments of similarity and of its backward pass, and what keeps their memory alive.

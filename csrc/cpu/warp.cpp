@@ -1,99 +1,410 @@
 // Warp of an image under K affine views, and its adjoint. Compiled once per instruction set.
-#include "rows.h"
+//
+// Planar maps under a view without rotation and shear are warped by rows (axis.h), everything else by panels
+// of four channels (quads.h); the forward pass samples straight from memory where a panel would not pay.
+#include <algorithm>
+#include <cmath>
+
+#include "../core/preimage.h"
+#include "axis.h"
+#include "quads.h"
 
 namespace equifast::cpu::EQUIFAST_ISA {
 namespace {
 
-// Rows [first, last) of the target of image n and view k.
-template <typename T>
-void warp_rows(const WarpParams& p, int k, int n, int first, int last) {
-  using real = Real<T>;
+constexpr int tile_columns = 32, tile_rows = 32;  // of a target, whose panel stays in cache
+constexpr int most_window = 4096;                 // pixels of a panel
+
+core::PixelMap map_of(const WarpParams& p, int k, int n) {
   const Map& target = p.targets[k];
-  const int width = target.width, widest = width > p.source.width ? width : p.source.width;
-  Scratch scratch(Row<real>::scratch(width) + 2 * Scratch::bytes<real>(widest) +
-                  Scratch::bytes<real>(p.channels));
-  Row<real> row(scratch, width);
-  real* values = scratch.take<real>(widest);
-  real* line = scratch.take<real>(widest);
-  real* pixel = scratch.take<real>(p.channels);
-  row.aim(theta_of(p.theta, p.images, k, n), target.height, width, p.source.height, p.source.width);
-  const T* image = static_cast<const T*>(p.source.data) + n * p.source.sn;
-  T* out_image = static_cast<T*>(const_cast<void*>(target.data)) + n * target.sn;
-  for (int j = first; j < last; ++j) {
-    row.move_to(j);
-    if (p.interleaved) {
-      T* out = out_image + j * target.sy;
-      for (int64_t i = 0; i < int64_t{row.begin} * p.channels; ++i) store(out[i], real(0));
-      for (int64_t i = int64_t{row.end} * p.channels; i < int64_t{width} * p.channels; ++i)
-        store(out[i], real(0));
-      for (int i = row.begin; i < row.end; ++i) {
-        gather_pixel(image, corners(row, i, p.source.sy, p.source.sx), p.channels, pixel);
-        for (int c = 0; c < p.channels; ++c) store(out[int64_t{i} * p.channels + c], pixel[c]);
-      }
-      continue;
-    }
-    for (int c = 0; c < p.channels; ++c) {
-      T* __restrict out = out_image + c * target.sc + j * target.sy;
-      gather(image + c * p.source.sc, p.source.sy, row, values, line);
-      for (int i = 0; i < row.begin; ++i) store(out[i], real(0));
-      for (int i = row.begin; i < row.end; ++i) store(out[i], values[i - row.begin]);
-      for (int i = row.end; i < width; ++i) store(out[i], real(0));
-    }
-  }
+  return {theta_of(p.theta, p.images, k, n), double(target.width), double(target.height),
+          double(p.source.width), double(p.source.height)};
 }
 
-// The gradient of channel c of image n, or of all its channels where they are interleaved.
+// By rows.
+bool separable(const WarpParams& p, const core::PixelMap& map) {
+  return !p.interleaved && map.xj == 0 && map.yi == 0;
+}
+
+template <typename real>
+void sample_columns(Axis<real>& axis, const core::PixelMap& map, int width, int in_width) {
+  axis.sample(0, width, in_width, map.left, map.right, map.xi, map.x0);
+}
+
+template <typename real>
+void sample_rows(Axis<real>& axis, const core::PixelMap& map, int first, int last, int in_height) {
+  axis.sample(first, last - first, in_height, map.top, map.bottom, map.yj, map.y0);
+}
+
 template <typename T>
-void adjoint_plane(const WarpParams& p, int n, int c) {
+class Warp {
+ public:
   using real = Real<T>;
-  int widest = p.source.width;
-  for (int k = 0; k < p.views; ++k) widest = widest > p.targets[k].width ? widest : p.targets[k].width;
-  Scratch scratch(Row<real>::scratch(widest) + 2 * Scratch::bytes<real>(widest) +
-                  Scratch::bytes<real>(p.channels));
-  Row<real> row(scratch, widest);
-  real* values = scratch.take<real>(widest);
-  real* line = scratch.take<real>(widest);
-  real* pixel = scratch.take<real>(p.channels);
-  real* image = static_cast<real*>(p.gradient.data) + n * p.gradient.sn;
-  real* plane = image + c * p.gradient.sc;
-  for (int y = 0; y < p.source.height; ++y) {
-    const int64_t count = int64_t{p.source.width} * (p.interleaved ? p.channels : 1);
-    std::memset(plane + y * p.gradient.sy, 0, sizeof(real) * static_cast<std::size_t>(count));
+
+  explicit Warp(const WarpParams& p)
+      : p_(p),
+        widest_(widest(p)),
+        scratch_(Scratch::bytes<real>(p.source.width + Columns<real>::beyond) +
+                 Scratch::bytes<real>(widest_ + Columns<real>::beyond) +
+                 Axis<real>::scratch(widest_, 2 * widest_) +
+                 Axis<real>::scratch(warp_task_rows, 2 * warp_task_rows) +
+                 Columns<real>::scratch(widest_, 2 * widest_) + Scratch::bytes<Taps<real>>(tile_rows) +
+                 Scratch::bytes<real>((most_window + quad) * quad) +
+                 Scratch::bytes<real>(tile_columns * quad) + Scratch::bytes<real>(quad * most_window)),
+        line_(scratch_.take<real>(p.source.width + Columns<real>::beyond)),
+        values_(scratch_.take<real>(widest_ + Columns<real>::beyond)),
+        x_axis_(scratch_, widest_, 2 * widest_),
+        y_axis_(scratch_, warp_task_rows, 2 * warp_task_rows),
+        columns_(scratch_, widest_, 2 * widest_),
+        taps_(scratch_.take<Taps<real>>(tile_rows)),
+        panel_(scratch_.take<real>((most_window + quad) * quad)),
+        quads_(scratch_.take<real>(tile_columns * quad)),
+        lines_(scratch_.take<real>(quad * most_window)) {}
+
+  // Rows [first, last) of the target of image n and view k.
+  void rows(int k, int n, int first, int last) {
+    const Map& target = p_.targets[k];
+    const core::PixelMap map = map_of(p_, k, n);
+    const T* image = static_cast<const T*>(p_.source.data) + n * p_.source.sn;
+    T* out = static_cast<T*>(const_cast<void*>(target.data)) + n * target.sn;
+    if (separable(p_, map)) return by_rows(map, image, target, out, first, last);
+    for (int y = first; y < last; y += tile_rows) {
+      for (int x = 0; x < target.width; x += tile_columns) {
+        tile(map, image, target, out,
+             {x, std::min(x + tile_columns, target.width), y, std::min(y + tile_rows, last)});
+      }
+    }
   }
-  for (int k = 0; k < p.views; ++k) {
-    const Map& target = p.targets[k];
-    if (target.data == nullptr) continue;  // no gradient comes from this view
-    Row<real> part = row.of_width(target.width);
-    part.aim(theta_of(p.theta, p.images, k, n), target.height, target.width, p.source.height, p.source.width);
-    const T* from_image = static_cast<const T*>(target.data) + n * target.sn;
-    for (int j = 0; j < target.height; ++j) {
-      part.move_to(j);
-      if (p.interleaved) {
-        for (int i = part.begin; i < part.end; ++i) {
-          const T* from = from_image + j * target.sy + i * target.sx;
-          for (int ch = 0; ch < p.channels; ++ch) pixel[ch] = load(from[ch]);
-          scatter_pixel(image, corners(part, i, p.gradient.sy, p.gradient.sx), p.channels, pixel);
+
+ private:
+  const WarpParams& p_;
+  int widest_;
+  Scratch scratch_;
+  real *line_, *values_;
+  Axis<real> x_axis_, y_axis_;
+  Columns<real> columns_;
+  Taps<real>* taps_;  // of the rows of a tile
+  real *panel_, *quads_, *lines_;
+
+  static int widest(const WarpParams& p) {
+    int width = 1;
+    for (int k = 0; k < p.views; ++k) width = std::max(width, p.targets[k].width);
+    return width;
+  }
+
+  void by_rows(const core::PixelMap& map, const T* image, const Map& target, T* out, int first, int last) {
+    const Map& source = p_.source;
+    sample_columns(x_axis_, map, target.width, source.width);
+    sample_rows(y_axis_, map, first, last, source.height);
+    columns_.lay(x_axis_, source.width);
+    for (int j = first; j < last; ++j) {
+      const auto row = [&](int c) { return out + c * target.sc + j * target.sy; };
+      if (y_axis_.count(j - first) == 0) {
+        for (int c = 0; c < p_.channels; ++c) clear(row(c), target, 1, 0, target.width);
+        continue;
+      }
+      separable_row(y_axis_, j - first, columns_, image, source.sc, source.sy, p_.channels, line_, values_,
+                    [&](int c, const real* __restrict values) {
+                      T* __restrict to = row(c);
+                      for (int i = 0; i < target.width; ++i) store(to[i], values[i]);
+                    });
+    }
+  }
+
+  struct Span {  // columns of a tile's row that are inside the frame
+    int begin, end;
+  };
+
+  void tile(const core::PixelMap& map, const T* image, const Map& target, T* out, const core::Box& box) {
+    static_assert(tile_columns <= Taps<real>::most);
+    const Map& source = p_.source;
+    Span spans[tile_rows];
+    core::Box window{source.width, 0, source.height, 0};
+    int64_t positions = 0;
+    for (int j = box.top; j < box.bottom; ++j) {
+      int begin = box.left, end = box.right;
+      inside(map, j, begin, end);
+      spans[j - box.top] = {begin, end};
+      if (begin == end) continue;
+      Taps<real>& taps = taps_[j - box.top];
+      taps.look(map, j, begin, end, source.width, source.height);
+      // along a row positions are monotone, so the ends tell what is read
+      for (const int i : {0, end - begin - 1}) {
+        window.left = std::min(window.left, taps.left[i]);
+        window.right = std::max(window.right, taps.left[i] + taps.right[i] + 1);
+        window.top = std::min(window.top, taps.top[i]);
+        window.bottom = std::max(window.bottom, taps.top[i] + taps.down[i] + 1);
+      }
+      positions += end - begin;
+    }
+    const int64_t area = int64_t{window.right - window.left} * (window.bottom - window.top);
+    // Panels cost as much as some samples per pixel; pixels of many channels are vectors as they lie there.
+    const bool direct =
+        area > most_window || area > 4 * positions + 64 || (p_.interleaved && p_.channels > quad);
+    const int x = direct ? 0 : window.left, y = direct ? 0 : window.top;
+    const int sx = static_cast<int>(direct ? source.sx : quad);
+    const int sy = static_cast<int>(direct ? source.sy : quad * (window.right - window.left));
+    if (positions > 0) {
+      for (int j = box.top; j < box.bottom; ++j) {
+        const Span& span = spans[j - box.top];
+        taps_[j - box.top].place(span.end - span.begin, x, y, sx, sy);
+      }
+    }
+    for (int c = 0; c < p_.channels; c += quad) {
+      const int filled = std::min(p_.channels - c, quad);
+      if (positions > 0 && !direct) load_window(image + c * source.sc, window, filled);
+      for (int j = box.top; j < box.bottom; ++j) {
+        const Span& span = spans[j - box.top];
+        const int count = span.end - span.begin;
+        T* row = out + c * target.sc + j * target.sy;
+        clear(row, target, filled, box.left, span.begin);
+        clear(row, target, filled, span.end, box.right);
+        if (count == 0) continue;
+        if (direct) {
+          gather_quads(image + c * source.sc, filled, taps_[j - box.top], count);
+        } else {
+          taps_[j - box.top].gather(panel_, count, quads_);
+        }
+        store_quads(quads_, filled, count, lines_, row + span.begin * target.sx, target.sc, target.sx);
+      }
+    }
+  }
+
+  void load_window(const T* image, const core::Box& window, int filled) {
+    const int columns = window.right - window.left;
+    real* to = panel_;
+    for (int y = window.top; y < window.bottom; ++y, to += columns * quad) {
+      load_quads(image + y * p_.source.sy + window.left * p_.source.sx, p_.source.sc, p_.source.sx, filled,
+                 columns, lines_, to);
+    }
+  }
+
+  // As Taps::gather, from memory.
+  void gather_quads(const T* image, int filled, const Taps<real>& taps, int count) {
+    for (int l = 0; l < filled; ++l) {
+      const T* channel = image + l * p_.source.sc;
+      for (int i = 0; i < count; ++i) {
+        const T *above = channel + taps.offset[i], *below = above + taps.down[i];
+        const int right = taps.right[i];
+        quads_[i * quad + l] =
+            blend(taps.fy[i], blend(taps.fx[i], real(load(above[0])), real(load(above[right]))),
+                  blend(taps.fx[i], real(load(below[0])), real(load(below[right]))));
+      }
+    }
+  }
+
+  static void clear(T* row, const Map& target, int filled, int begin, int end) {
+    for (int l = 0; l < filled; ++l) {
+      for (int i = begin; i < end; ++i) store(row[l * target.sc + i * target.sx], real(0));
+    }
+  }
+};
+
+// A task owns rows of the gradient, and finds the positions that read them.
+template <typename T>
+class Adjoint {
+ public:
+  using real = Real<T>;
+
+  explicit Adjoint(const WarpParams& p)
+      : p_(p),
+        widest_(widest(p)),
+        highest_(highest(p)),
+        scratch_(2 * Scratch::bytes<real>(most_width() + Columns<real>::beyond) +
+                 2 * Axis<real>::scratch(most_width(), 2 * widest_) +
+                 Axis<real>::scratch(highest_, 2 * highest_) +
+                 Axis<real>::scratch(warp_adjoint_rows, 2 * highest_) +
+                 Columns<real>::scratch(p.source.width, 2 * widest_) +
+                 2 * Scratch::bytes<real>((most_width() + quad) * quad) +
+                 Scratch::bytes<real>(panel_size() * groups()) + Scratch::bytes<real>(total_size())),
+        line_(scratch_.take<real>(most_width() + Columns<real>::beyond)),
+        values_(scratch_.take<real>(most_width() + Columns<real>::beyond)),
+        x_axis_(scratch_, most_width(), 2 * widest_),
+        x_transposed_(scratch_, most_width(), 2 * widest_),
+        y_axis_(scratch_, highest_, 2 * highest_),
+        y_transposed_(scratch_, warp_adjoint_rows, 2 * highest_),
+        columns_(scratch_, p.source.width, 2 * widest_),
+        quads_(scratch_.take<real>((most_width() + quad) * quad)),
+        lines_(scratch_.take<real>((most_width() + quad) * quad)),
+        panel_(scratch_.take<real>(panel_size() * groups())),
+        total_(scratch_.take<real>(total_size())) {}
+
+  // Rows [first, last) and `channels` channels, from c on, of the gradient of image n.
+  void rows(int n, int c, int channels, int first, int last) {
+    Part part{n, c, channels, first, last, false, false};
+    for (int k = 0; k < p_.views; ++k) {
+      if (p_.targets[k].data == nullptr) continue;  // no gradient comes from this view
+      const core::PixelMap map = map_of(p_, k, n);
+      if (separable(p_, map)) {
+        by_rows(map, p_.targets[k], part);
+      } else {
+        by_panels(map, p_.targets[k], part);
+      }
+    }
+    finish(part);
+  }
+
+ private:
+  struct Part {
+    int n, c, channels, first, last;
+    bool totals, panels;  // whether something stands in total_, in panel_
+  };
+
+  const WarpParams& p_;
+  int widest_, highest_;  // of the targets
+  Scratch scratch_;
+  real *line_, *values_;
+  Axis<real> x_axis_, x_transposed_, y_axis_, y_transposed_;
+  Columns<real> columns_;
+  Taps<real> taps_;
+  real *quads_, *lines_;
+  real *panel_, *total_;
+
+  static int widest(const WarpParams& p) {
+    int width = 1;
+    for (int k = 0; k < p.views; ++k) width = std::max(width, p.targets[k].width);
+    return width;
+  }
+  static int highest(const WarpParams& p) {
+    int height = 1;
+    for (int k = 0; k < p.views; ++k) height = std::max(height, p.targets[k].height);
+    return height;
+  }
+  int most_width() const { return std::max(widest_, p_.source.width); }
+  int groups() const { return parts(std::min(p_.channels, warp_adjoint_channels), quad); }
+  // With a row above and one below, for what the positions at the edge read of the neighbors' rows.
+  int64_t panel_size() const { return int64_t{warp_adjoint_rows + 2} * p_.source.width * quad; }
+  // (channels, rows, columns)
+  int64_t total_size() const {
+    if (p_.interleaved || std::is_same_v<T, real>) return 0;  // see total_row
+    return int64_t{std::min(p_.channels, warp_adjoint_channels)} * warp_adjoint_rows * p_.source.width;
+  }
+
+  // Where what views give to a row is added up: in the gradient itself, if that can hold it.
+  real* total_row(const Part& part, int channel, int row) {
+    if constexpr (std::is_same_v<T, real>) return gradient_row(part, channel, row);
+    return total_ + (int64_t{channel} * warp_adjoint_rows + row) * p_.source.width;
+  }
+  T* gradient_row(const Part& part, int channel, int row) {
+    const Gradient& g = p_.gradient;
+    return static_cast<T*>(g.data) + part.n * g.sn + (part.c + channel) * g.sc + (part.first + row) * g.sy;
+  }
+  const T* image_of(const Map& target, const Part& part) const {
+    return static_cast<const T*>(target.data) + part.n * target.sn + part.c * target.sc;
+  }
+
+  void by_rows(const core::PixelMap& map, const Map& target, Part& part) {
+    const int width = p_.source.width;
+    int top = 0, bottom = target.height;
+    narrow(map.yj, map.y0, part.first - 1.0, part.last, top, bottom);  // else they read other rows
+    sample_rows(y_axis_, map, top, bottom, p_.source.height);
+    y_transposed_.transpose(y_axis_, part.first, part.last);
+    sample_columns(x_axis_, map, target.width, p_.source.width);
+    x_transposed_.transpose(x_axis_, 0, width);
+    columns_.lay(x_transposed_, target.width);
+    for (int y = 0; y < part.last - part.first; ++y) {
+      if (y_transposed_.count(y) == 0) {
+        for (int c = 0; c < part.channels && !part.totals; ++c) {
+          std::fill(total_row(part, c, y), total_row(part, c, y) + width, real(0));
         }
         continue;
       }
-      const T* __restrict from = from_image + c * target.sc + j * target.sy;
-      for (int i = part.begin; i < part.end; ++i) values[i - part.begin] = load(from[i]);
-      scatter(plane, p.gradient.sy, part, values, line);
+      separable_row(y_transposed_, y, columns_, image_of(target, part) + top * target.sy, target.sc,
+                    target.sy, part.channels, line_, values_, [&](int c, const real* __restrict values) {
+                      real* __restrict total = total_row(part, c, y);
+                      if (part.totals) {
+                        for (int x = 0; x < width; ++x) total[x] += values[x];
+                      } else {
+                        std::copy(values, values + width, total);
+                      }
+                    });
+    }
+    part.totals = true;
+  }
+
+  void by_panels(const core::PixelMap& map, const Map& target, Part& part) {
+    const int group_count = parts(part.channels, quad);
+    if (!part.panels) {
+      std::fill(panel_, panel_ + panel_size() * group_count, real(0));
+      part.panels = true;
+    }
+    const double above = part.first - 1.0, below = part.last;  // positions between read the rows
+    const core::Box box =
+        core::Preimage(map, target.width, target.height).box({map.left, map.right}, {above, below});
+    for (int j = box.top; j < box.bottom; ++j) {
+      int begin = box.left, end = box.right;
+      narrow(map.yi, map.yj * (j + 0.5) + map.y0, above, below, begin, end);
+      inside(map, j, begin, end);
+      if (begin == end) continue;
+      for (int i = begin; i < end; i += Taps<real>::most) {
+        add_piece(map, target, part, j, i, std::min(i + Taps<real>::most, end));
+      }
     }
   }
-}
+
+  // Columns [begin, end) of row j of a target, all of them inside the frame.
+  void add_piece(const core::PixelMap& map, const Map& target, const Part& part, int j, int begin, int end) {
+    const int width = p_.source.width;
+    taps_.look(map, j, begin, end, width, p_.source.height);
+    // by the taps as they are, so that none lies beyond the panel
+    int first = 0, last = end - begin;
+    const auto reads = [&](int i) {
+      return taps_.top[i] < part.last && taps_.top[i] + taps_.down[i] >= part.first;
+    };
+    while (first < last && !reads(first)) ++first;
+    while (first < last && !reads(last - 1)) --last;
+    if (first == last) return;
+    taps_.place(end - begin, 0, part.first - 1, quad, quad * width);
+    const T* row = image_of(target, part) + j * target.sy + (begin + first) * target.sx;
+    for (int c = 0; c < part.channels; c += quad) {
+      load_quads(row + c * target.sc, target.sc, target.sx, std::min(part.channels - c, quad), last - first,
+                 lines_, quads_);
+      taps_.scatter(quads_, first, last, panel_ + c / quad * panel_size());
+    }
+  }
+
+  // Writes the rows, in the dtype of the images.
+  void finish(const Part& part) {
+    const Gradient& g = p_.gradient;
+    const int width = p_.source.width, stride = rounded(width);
+    for (int y = 0; y < part.last - part.first; ++y) {
+      for (int c = 0; c < part.channels; c += quad) {
+        const int filled = std::min(part.channels - c, quad);
+        T* row = gradient_row(part, c, y);
+        const real* quads = panel_ + c / quad * panel_size() + int64_t{y + 1} * width * quad;
+        if (part.panels && !part.totals) {
+          store_quads(quads, filled, width, lines_, row, g.sc, g.sx);
+          continue;
+        }
+        if (part.panels) store_quads(quads, filled, width, lines_, quads_, stride, 1);
+        for (int l = 0; l < filled; ++l) {
+          const real* total = total_row(part, c + l, y);  // may be the row itself
+          const real* panel = quads_ + l * stride;
+          T* out = row + l * g.sc;
+          if (!part.totals) {
+            for (int x = 0; x < width; ++x) store(out[x * g.sx], real(0));
+          } else if (part.panels) {
+            for (int x = 0; x < width; ++x) store(out[x], total[x] + panel[x]);
+          } else if constexpr (!std::is_same_v<T, real>) {
+            for (int x = 0; x < width; ++x) store(out[x], total[x]);
+          }
+        }
+      }
+    }
+  }
+};
 
 template <typename T>
 void run_warp(const WarpParams& p, int64_t begin, int64_t end) {
+  Warp<T> warp(p);
   // Tasks go through the views, their images and their blocks of rows, in this order.
   int64_t task = 0;
   for (int k = 0; k < p.views && task < end; ++k) {
     const int height = p.targets[k].height;
-    const int64_t blocks = (height + warp_task_rows - 1) / warp_task_rows;
-    for (int64_t i = begin > task ? begin - task : 0; i < blocks * p.images && task + i < end; ++i) {
+    const int64_t blocks = parts(height, warp_task_rows);
+    for (int64_t i = std::max(begin - task, int64_t{0}); i < blocks * p.images && task + i < end; ++i) {
       const int first = static_cast<int>(i % blocks) * warp_task_rows;
-      const int last = first + warp_task_rows < height ? first + warp_task_rows : height;
-      warp_rows<T>(p, k, static_cast<int>(i / blocks), first, last);
+      warp.rows(k, static_cast<int>(i / blocks), first, std::min(first + warp_task_rows, height));
     }
     task += blocks * p.images;
   }
@@ -101,37 +412,25 @@ void run_warp(const WarpParams& p, int64_t begin, int64_t end) {
 
 template <typename T>
 void run_adjoint(const WarpParams& p, int64_t begin, int64_t end) {
-  const int planes = p.interleaved ? 1 : p.channels;
-  for (int64_t i = begin; i < end; ++i)
-    adjoint_plane<T>(p, static_cast<int>(i / planes), static_cast<int>(i % planes));
+  Adjoint<T> adjoint(p);
+  const int blocks = parts(p.source.height, warp_adjoint_rows);
+  const int groups = parts(p.channels, warp_adjoint_channels);
+  for (int64_t task = begin; task < end; ++task) {
+    const int first = static_cast<int>(task % blocks) * warp_adjoint_rows;
+    const int c = static_cast<int>(task / blocks % groups) * warp_adjoint_channels;
+    adjoint.rows(static_cast<int>(task / blocks / groups), c, std::min(p.channels - c, warp_adjoint_channels),
+                 first, std::min(first + warp_adjoint_rows, p.source.height));
+  }
 }
 
 }  // namespace
 
 void warp(const WarpParams& p, int64_t begin, int64_t end) {
-  switch (p.dtype) {
-    case Dtype::float32:
-      return run_warp<float>(p, begin, end);
-    case Dtype::float64:
-      return run_warp<double>(p, begin, end);
-    case Dtype::float16:
-      return run_warp<Half>(p, begin, end);
-    case Dtype::bfloat16:
-      return run_warp<BFloat16>(p, begin, end);
-  }
+  dispatch(p.dtype, [&](auto zero) { run_warp<decltype(zero)>(p, begin, end); });
 }
 
 void warp_adjoint(const WarpParams& p, int64_t begin, int64_t end) {
-  switch (p.dtype) {
-    case Dtype::float32:
-      return run_adjoint<float>(p, begin, end);
-    case Dtype::float64:
-      return run_adjoint<double>(p, begin, end);
-    case Dtype::float16:
-      return run_adjoint<Half>(p, begin, end);
-    case Dtype::bfloat16:
-      return run_adjoint<BFloat16>(p, begin, end);
-  }
+  dispatch(p.dtype, [&](auto zero) { run_adjoint<decltype(zero)>(p, begin, end); });
 }
 
 }  // namespace equifast::cpu::EQUIFAST_ISA
