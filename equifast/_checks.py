@@ -138,11 +138,11 @@ def theta(value: object, n: int | None = None, k: int | None = None) -> Tensor:
     if matrices.shape[0] == 0:
         raise ValueError("theta has shape " + shape(matrices) + "; there must be at least one view")
     if _has_values(matrices):
-        t = matrices.detach().to(torch.float64)
+        t = matrices.detach().to(torch.float64).reshape(-1, 6)
         if not bool(t.isfinite().all()):
             raise ValueError("theta has values that are NaN or infinite; they must be finite")
-        determinant = t[..., 0, 0] * t[..., 1, 1] - t[..., 0, 1] * t[..., 1, 0]
-        if float(determinant.abs().min()) < 1e-12:
+        a, b, _, c, d, _ = t.unbind(1)  # few operations: a view is checked at every step of an ascent
+        if float((a * d - b * c).abs().min()) < 1e-12:
             raise ValueError("theta has a singular matrix; every matrix must be invertible")
     return matrices
 
