@@ -1,19 +1,13 @@
 // The color jitter of images and its derivative. Compiled once per instruction set, and without contraction
 // to fused products: each operation rounds as in the reference, see core/color.h.
 #include "../core/color.h"
-#include "../core/storage.h"
-#include "kernels.h"
+#include "rows.h"
 
 namespace equifast::cpu::EQUIFAST_ISA {
 namespace {
 
-using core::BFloat16;
 using core::Color;
-using core::Half;
 using core::Jitter;
-using core::load;
-using core::Real;
-using core::store;
 
 // Pixels that are worked on at once, channel by channel whatever the layout in memory; sums go over `lanes`
 // interleaved sums, in the order of the pixels alone.
@@ -184,30 +178,27 @@ void add_mean(const ColorJitterParams& p, int64_t task) {
   });
 }
 
-template <typename T, void (*kernel)(const ColorJitterParams&, int64_t)>
+template <void (*kernel)(const ColorJitterParams&, int64_t)>
 void run(const ColorJitterParams& p, int64_t begin, int64_t end) {
   for (int64_t task = begin; task < end; ++task) kernel(p, task);
 }
 
-#define EQUIFAST_COLOR_JITTER(name, kernel)                           \
-  void name(const ColorJitterParams& p, int64_t begin, int64_t end) { \
-    switch (p.dtype) {                                                \
-      case Dtype::float32:                                            \
-        return run<float, kernel<float>>(p, begin, end);              \
-      case Dtype::float64:                                            \
-        return run<double, kernel<double>>(p, begin, end);            \
-      case Dtype::float16:                                            \
-        return run<Half, kernel<Half>>(p, begin, end);                \
-      case Dtype::bfloat16:                                           \
-        return run<BFloat16, kernel<BFloat16>>(p, begin, end);        \
-    }                                                                 \
-  }
-
 }  // namespace
 
-EQUIFAST_COLOR_JITTER(color_jitter_gray, sum_gray)
-EQUIFAST_COLOR_JITTER(color_jitter, apply)
-EQUIFAST_COLOR_JITTER(color_jitter_backward, backward)
-EQUIFAST_COLOR_JITTER(color_jitter_add_mean, add_mean)
+void color_jitter_gray(const ColorJitterParams& p, int64_t begin, int64_t end) {
+  dispatch(p.dtype, [&](auto zero) { run<sum_gray<decltype(zero)>>(p, begin, end); });
+}
+
+void color_jitter(const ColorJitterParams& p, int64_t begin, int64_t end) {
+  dispatch(p.dtype, [&](auto zero) { run<apply<decltype(zero)>>(p, begin, end); });
+}
+
+void color_jitter_backward(const ColorJitterParams& p, int64_t begin, int64_t end) {
+  dispatch(p.dtype, [&](auto zero) { run<backward<decltype(zero)>>(p, begin, end); });
+}
+
+void color_jitter_add_mean(const ColorJitterParams& p, int64_t begin, int64_t end) {
+  dispatch(p.dtype, [&](auto zero) { run<add_mean<decltype(zero)>>(p, begin, end); });
+}
 
 }  // namespace equifast::cpu::EQUIFAST_ISA

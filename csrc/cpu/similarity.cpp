@@ -458,29 +458,11 @@ void run_backward(const SimilarityParams& p, int64_t begin, int64_t end) {
 }  // namespace
 
 void similarity(const SimilarityParams& p, int64_t begin, int64_t end) {
-  switch (p.dtype) {
-    case Dtype::float32:
-      return run_similarity<float>(p, begin, end);
-    case Dtype::float64:
-      return run_similarity<double>(p, begin, end);
-    case Dtype::float16:
-      return run_similarity<Half>(p, begin, end);
-    case Dtype::bfloat16:
-      return run_similarity<BFloat16>(p, begin, end);
-  }
+  dispatch(p.dtype, [&](auto zero) { run_similarity<decltype(zero)>(p, begin, end); });
 }
 
 void similarity_backward(const SimilarityParams& p, int64_t begin, int64_t end) {
-  switch (p.dtype) {
-    case Dtype::float32:
-      return run_backward<float>(p, begin, end);
-    case Dtype::float64:
-      return run_backward<double>(p, begin, end);
-    case Dtype::float16:
-      return run_backward<Half>(p, begin, end);
-    case Dtype::bfloat16:
-      return run_backward<BFloat16>(p, begin, end);
-  }
+  dispatch(p.dtype, [&](auto zero) { run_backward<decltype(zero)>(p, begin, end); });
 }
 
 }  // namespace equifast::cpu::EQUIFAST_ISA
