@@ -1,5 +1,6 @@
 """The native operators against the reference, over a table of cases."""
 
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -232,6 +233,33 @@ def test_opcheck(layout: str, dtype: torch.dtype, device: torch.device) -> None:
     if device.type == "cpu":
         step = (detached[0], detached[0], detached[0], 0.1, 0.1, 0.5, 1, torch.arange(2), 0, 3)
         torch.library.opcheck(library.signed_step.default, step)
+
+
+def turned(degrees: float, height: int, width: int, x: float = 0, y: float = 0) -> Tensor:
+    angle = math.radians(degrees)
+    cos, sin = math.cos(angle), math.sin(angle)
+    return torch.tensor([[[[cos, -sin * height / width, x], [sin * width / height, cos, y]]]], dtype=torch.float64)
+
+
+def test_similarity_of_rotations_reads_what_it_loaded(device: torch.device) -> None:
+    """Windows of rotated tiles are loaded row by row, as far as they are read: many angles, to the last bits."""
+    generator = torch.Generator().manual_seed(0)
+    problems = [((60, 64), (64, side), torch.tensor([[[[0.0, 1, 0], [-1, 0, 0]]]]).double()) for side in (33, 36, 60)]
+    for _ in range(150):
+        degrees, x, y = ((torch.rand(3, generator=generator) * 2 - 1) * torch.tensor([90, 0.1, 0.1])).tolist()
+        problems.append(((48, 64), (60, 80), turned(degrees, 48, 64, x, y)))
+    for number, (size, view_size, theta) in enumerate(problems):
+        channels = 16 if number % 10 == 0 else 3
+        anchor, view = (
+            torch.randn(1, channels, *s, generator=generator, dtype=torch.float64) for s in (size, view_size)
+        )
+        results = []
+        for compute, where in ((reference.similarity, torch.device("cpu")), (ops.similarity, device)):
+            leaves = [t.to(where).requires_grad_() for t in (anchor.clone(), view.clone())]
+            value = compute(leaves[0], leaves[1:], theta.to(where))
+            results.append([t.cpu() for t in (value.detach(), *torch.autograd.grad(value.sum(), leaves))])
+        for expected, actual in zip(*results, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12 * float(expected.abs().max()))
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor's own

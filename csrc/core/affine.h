@@ -43,7 +43,8 @@ struct Position {
 EQUIFAST_HD inline double product(double a, double b) {
 #ifdef __CUDA_ARCH__
   return __dmul_rn(a, b);
-#elif defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12  // clang does not fuse across functions
+#elif defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__) && __GNUC__ >= 12
+  // clang does not fuse across functions, and nvcc does not know the barrier
   return __builtin_assoc_barrier(a * b);
 #else
   return a * b;

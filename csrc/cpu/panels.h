@@ -152,7 +152,8 @@ class Geometry {
         last = x0 > last ? x0 : last, last = x1 > last ? x1 : last;
       }
       if (first > last) return {0, 0};
-      return {low(first - slack, width), low(last + slack, width) + 2};
+      const int left = low(first - slack, width), right = low(last + slack, width) + 2;
+      return {left > window.left ? left : window.left, right < window.right ? right : window.right};
     }
   };
 
@@ -515,7 +516,7 @@ void load_interleaved(const T* from, int64_t sx, int64_t ahead, int channels, in
 #endif
   for (int x = 0; x < count; ++x, from += sx, out += lanes) {
     // Lanes beyond the channels are read from the next pixel, where there is one, and dropped.
-    const int64_t left = (count - x) * sx;
+    const int64_t left = (count - x - 1) * sx + channels;
     if (left >= lanes) {
       for (int l = 0; l < lanes; ++l) {
         const Real<T> v = load(from[l]);
