@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -82,15 +83,22 @@ class Features:
             )
         return features
 
+    @property
+    def place(self) -> str | None:
+        """The name of the submodule that ``where`` is, or is a method of: "" for the model itself, None for another."""
+        if self.where is None or isinstance(self.where, str):
+            return self.where or ""
+        owner = getattr(self.where, "__self__", self.where)
+        if not isinstance(self.model, nn.Module) or not isinstance(owner, nn.Module):
+            return None
+        return next((name for name, module in self.model.named_modules() if module is owner), None)
+
     def on(self, model: nn.Module) -> "Features":
-        """The same features of a copy of the model: a name and a bound method go with it, other callables stay."""
+        """The same features of a copy of the model: what belongs to the model goes with it."""
         where = self.where
-        owner = getattr(where, "__self__", where)
-        if isinstance(owner, nn.Module) and isinstance(self.model, nn.Module):
-            names = {id(module): name for name, module in self.model.named_modules()}
-            if id(owner) in names:
-                module = model.get_submodule(names[id(owner)])
-                where = module if owner is where else getattr(module, getattr(where, "__name__"))  # noqa: B009
+        if where is not None and not isinstance(where, str) and self.place is not None:
+            module = model.get_submodule(self.place)
+            where = types.MethodType(where.__func__, module) if hasattr(where, "__func__") else module
         return Features(model, where)
 
     def modules(self) -> tuple[nn.Module, ...]:

@@ -99,7 +99,9 @@ class Purifier:
         pairing: ``"anchor"`` or ``"all"``.
         reduction: ``"image"`` or ``"pixel"``.
         fold: whether a copy of the model is run in which batch norm is folded into the convolutions before it, where
-            that is exact. ``features`` that are a function of your own run the model itself.
+            that changes nothing but rounding. The copy follows changes of the model's parameters, buffers, submodules
+            and hooks, not of other attributes. A model with hooks, and ``features`` that are a function of your own,
+            are run as they are.
 
     Raises:
         TypeError, ValueError: for any setting that cannot be, in one sentence that names it.
@@ -143,8 +145,10 @@ class Purifier:
             count = _checks.integer("views_per_step", views_per_step, 1, len(self.views))
         self.model = model
         self.fold = _checks.boolean("fold", fold)
-        name = features if isinstance(features, str) else None
-        self._folded = Folded(model, name) if fold and isinstance(model, nn.Module) else None
+        place = self._features.place
+        self._folded = (
+            Folded(model, place or None) if fold and place is not None and isinstance(model, nn.Module) else None
+        )
         self.preset = preset
         self.seed = seed
         self.dtype = dtype

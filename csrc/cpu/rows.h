@@ -1,5 +1,6 @@
-// What a row of positions reads in a map, and how: shared by warp and similarity. Included by kernels that
-// are compiled once per instruction set, hence the unnamed namespace.
+// What CPU kernels share: scratch memory and the dispatch by dtype; and, for similarity per pixel, what a row
+// of positions reads in a map. Included by kernels that are compiled once per instruction set, hence the
+// unnamed namespace.
 #pragma once
 
 #include <cstdint>
@@ -91,13 +92,6 @@ class Row {
         fx(s.take<real>(width)),
         fy(s.take<real>(width)),
         width_(width) {}
-
-  // The same arrays, for rows of fewer columns.
-  Row of_width(int width) const {
-    Row row = *this;
-    row.width_ = width;
-    return row;
-  }
 
   // Positions of an image's rows of `out` pixels in a map of `in` pixels.
   void aim(const core::Theta& theta, int out_height, int out_width, int in_height, int in_width) {
