@@ -221,14 +221,19 @@ def color_jitter(images: Tensor, parameters: Tensor) -> Tensor:
 
     if images.numel() == 0:
         return images.clone()
-    x = (images * factor(0)).clamp(0, 1)
+    x = _clamp_unit(images * factor(0))
     gray = _gray(x)
     mean = (row_sum(gray.flatten(1)) / (x.shape[2] * x.shape[3])).view(-1, 1, 1, 1)
-    x = (mean + (x - mean) * factor(1)).clamp(0, 1)
+    x = _clamp_unit(mean + (x - mean) * factor(1))
     gray = _gray(x)
-    x = (gray + (x - gray) * factor(2)).clamp(0, 1)
+    x = _clamp_unit(gray + (x - gray) * factor(2))
     x = _shift_hue(x, factor(3)[:, 0])
     return torch.where((parameters[:, 4] != 0).view(-1, 1, 1, 1), _gray(x).expand_as(x), x)
+
+
+def _clamp_unit(x: Tensor) -> Tensor:
+    """To [0, 1]; its derivative is 1 at both ends, as torch's own is in some versions and in others not."""
+    return torch.where(x < 0, 0.0, torch.where(x > 1, 1.0, x))
 
 
 def _gray(x: Tensor) -> Tensor:
@@ -251,7 +256,7 @@ def _shift_hue(x: Tensor, turns: Tensor) -> Tensor:
 
     def channel(offset: float) -> Tensor:
         k = (hue + offset) % 6
-        return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
+        return value - chroma * _clamp_unit(torch.where(k < 4 - k, k, 4 - k))
 
     return torch.stack((channel(5), channel(3), channel(1)), 1)
 
