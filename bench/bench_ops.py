@@ -157,6 +157,18 @@ def test_signed_step(benchmark: Any, implementation: str, sigma: float) -> None:
     measure(benchmark, once, 4 * origin.nbytes)
 
 
+@pytest.mark.parametrize("implementation", ["eager", "native"])  # the published code takes torchvision's
+def test_color_jitter(benchmark: Any, implementation: str) -> None:
+    images, upstream = values(*IMAGES, seed=0).abs().clamp(0, 1).requires_grad_(), values(*IMAGES, seed=1)
+    parameters = torch.tensor([[1.2, 0.8, 1.1, 0.1, 0.0]] * IMAGES[0], dtype=torch.float64, device=DEVICE)
+
+    def once() -> object:
+        with backends(implementation):
+            return torch.autograd.grad(ops.color_jitter(images, parameters), images, upstream)
+
+    measure(benchmark, once, 4 * images.nbytes)
+
+
 def test_copy(benchmark: Any) -> None:
     source = torch.zeros(COPIED, device=DEVICE)
     target = torch.zeros_like(source)

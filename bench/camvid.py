@@ -14,13 +14,28 @@ import torch
 import typer
 from _data import CAMVID_CLASSES, DATA, VOID, load_camvid
 from _models import SegmentationNet, load_weights
-from _study import CACHE, BpdaSteps, Data, Eot, Images, Output, Quick, StandIn, Steps, Study, WhereFeatures, run
+from _study import (
+    ATTACK_SEED,
+    CACHE,
+    BpdaSteps,
+    Data,
+    Eot,
+    Images,
+    Output,
+    Quick,
+    StandIn,
+    Steps,
+    Study,
+    WhereFeatures,
+    run,
+)
 from numpy.typing import NDArray
 from rich.progress import track
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from equifast.attacks import PGD
 from equifast.evaluate import confusion, mean_iou
 
 CHECKPOINT = CACHE / "camvid.safetensors"
@@ -125,6 +140,17 @@ def train(data: Path, epochs: int = 50, batch: int = 8, rate: float = 0.05, seed
     print(f"trained in {seconds:.0f} s")
     candidate.replace(CHECKPOINT)
     resume.unlink()
+
+
+def attacked(data: Path, images: int, steps: int) -> tuple[SegmentationNet, Tensor, Tensor]:
+    """The network, and images of the val split under PGD, with their labels: what is compared before a table."""
+    if not CHECKPOINT.exists():
+        train(data)
+    model = load_weights(SegmentationNet(CAMVID_CLASSES), CHECKPOINT).to(memory_format=torch.channels_last)
+    x, y = load_camvid(data, "val", images)
+    attack = PGD(model, eps=4 / 255, step_size=1 / 255, steps=steps, seed=ATTACK_SEED)
+    batches = torch.arange(len(x)).split(4)
+    return model, torch.cat([attack(x[ids], y[ids], ids) for ids in track(batches, "attacking")]), y
 
 
 def main(

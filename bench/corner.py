@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 import typer
-from _data import CAMVID_CLASSES, DATA, load_camvid
-from _models import SegmentationNet, load_weights
-from _study import ATTACK_SEED, Data, Images, Output, Steps, machine, versions, write
-from camvid import CHECKPOINT, judge, train
+from _data import DATA
+from _study import Data, Images, Output, Steps, machine, versions, write
+from camvid import attacked, judge
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -24,7 +23,6 @@ from torch import Tensor
 
 import equifast
 from equifast import rng
-from equifast.attacks import PGD
 from equifast.balls import Linf
 from equifast.evaluate import difference, mean_iou
 
@@ -81,13 +79,8 @@ def follow(model: torch.nn.Module, x: Tensor) -> list[dict[str, float]]:
 
 def main(data: Data = DATA, images: Images = 24, steps: Steps = 30, output: Output = None) -> None:
     """Print the tables and write them."""
-    if not CHECKPOINT.exists():
-        train(data)
-    model = load_weights(SegmentationNet(CAMVID_CLASSES), CHECKPOINT).to(memory_format=torch.channels_last)
-    x, y = load_camvid(data, "val", images)
-    attack = PGD(model, eps=4 / 255, step_size=1 / 255, steps=steps, seed=ATTACK_SEED)
-    batches = torch.arange(len(x)).split(4)
-    adversarial = torch.cat([attack(x[ids], y[ids], ids) for ids in track(batches, "attacking")])
+    model, adversarial, y = attacked(data, images, steps)
+    batches = torch.arange(len(y)).split(4)
     watched = follow(model, adversarial[:4])
     table = Table(title="Algorithm 1: shares of the values of four images, in %")
     for heading in ("step", "sigma", "move as the noise says", "as the gradient says", "end at a corner"):
@@ -105,7 +98,7 @@ def main(data: Data = DATA, images: Images = 24, steps: Steps = 30, output: Outp
             parts = [judge(defended(adversarial[ids], ids=ids, draw=0), y[ids]) for ids in track(batches, name)]
         results[name] = np.concatenate(parts)
     first = next(iter(ROWS))
-    table = Table(title=f"robust mIoU in %, {len(x)} images, ± standard error; differences paired over images")
+    table = Table(title=f"robust mIoU in %, {len(y)} images, ± standard error; differences paired over images")
     for heading in ("", "robust mIoU", "minus paper"):
         table.add_column(heading)
     found: dict[str, dict[str, float]] = {}
@@ -120,7 +113,7 @@ def main(data: Data = DATA, images: Images = 24, steps: Steps = 30, output: Outp
         }
     Console().print(table)
     if output is not None:
-        settings = {"images": len(x), "steps": steps}
+        settings = {"images": len(y), "steps": steps}
         document = {"steps": watched, "results": found, "settings": settings}
         write({**document, "versions": versions(), "machine": machine()}, output)
 

@@ -13,17 +13,15 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from _data import CAMVID_CLASSES, DATA, load_camvid
-from _models import SegmentationNet, load_weights
-from _study import ATTACK_SEED, Data, Images, Output, Steps, machine, versions, write
-from camvid import CHECKPOINT, judge, train
+from _data import DATA
+from _study import Data, Images, Output, Steps, machine, versions, write
+from camvid import attacked, judge
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 import equifast
 from equifast import ops
-from equifast.attacks import PGD
 from equifast.evaluate import difference, mean_iou
 
 ROWS: Mapping[str, tuple[str, dict[str, Any]]] = {
@@ -42,18 +40,12 @@ def main(
     output: Output = None,
 ) -> None:
     """Print the table and write it."""
-    if not CHECKPOINT.exists():
-        train(data)
-    model = load_weights(SegmentationNet(CAMVID_CLASSES), CHECKPOINT).to(memory_format=torch.channels_last)
-    x, y = load_camvid(data, "val", images)
-    attack = PGD(model, eps=4 / 255, step_size=1 / 255, steps=steps, seed=ATTACK_SEED)
-    batches = torch.arange(len(x)).split(4)
-    adversarial = torch.cat([attack(x[ids], y[ids], ids) for ids in track(batches, "attacking")])
+    model, adversarial, y = attacked(data, images, steps)
     table = Table(title="robust mIoU in %, ± standard error, and the difference from native, paired over images")
     for heading in ("preset", "", "images", "robust mIoU", "minus native"):
         table.add_column(heading)
     found: dict[str, dict[str, dict[str, float]]] = {}
-    for preset, count in (("fast", len(x)), ("paper", min(paper_images, len(x)))):
+    for preset, count in (("fast", len(y)), ("paper", min(paper_images, len(y)))):
         results = {}
         for row, (backend, settings) in ROWS.items():
             defended = equifast.Defended(model, equifast.Purifier(model, preset=preset, eps=6 / 255, **settings))

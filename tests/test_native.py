@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import equifast
 from equifast import _C, ops, reference, rng
 
 # With EQUIFAST_BACKEND=native a library that is absent or does not load fails the suite.
@@ -567,3 +568,20 @@ def test_choice_of_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="asks for the native backend, but there is no CUDA device here"):
             ops.choose(torch.device("cuda"))
+
+
+@pytest.mark.parametrize("preset", ["fast", "paper"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_step_has_the_gradient_of_the_reference(preset: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layers = (torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.Tanh(), torch.nn.Conv2d(8, 5, 3, padding=1, stride=2))
+    purifier = equifast.Purifier(torch.nn.Sequential(*layers).to(dtype), preset=preset, dtype="float32")
+    x = draw(3, 3, 23, 30, seed=1, dtype=dtype).abs().clamp(0, 1)
+    gradients = []
+    for backend in ("native", "reference"):
+        with ops.use(backend), purifier._objective(x, None, 0, None) as (images, objective, _, _):
+            gradients.append(objective.gradient(images, 0)[1])
+    scale = float(gradients[1].abs().max())
+    assert scale > 0
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-11
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=tolerance * scale)

@@ -18,7 +18,7 @@
 #include <utility>
 
 #include "../core/preimage.h"
-#include "rows.h"
+#include "quads.h"
 
 namespace equifast::cpu {
 namespace {
@@ -62,16 +62,6 @@ struct Range {  // columns [begin, end)
   int begin, end;
 };
 
-// Leaves out columns i for which slope * (i + 1/2) + constant is far from [low, high]. Rough: what it leaves
-// is to be tested.
-inline void narrow(Range& c, double slope, double constant, double low, double high) {
-  if (!(slope > 1e-9 || slope < -1e-9)) return;
-  const double a = (low - constant) / slope - 0.5, b = (high - constant) / slope - 0.5;
-  const double first = (a < b ? a : b) - 1, last = (a < b ? b : a) + 2;
-  if (first > c.begin) c.begin = first < c.end ? static_cast<int>(first) : c.end;
-  if (last < c.end) c.end = last > c.begin ? static_cast<int>(last) : c.begin;
-}
-
 // What the positions of a rectangle read in another map.
 template <typename real>
 class Geometry {
@@ -87,7 +77,7 @@ class Geometry {
   int* offset;
   real *fx, *fy;
 
-  static int64_t scratch(int positions) {
+  static constexpr int64_t scratch(int positions) {
     return Scratch::bytes<Span>(most_rows) + Scratch::bytes<Range>(most_rows) +
            Scratch::bytes<int>(positions) + 2 * Scratch::bytes<real>(positions);
   }
@@ -190,8 +180,8 @@ class Geometry {
     for (int j = r.top; j < r.bottom; ++j) {
       Range c{r.left, r.right};
       const double x0 = map.xj * (j + 0.5) + map.x0, y0 = map.yj * (j + 0.5) + map.y0;
-      narrow(c, map.xi, x0, left, right < map.right ? right : map.right);
-      narrow(c, map.yi, y0, top, bottom < map.bottom ? bottom : map.bottom);
+      narrow(map.xi, x0, left, right < map.right ? right : map.right, c.begin, c.end);
+      narrow(map.yi, y0, top, bottom < map.bottom ? bottom : map.bottom, c.begin, c.end);
       while (c.begin < c.end && !reads(map, c.begin, j, width, height)) ++c.begin;
       while (c.end > c.begin && !reads(map, c.end - 1, j, width, height)) --c.end;
       if (c.begin == c.end) continue;
@@ -272,7 +262,7 @@ struct Pack {
 
 // How many lanes serve the channels that are left: as few as hold them, up to 24, and 16 where there are
 // more.
-inline int lanes_for(int channels) {
+constexpr int lanes_for(int channels) {
   return channels > 24   ? 16
          : channels > 20 ? 24
          : channels > 16 ? 20
@@ -282,39 +272,9 @@ inline int lanes_for(int channels) {
 }
 
 // The most that a block of them takes.
-inline int most_lanes(int channels) {
+constexpr int most_lanes(int channels) {
   const int rest = channels % 16;
   return channels <= 24 ? lanes_for(channels) : (rest == 0 || rest > 8 ? 16 : (rest > 4 ? 24 : 20));
-}
-
-// Four channels of four pixels, turned round. Where the compiler has vectors, in registers.
-using Quad = float __attribute__((vector_size(16)));
-
-#if defined(__clang__)
-#define EQUIFAST_SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
-#else
-using QuadIndex = int __attribute__((vector_size(16)));
-#define EQUIFAST_SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, QuadIndex{i, j, k, l})
-#endif
-
-inline void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
-  Quad a, b, c, d;
-  std::memcpy(&a, from, 16), std::memcpy(&b, from + from_stride, 16);
-  std::memcpy(&c, from + 2 * from_stride, 16), std::memcpy(&d, from + 3 * from_stride, 16);
-  const Quad ab = EQUIFAST_SHUFFLE(a, b, 0, 4, 1, 5), cd = EQUIFAST_SHUFFLE(c, d, 0, 4, 1, 5);
-  const Quad ba = EQUIFAST_SHUFFLE(a, b, 2, 6, 3, 7), dc = EQUIFAST_SHUFFLE(c, d, 2, 6, 3, 7);
-  a = EQUIFAST_SHUFFLE(ab, cd, 0, 1, 4, 5), b = EQUIFAST_SHUFFLE(ab, cd, 2, 3, 6, 7);
-  c = EQUIFAST_SHUFFLE(ba, dc, 0, 1, 4, 5), d = EQUIFAST_SHUFFLE(ba, dc, 2, 3, 6, 7);
-  std::memcpy(to, &a, 16), std::memcpy(to + to_stride, &b, 16);
-  std::memcpy(to + 2 * to_stride, &c, 16), std::memcpy(to + 3 * to_stride, &d, 16);
-}
-
-#undef EQUIFAST_SHUFFLE
-
-inline void transpose(const double* from, int64_t from_stride, double* to, int64_t to_stride) {
-  for (int i = 0; i < 4; ++i) {
-    for (int j = 0; j < 4; ++j) to[j * to_stride + i] = from[i * from_stride + j];
-  }
 }
 
 #if EQUIFAST_WIDE
@@ -427,7 +387,7 @@ void load_four(const T* first, int64_t sc, int filled, int count, Real<T>* __res
     }
   }
   int x = 0;
-  for (; x + 4 <= count; x += 4) transpose(from + x, from_stride, out + x * stride, stride);
+  for (; x + 4 <= count; x += 4) turn(from + x, from_stride, out + x * stride, stride);
   for (; x < count; ++x) {
     for (int l = 0; l < 4; ++l) out[x * stride + l] = from[l * from_stride + x];
   }
@@ -442,7 +402,7 @@ void store_four(T* first, int64_t sc, int filled, int count, const Real<T>* from
   real* to = direct ? reinterpret_cast<real*>(first) : lines;
   const int64_t to_stride = direct ? sc : most_line;
   int x = 0;
-  for (; x + 4 <= count; x += 4) transpose(from + x * stride, stride, to + x, to_stride);
+  for (; x + 4 <= count; x += 4) turn(from + x * stride, stride, to + x, to_stride);
   for (; x < count; ++x) {
     for (int l = 0; l < 4; ++l) to[l * to_stride + x] = from[x * stride + l];
   }

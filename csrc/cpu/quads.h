@@ -7,6 +7,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "../core/preimage.h"
 #include "rows.h"
 
 namespace equifast::cpu {
@@ -50,6 +51,12 @@ inline void turn(const real* from0, const real* from1, const real* from2, const 
 }
 
 #undef EQUIFAST_MIX
+
+template <typename real>
+inline void turn(const real* from, int64_t from_stride, real* to, int64_t to_stride) {
+  turn(from, from + from_stride, from + 2 * from_stride, from + 3 * from_stride, to, to + to_stride,
+       to + 2 * to_stride, to + 3 * to_stride);
+}
 
 inline int rounded(int count) { return (count + quad - 1) / quad * quad; }
 

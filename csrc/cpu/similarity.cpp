@@ -124,9 +124,9 @@ class Tile {
  public:
   using real = Real<T>;
 
-  static int64_t scratch(const SimilarityParams& p) {
-    return p.views * (Geometry<real>::scratch(tile_positions) + Scratch::bytes<Geometry<real>>(1)) +
-           lines_scratch<real>() + Scratch::bytes<real>(tile_positions * most_lanes(p.channels)) +
+  static constexpr int64_t scratch(int views, int channels) {
+    return views * (Geometry<real>::scratch(tile_positions) + Scratch::bytes<Geometry<real>>(1)) +
+           lines_scratch<real>() + Scratch::bytes<real>(tile_positions * most_lanes(channels)) +
            Scratch::bytes<real>(most_window);
   }
 
@@ -184,7 +184,7 @@ class Tile {
 template <typename T>
 void run_similarity(const SimilarityParams& p, int64_t begin, int64_t end) {
   using real = Real<T>;
-  Scratch scratch(Tile<T>::scratch(p));
+  Scratch scratch(Tile<T>::scratch(p.views, p.channels));
   Tile<T> tile(p, scratch);
   const int blocks = similarity_blocks(p), bands = parts(p.anchor.height, similarity_anchor_rows);
   for (int64_t task = begin; task < end; ++task) {
@@ -243,8 +243,8 @@ class AnchorGradient {
  public:
   using real = Real<T>;
 
-  static int64_t scratch(const SimilarityParams& p) {
-    return Tile<T>::scratch(p) + Scratch::bytes<real>(tile_positions * most_lanes(p.channels));
+  static constexpr int64_t scratch(int views, int channels) {
+    return Tile<T>::scratch(views, channels) + Scratch::bytes<real>(tile_positions * most_lanes(channels));
   }
 
   AnchorGradient(const SimilarityParams& p, Scratch& s)
@@ -347,8 +347,8 @@ class ViewGradient {
  public:
   using real = Real<T>;
 
-  static int64_t scratch(const SimilarityParams& p) {
-    const int lanes = most_lanes(p.channels);
+  static constexpr int64_t scratch(int channels) {
+    const int lanes = most_lanes(channels);
     return Geometry<real>::scratch(most_positions) + Scratch::bytes<Range>(most_rows) +
            lines_scratch<real>() + Scratch::bytes<real>(most_positions * lanes) +
            2 * Scratch::bytes<real>(halo * lanes);
@@ -430,9 +430,14 @@ class ViewGradient {
   }
 };
 
+// With eight views, half a megabyte for each thread: at most, over the numbers of channels, with 24 lanes.
+static_assert(AnchorGradient<float>::scratch(8, 24) <= 1 << 19 && ViewGradient<float>::scratch(24) <= 1 << 19,
+              "similarity takes more scratch memory than it may");
+
 template <typename T>
 void run_backward(const SimilarityParams& p, int64_t begin, int64_t end) {
-  const int64_t for_anchor = AnchorGradient<T>::scratch(p), for_view = ViewGradient<T>::scratch(p);
+  const int64_t for_anchor = AnchorGradient<T>::scratch(p.views, p.channels),
+                for_view = ViewGradient<T>::scratch(p.channels);
   Scratch scratch(for_anchor > for_view ? for_anchor : for_view);
   const int groups = parts(p.channels, similarity_group),
             bands = parts(p.anchor.height, similarity_anchor_rows);
