@@ -6,7 +6,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +15,7 @@ import numpy as np
 import scipy
 import torch
 import typer
+from _data import spread
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -112,25 +113,39 @@ def _digest(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
+# What else in this folder decides the figures; what they are computed for is in the keys.
+_SOURCES = ("_data.py", "_models.py", "_published.py", "_study.py", "camvid.py", "cifar.py")
+
+
 def _fingerprint(study: Study) -> str:
     """Changes with the settings, the weights, the images and the source of equifast and of the studies."""
     state = hashlib.sha256()
     for tensor in (*study.model.state_dict().values(), study.images, study.labels):
         state.update(tensor.contiguous().numpy().tobytes())
     package, bench = Path(equifast.__file__).parent, Path(__file__).parent
-    for source in sorted([*package.glob("*.py"), *package.glob("evaluate/*.py"), *bench.glob("*.py")]):
-        if source.name in ("cli.py", "models.py"):
-            continue
+    sources = [path for path in package.glob("*.py") if path.name not in ("cli.py", "models.py")]
+    for source in sorted([*sources, *package.glob("evaluate/*.py"), *(bench / name for name in _SOURCES)]):
         state.update(source.read_bytes())
     return _digest(study.settings(), state.hexdigest(), torch.__version__, machine())
 
 
-class _Runner:
-    """Computes cells batch by batch and keeps every batch: an interrupted run goes on where it stopped."""
+Defenses = Callable[[str], nn.Module]
+"""The defended models that names stand for, `(x, ids, draw) -> logits`; "none" is the model itself."""
 
-    def __init__(self, study: Study, progress: Progress) -> None:
+
+class Runner:
+    """Computes cells batch by batch and keeps every batch: an interrupted run goes on where it stopped.
+
+    Two defenses of one `identity`, in this run or another, are taken for the same.
+    """
+
+    def __init__(
+        self, study: Study, defenses: Defenses, progress: Progress, identity: Callable[[str], str] = lambda name: name
+    ) -> None:
         self._study = study
+        self._defenses = defenses
         self._progress = progress
+        self._identity = identity
         self._folder = CACHE / f"{study.name}-{_fingerprint(study)}"
         self._folder.mkdir(parents=True, exist_ok=True)
 
@@ -142,60 +157,60 @@ class _Runner:
             beside.replace(path)
         return load_file(path)
 
-    def _attacked(self, row: str, column: str, ids: Tensor) -> Tensor:
-        """The images as the row's defense gets them."""
+    def attacked(self, victim: str | None, ids: Tensor) -> Tensor:
+        """The images after an attack on a defense by one who knows it; on "none" that is plain PGD."""
         study = self._study
         x, y = study.images[ids], study.labels[ids]
-        if column == "clean":
+        if victim is None:
             return x
-        if column == "PGD":
-            row = "none"
 
         def compute() -> dict[str, Tensor]:
-            steps = study.steps if column == "PGD" else study.bpda_steps
+            steps = study.steps if victim == "none" else study.bpda_steps
             attack = PGD(study.model, eps=study.eps, step_size=study.step_size, steps=steps, seed=ATTACK_SEED)
-            task = self._progress.add_task(f"  {column} on {row}", total=steps)
+            task = self._progress.add_task(f"  attacking {victim}", total=steps)
 
             def advance(done: int, total: int) -> None:
                 self._progress.update(task, completed=done)
 
-            if column == "BPDA" and row != "none":
-                known = "paper, last step" if row == "paper" and study.stand_in else row
-                defense = defended(study, known)
-                adversarial = BPDA(attack, defense, eot=study.eot)(x, y, ids, advance)
-            else:
+            if victim == "none":
                 adversarial = attack(x, y, ids, advance)
+            else:
+                adversarial = BPDA(attack, self._defenses(victim), eot=study.eot)(x, y, ids, advance)
             self._progress.remove_task(task)
             return {"x": adversarial}
 
-        return self._cached(compute, "attack", row, column, ids.tolist())["x"]
+        return self._cached(compute, "attack", self._identity(victim), ids.tolist())["x"]
 
-    def cell(self, row: str, column: str) -> Cell:
+    def cell(self, row: str, victim: str | None, indices: Sequence[int] | None = None) -> Cell:
+        """The results of a defense on images attacked by one who knows `victim`; on clean ones where it is None."""
         study = self._study
-        if row == "none" and column == "BPDA":
-            column = "PGD"  # nothing to know
-        indices = list(range(len(study.images)))
-        if row == "paper" and column == "BPDA":
-            chosen = np.linspace(0, len(indices) - 1, min(study.slow_images, len(indices)))
-            indices = sorted({round(i) for i in chosen.tolist()})
-        model = defended(study, row)
-        task = self._progress.add_task(f"{row}, {column}", total=len(indices))
+        indices = list(range(len(study.images)) if indices is None else indices)
+        model, known = self._defenses(row), None if victim is None else self._identity(victim)
+        task = self._progress.add_task(f"{row}, {victim or 'clean'}", total=len(indices))
         parts, seconds = [], 0.0
         for ids in torch.tensor(indices).split(study.batch):
 
             def compute(ids: Tensor = ids) -> dict[str, Tensor]:
-                x = self._attacked(row, column, ids)
+                x = self.attacked(victim, ids)
                 start = time.perf_counter()
                 with torch.no_grad():
                     logits = model(x, ids=ids, draw=0)  # BPDA's attacker draws from 1 on
                 elapsed = torch.tensor(time.perf_counter() - start)
                 return {"results": torch.from_numpy(study.judge(logits, study.labels[ids])), "seconds": elapsed}
 
-            result = self._cached(compute, "cell", row, column, ids.tolist())
+            result = self._cached(compute, "cell", self._identity(row), known, ids.tolist())
             parts.append(result["results"])
             seconds += float(result["seconds"])
             self._progress.update(task, advance=len(ids))
+        self._progress.remove_task(task)
         return Cell(torch.cat(parts).numpy(), indices, seconds / len(indices))
+
+
+def _victim(study: Study, row: str, column: str) -> str | None:
+    """Whom the attacker of a column of the table knows."""
+    if column == "BPDA":
+        return "paper, last step" if row == "paper" and study.stand_in else row
+    return "none" if column == "PGD" else None
 
 
 def figure(study: Study, cell: Cell) -> dict[str, float]:
@@ -243,11 +258,14 @@ def write(document: Mapping[str, object], output: Path) -> None:
 
 
 def _cells(study: Study, progress: Progress) -> Iterator[tuple[str, str, Cell]]:
-    runner = _Runner(study, progress)
+    runner = Runner(study, lambda row: defended(study, row), progress)
     task = progress.add_task(study.name, total=len(ROWS) * len(COLUMNS))
+    everyone = range(len(study.images))
+    slow = min(study.slow_images, len(everyone))
     for column in COLUMNS:
         for row in ROWS:
-            yield row, column, runner.cell(row, column)
+            indices = spread(len(everyone), slow) if (row, column) == ("paper", "BPDA") else everyone
+            yield row, column, runner.cell(row, _victim(study, row, column), indices)
             progress.update(task, advance=1)
 
 

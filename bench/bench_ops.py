@@ -22,13 +22,13 @@ from typing import Annotated, Any
 import pytest
 import torch
 import typer
+from _published import published_similarity, published_step, published_warp
 from _study import machine, versions, write
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.nn import functional as F
 
-from equifast import ops, reference, views
+from equifast import ops, views
 
 DEVICE = os.environ.get("EQUIFAST_BENCH_DEVICE", "cpu")
 DTYPE = getattr(torch, os.environ.get("EQUIFAST_BENCH_DTYPE", "float32"))
@@ -70,40 +70,6 @@ def measure(benchmark: Any, task: Callable[[], object], touched: int) -> None:
     rounds = min(max(int(LEAST_SECONDS / (time.perf_counter() - start)), 5), 2000)
     benchmark.extra_info["bytes"] = touched
     benchmark.pedantic(synchronized, rounds=rounds, iterations=1, warmup_rounds=2)
-
-
-# The work, three times.
-
-
-def published_similarity(anchor: Tensor, maps: Sequence[Tensor], theta: Tensor) -> Tensor:
-    """(N,): the sum over all pairs, each over the overlap of the two."""
-    size = list(anchor.shape)
-    back, masks = [anchor], [torch.ones_like(anchor[:, :1])]
-    for view, inverse in zip(maps, reference.invert(theta), strict=True):
-        grid = F.affine_grid(inverse.to(view.dtype), size, align_corners=False)
-        back.append(F.grid_sample(view, grid, align_corners=False))
-        masks.append((F.grid_sample(torch.ones_like(view[:, :1]), grid, align_corners=False) > 0.5).to(view.dtype))
-    total = torch.zeros_like(anchor[:, 0, 0, 0])
-    for i in range(len(back)):
-        for j in range(i + 1, len(back)):
-            mask = masks[i] * masks[j]
-            total = total + F.cosine_similarity((back[i] * mask).flatten(1), (back[j] * mask).flatten(1))
-    return total
-
-
-def published_warp(images: Tensor, theta: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
-    warped = []
-    for t, size in zip(theta, sizes, strict=True):
-        grid = F.affine_grid(t.to(images.dtype), [*images.shape[:2], *size], align_corners=False)
-        warped.append(F.grid_sample(images, grid, padding_mode="border", align_corners=False))
-    return warped
-
-
-def published_step(x: Tensor, gradient: Tensor, origin: Tensor, eps: float, step: float, sigma: float) -> Tensor:
-    """With PyTorch's own random numbers; the norm per image."""
-    direction = gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1) + sigma * torch.randn_like(x)
-    moved = x + step * direction.sign()
-    return torch.min(torch.max(moved, origin - eps), origin + eps).clamp(0, 1)
 
 
 def backends(name: str) -> Any:

@@ -36,7 +36,7 @@ class Preset:
         enlarging: whether views that enlarge the image are in the set.
         views_per_step: how many of the views a step uses, drawn without replacement; None for all.
         momentum: as in :class:`equifast.ascent.Ascent`.
-        average: whether :class:`Defended` averages its predictions over all eight views.
+        average: whether :class:`Defended` averages its predictions over the set of views.
     """
 
     steps: int
@@ -98,6 +98,8 @@ class Purifier:
             the preset says (``momentum=0`` for none where it has one).
         pairing: ``"anchor"`` or ``"all"``.
         reduction: ``"image"`` or ``"pixel"``.
+        average: whether :class:`Defended` predicts with the mean over the image and the set of views, warped back; None
+            for what the preset says.
         fold: whether a copy of the model is run in which batch norm is folded into the convolutions before it, where
             that changes nothing but rounding. The copy follows changes of the model's parameters, buffers, submodules
             and hooks, not of other attributes. A model with hooks, and ``features`` that are a function of your own,
@@ -128,6 +130,7 @@ class Purifier:
         keep: str = "last",
         pairing: str = "anchor",
         reduction: str = "image",
+        average: bool | None = None,
         fold: bool = True,
     ) -> None:
         self._features = Features(model, features)
@@ -155,7 +158,7 @@ class Purifier:
         self.views_per_step = count
         self.pairing = pairing
         self.reduction = reduction
-        self.average = base.average
+        self.average = base.average if average is None else _checks.boolean("average", average)
         self.ascent = Ascent(
             ball=ball,
             steps=base.steps if steps is None else steps,
@@ -185,6 +188,7 @@ class Purifier:
             "views_per_step": self.views_per_step,
             "pairing": self.pairing,
             "reduction": self.reduction,
+            "average": self.average,
             "fold": self.fold,
             "seed": self.seed,
             "dtype": self.dtype,
@@ -311,8 +315,8 @@ class Defended(DefendedModel):
 
     Args:
         model: the model that predicts.
-        purifier: a :class:`Purifier` or any ``(x, ids=None, draw=0) -> x``. With ``preset="strong"`` the prediction
-            is the mean over the purifier's views, differentiated exactly.
+        purifier: a :class:`Purifier` or any ``(x, ids=None, draw=0) -> x``. Where a Purifier averages, as with
+            ``preset="strong"``, the prediction is the mean over its set of views, differentiated exactly.
     """
 
     def __init__(self, model: nn.Module, purifier: Purify) -> None:

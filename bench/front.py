@@ -1,0 +1,456 @@
+"""The speed-robustness front: every setting worth a look, each under attackers who know it, averaging beside it.
+
+    python bench/front.py measure --data-set camvid --model standard --split val --output bench/results/front.json
+    python bench/front.py seconds --output bench/results/front.json
+    python bench/front.py plot bench/results/front.json docs/front.png
+
+`measure` fills one part of the results, (data set, model, split), and keeps the others. It may be interrupted at any
+time and goes on where it stopped. The attacks on each candidate: plain PGD on the model; the attack through averaging,
+which anyone who fears averaging would run; and BPDA through the candidate itself, with expectation over its draws. The
+worst case takes, image by image, the one that leaves fewest labels right. Settings are chosen on `val` (CIFAR-10: on
+images of its test set that no table uses) and reported on `test`.
+
+`seconds` times all candidates in turns, in one process. Nothing else should run beside it.
+"""
+
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import typer
+from _data import CAMVID_CLASSES, DATA, load_camvid, load_cifar
+from _models import CifarResNet, SegmentationNet, load_weights
+from _published import Published
+from _robust import crop_and_flip
+from _robust import train as train_robust
+from _study import CACHE, DEFENSE_SEED, Cell, Data, Runner, Study, figure, machine, paired, versions, write
+from camvid import CHECKPOINT, VOID, augment, class_weights
+from camvid import judge as judge_dense
+from camvid import train as train_camvid
+from cifar import judge as judge_classes
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import equifast
+from equifast import views
+from equifast.defenses import Averaging, RandomNoise
+from equifast.evaluate import accuracy, mean_iou
+from equifast.features import Features
+from equifast.purifier import DefendedModel
+
+app = typer.Typer(add_completion=False, help=__doc__)
+
+SIX = tuple(view for view in views.paper() if not view.enlarges)
+SETS: dict[str, tuple[views.View, ...]] = {
+    "eight": views.paper(),
+    "six": SIX,
+    "same size": SIX[2:],
+    "flip": (views.Flip(),),
+    "flip and rotation": (views.Flip(), views.Rotation()),
+    "shifts": (views.Shift(0.1),) * 4,
+    "jitter": (views.ColorJitter(),) * 4,
+}
+
+
+class Draws(DefendedModel):
+    """The mean prediction of a defended model over several of its draws."""
+
+    def __init__(self, defended: nn.Module, count: int) -> None:
+        super().__init__(defended)
+        self.count = count
+
+    def forward(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
+        parts = [self.model(x, ids=ids, draw=draw * self.count + i) for i in range(self.count)]
+        return torch.stack(parts).mean(0)
+
+
+class Halved:
+    """Purifies at half the size, and adds what that changed, enlarged."""
+
+    def __init__(self, purifier: equifast.Purifier) -> None:
+        self.purifier = purifier
+
+    def __call__(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
+        x = x.detach()
+        small = F.interpolate(x, scale_factor=0.5, mode="bilinear", align_corners=False).clamp(0, 1)
+        change = self.purifier(small, ids, draw) - small
+        return (x + F.interpolate(change, x.shape[2:], mode="bilinear", align_corners=False)).clamp(0, 1)
+
+
+# What candidates are made by: a study and settings to a defended model.
+
+
+def nothing(study: Study) -> nn.Module:
+    return equifast.Defended(study.model, lambda x, ids=None, draw=0: x.detach())
+
+
+def noise(study: Study, draws: int) -> nn.Module:
+    """Predictions on noisy images, averaged."""
+    return Draws(equifast.Defended(study.model, RandomNoise(study.eps_purify, seed=DEFENSE_SEED)), draws)
+
+
+def averaging(study: Study, sets: str, times: int = 1) -> nn.Module:
+    return Averaging(study.model, SETS[sets] * times, seed=DEFENSE_SEED)
+
+
+def published(study: Study, steps: int) -> nn.Module:
+    """The yardstick; with fewer steps its last ones, which equal it (docs/corner.md)."""
+    features = Features(copy.deepcopy(study.model).requires_grad_(True), study.features)
+    return equifast.Defended(study.model, Published(features, study.eps_purify, DEFENSE_SEED, steps))
+
+
+def purify(
+    study: Study, radius: float = 1.0, sets: str | None = None, draws: int = 1, half: bool = False, **changed: Any
+) -> nn.Module:
+    """`fast` with settings changed; `radius` is relative to the study's ball, `relative_step` to that."""
+    eps = study.eps_purify * radius
+    settings: dict[str, Any] = {"features": study.features, **changed}
+    if "relative_step" in settings:
+        settings["step_size"] = settings.pop("relative_step") * eps
+    if sets is not None:
+        settings.setdefault("views_per_step", "all")
+        settings["views"] = SETS[sets]
+    purifier = equifast.Purifier(study.model, eps=eps, seed=DEFENSE_SEED, **settings)
+    defended = equifast.Defended(study.model, Halved(purifier) if half else purifier)
+    return Draws(defended, draws) if draws > 1 else defended
+
+
+Candidate = tuple[Callable[..., nn.Module], dict[str, Any]]
+
+
+def steps(count: int = 4, of: float = 0.5, **settings: Any) -> Candidate:
+    """Steps of some part of the radius, from a random corner, without momentum, over the six views."""
+    return purify, {"steps": count, "relative_step": of, "momentum": 0, **settings}
+
+
+CANDIDATES: dict[str, Candidate] = {
+    "none": (nothing, {}),
+    "noise, 8 draws": (noise, {"draws": 8}),
+    "averaging, flip": (averaging, {"sets": "flip"}),
+    "averaging, same size": (averaging, {"sets": "same size"}),
+    "averaging, six": (averaging, {"sets": "six"}),
+    "averaging, eight": (averaging, {"sets": "eight"}),
+    "averaging, 3 x six": (averaging, {"sets": "six", "times": 3}),
+    "averaging, 2 x eight": (averaging, {"sets": "eight", "times": 2}),
+    "averaging, 4 x eight": (averaging, {"sets": "eight", "times": 4}),
+    "published, last two steps": (published, {"steps": 2}),
+    "fast": (purify, {}),
+    "strong": (purify, {"preset": "strong"}),
+    "1 step": steps(1, 2.0),
+    "2 steps": steps(2, 0.75),
+    "4 steps": steps(),
+    "5 steps of 0.4": steps(5, 0.4),
+    "8 steps": steps(8, 0.25),
+    "8 steps, 2 of six": steps(8, 0.25, views_per_step=2),
+    "8 steps, 2 of eight": steps(8, 0.25, sets="eight", views_per_step=2),
+    "4 steps, momentum 0.5": steps(momentum=0.5),
+    "4 steps, from the image": steps(start="origin"),
+    "4 steps, uniform start": steps(start="uniform"),
+    "4 steps, noise": steps(noise=True),
+    "4 steps, all pairs": steps(pairing="all"),
+    "4 steps, each position": steps(reduction="pixel"),
+    "4 steps, radius x 2/3": steps(radius=2 / 3),
+    "4 steps, radius x 4/3": steps(radius=4 / 3),
+    "4 steps, radius x 2": steps(radius=2),
+    "4 steps, same size": steps(sets="same size"),
+    "4 steps, flip": steps(sets="flip"),
+    "4 steps, flip and rotation": steps(sets="flip and rotation"),
+    "4 steps, shifts": steps(sets="shifts"),
+    "4 steps, jitter": steps(sets="jitter"),
+    "4 steps, half size": steps(half=True),
+    "4 steps, 4 draws": steps(draws=4),
+    "1 step, averaging": steps(1, 2.0, average=True),
+    "4 steps, averaging": steps(average=True),
+    "4 steps, averaging over eight": steps(average=True, sets="eight"),
+    "4 steps, radius x 2/3, averaging": steps(radius=2 / 3, average=True),
+    "4 steps, radius x 2, averaging": steps(radius=2, average=True),
+}
+FEATURES = {"camvid": ("head", "backbone.layer4"), "cifar": ("layer2", "layer1")}
+RIVAL = "averaging, eight"  # its own adaptive attack is tried on everyone
+
+
+def candidates(data_set: str) -> dict[str, Candidate]:
+    """Candidates by name; those for the places of a data set's network among them."""
+    return CANDIDATES | {f"4 steps, features {where}": steps(features=where) for where in FEATURES[data_set]}
+
+
+def build(study: Study, candidate: Candidate) -> nn.Module:
+    maker, settings = candidate
+    return maker(study, **settings)
+
+
+class DataSet(StrEnum):
+    camvid = "camvid"
+    cifar = "cifar"
+
+
+class Training(StrEnum):
+    standard = "standard"
+    robust = "robust"
+
+
+class Split(StrEnum):
+    val = "val"
+    test = "test"
+
+
+def camvid(data: Path, training: str, split: str, images: int | None) -> dict[str, Any]:
+    if not CHECKPOINT.exists():
+        train_camvid(data)
+    model = load_weights(SegmentationNet(CAMVID_CLASSES), CHECKPOINT).to(memory_format=torch.channels_last)
+    path = CACHE / "camvid-robust.safetensors"
+    if training == "robust":
+        if not path.exists():
+            x, y = load_camvid(data, "train")
+            criterion = nn.CrossEntropyLoss(class_weights(y), ignore_index=VOID)
+            train_robust(model, x, y, augment, criterion, path=path, eps=4 / 255, epochs=20, batch=8, rate=0.02)
+        load_weights(model, path)
+    x, y = load_camvid(data, split, images or 24)
+    return {
+        "figure": "mIoU in %",
+        "model": model,
+        "images": x,
+        "labels": y,
+        "judge": judge_dense,
+        "estimate": mean_iou,
+        "batch": 4,
+        "eps": 4 / 255,
+        "step_size": 1 / 255,
+        "eps_purify": 6 / 255,
+    }
+
+
+def cifar(data: Path, training: str, split: str, images: int | None) -> dict[str, Any]:
+    model = load_weights(CifarResNet(20), data / "cifar10" / "resnet20.safetensors")
+    path, eps = CACHE / "cifar-robust.safetensors", {"standard": 2 / 255, "robust": 8 / 255}[training]
+    if training == "robust":
+        if not path.exists():
+            x, y = load_cifar(data, "train")
+            criterion = nn.CrossEntropyLoss()
+            train_robust(model, x, y, crop_and_flip, criterion, path=path, eps=eps, epochs=10, batch=128, rate=0.05)
+        load_weights(model, path)
+    x, y = load_cifar(data, "test")
+    chosen = np.linspace(0, len(y) - 1, 512).round().astype(int)  # those of bench/cifar.py
+    pool = chosen if split == "test" else np.setdiff1d(np.arange(len(y)), chosen)
+    pool = pool[np.linspace(0, len(pool) - 1, min(images or 256, len(pool))).round().astype(int)]
+    return {
+        "figure": "accuracy in %",
+        "model": model,
+        "images": x[pool],
+        "labels": y[pool],
+        "judge": judge_classes,
+        "estimate": accuracy,
+        "batch": 64,
+        "features": "layer3",
+        "eps": eps,
+        "step_size": eps / 4,
+        "eps_purify": {"standard": 4 / 255, "robust": 12 / 255}[training],
+    }
+
+
+def study_of(data_set: str, data: Path, training: str, split: str, images: int | None, **attacks: int) -> Study:
+    parts = {"camvid": camvid, "cifar": cifar}[data_set](data, training, split, images)
+    return Study(name=f"front-{data_set}-{training}-{split}", slow_images=0, **parts, **attacks)
+
+
+def worst(cells: Sequence[Cell]) -> Cell:
+    """Of each image, the result under the attack that leaves fewest labels right."""
+    results = np.stack([cell.results for cell in cells])
+    right = np.trace(results, axis1=-2, axis2=-1) if results.ndim == 4 else results
+    return Cell(results[right.argmin(0), np.arange(results.shape[1])], cells[0].indices, cells[0].seconds)
+
+
+@app.command()
+def measure(
+    data: Data = DATA,
+    data_set: Annotated[DataSet, typer.Option(help="What is attacked.")] = DataSet.camvid,
+    model: Annotated[Training, typer.Option(help="How the network was trained.")] = Training.standard,
+    split: Annotated[Split, typer.Option(help="On which images.")] = Split.val,
+    images: Annotated[int | None, typer.Option(help="Number of images; 24, of CIFAR-10 256.")] = None,
+    steps: Annotated[int, typer.Option(help="Steps of PGD.")] = 30,
+    bpda_steps: Annotated[int, typer.Option(help="Steps of BPDA.")] = 10,
+    eot: Annotated[int, typer.Option(help="Draws per step of BPDA.")] = 1,
+    only: Annotated[list[str] | None, typer.Option(help="Candidates, by name; all where not given.")] = None,
+    output: Annotated[Path | None, typer.Option(help="The JSON to which the results are added.")] = None,
+) -> None:
+    """Clean, under PGD, under the attack through averaging, under BPDA, and the worst case of each candidate."""
+    study = study_of(
+        data_set.value, data, model.value, split.value, images, steps=steps, bpda_steps=bpda_steps, eot=eot
+    )
+    known = candidates(data_set.value)
+    for name in only or ():
+        if name not in known:
+            raise SystemExit(f"--only is {name!r}; it must be one of {', '.join(known)}")
+    chosen = list(dict.fromkeys(["none", RIVAL, *(only or known)]))
+    key = f"{data_set.value}, {model.value}, {split.value}"
+    console, found = Console(), {}
+    cells: dict[str, dict[str, Cell]] = {}
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        runner = Runner(
+            study,
+            lambda name: build(study, known[name]),
+            progress,
+            lambda name: repr((known[name][0].__name__, known[name][1])),
+        )
+        task = progress.add_task(key, total=len(chosen))
+        for name in chosen:
+            victims = {"clean": None, "PGD": "none", "averaging": RIVAL, "BPDA": name}
+            row = {column: runner.cell(name, victim) for column, victim in victims.items()}
+            row["worst"] = worst([row["PGD"], row["averaging"], row["BPDA"]])
+            cells[name] = row
+            found[name] = {column: figure(study, cell) for column, cell in row.items()} | {
+                f"minus {other}": {column: paired(study, cell, cells[key][column]) for column, cell in row.items()}
+                for other, key in (("none", "none"), ("averaging", RIVAL))
+                if key in cells
+            }
+            progress.update(task, advance=1)
+            if output is not None:
+                _merge(output, key, {"candidates": found, "settings": study.settings()})
+            line = ", ".join(f"{column} {e['value']:.1f} ± {e['error']:.1f}" for column, e in _figures(found[name]))
+            console.print(f"{name}: {line}")
+    table = Table(title=f"{key}: {study.figure}, {len(study.images)} images, ± standard error; differences are paired")
+    columns = list(next(iter(cells.values())))
+    for heading in ("", *columns, "worst - none", "worst - averaging"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, entry in sorted(found.items(), key=lambda item: -item[1]["worst"]["value"]):
+        apart = [entry.get(f"minus {other}", {}).get("worst") for other in ("none", "averaging")]
+        figures = [*(entry[column] for column in columns), *apart]
+        table.add_row(name, *("" if e is None else f"{e['value']:.1f} ± {e['error']:.1f}" for e in figures))
+    console.print(table)
+
+
+def _figures(entry: Mapping[str, Any]) -> list[tuple[str, Mapping[str, float]]]:
+    return [(column, value) for column, value in entry.items() if not column.startswith("minus")]
+
+
+def _merge(output: Path, key: str, part: Mapping[str, Any]) -> None:
+    document = json.loads(output.read_text()) if output.exists() else {}
+    document = {**document, key: {**document.get(key, {}), **part}, "versions": versions(), "machine": machine()}
+    write(document, output)
+
+
+@app.command()
+def seconds(
+    data: Data = DATA,
+    data_set: Annotated[DataSet, typer.Option(help="What is purified.")] = DataSet.camvid,
+    rounds: Annotated[int, typer.Option(help="How often each candidate is timed.")] = 5,
+    output: Annotated[Path | None, typer.Option(help="The JSON to which the results are added.")] = None,
+) -> None:
+    """Seconds per image and image passes (a forward and a backward pass are one, a forward pass a half)."""
+    study = study_of(data_set.value, data, "standard", "val", None)
+    x = study.images[: study.batch]
+    defenses: dict[str, nn.Module] = {}
+    passes: dict[str, float] = {}
+    for name, candidate in candidates(data_set.value).items():
+        passes[name] = _passes(study, candidate, x)
+        defenses[name] = build(study, candidate)
+    timed: dict[str, list[float]] = {name: [] for name in defenses}
+    with torch.no_grad(), Progress(console=Console(stderr=True), transient=True) as progress:
+        for _ in progress.track(range(rounds + 1)):
+            for name, defended in defenses.items():
+                start = time.perf_counter()
+                defended(x)
+                timed[name].append(time.perf_counter() - start)
+    # 20 equal steps: two are timed
+    yardstick = 10 * statistics.median(timed["published, last two steps"][1:])
+    timed["published"], passes["published"] = [0.0, yardstick], 10 * passes["published, last two steps"]
+    found = {
+        name: {
+            "seconds": statistics.median(times[1:]) / len(x),
+            "passes": passes[name],
+            "speed": yardstick / statistics.median(times[1:]),
+        }
+        for name, times in timed.items()
+    }
+    table = Table(title=f"{data_set.value}, {len(x)} images, one process, medians of {rounds}")
+    for heading in ("", "ms/image", "image passes", "times published"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, entry in sorted(found.items(), key=lambda item: item[1]["seconds"]):
+        table.add_row(name, f"{1e3 * entry['seconds']:.0f}", f"{entry['passes']:.1f}", f"{entry['speed']:.1f}")
+    Console().print(table)
+    if output is not None:
+        _merge(
+            output, f"{data_set.value}, cost", {"candidates": found, "settings": {"images": len(x), "rounds": rounds}}
+        )
+
+
+def _passes(study: Study, candidate: Candidate, x: Tensor) -> float:
+    """Image passes of one prediction, per image."""
+    total = 0.0
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        nonlocal total
+        both = torch.is_grad_enabled() and inputs[0].requires_grad
+        total += inputs[0].numel() / x.numel() * (1 if both else 0.5)
+
+    handle = study.model.register_forward_pre_hook(count)  # a model with hooks is not folded: the same passes
+    try:
+        with torch.no_grad():
+            build(study, candidate)(x)
+    finally:
+        handle.remove()
+    return total
+
+
+def _family(name: str) -> str:
+    if name.startswith(("averaging", "noise")):
+        return "averaging"
+    if name == "none":
+        return "none"
+    return "purified, averaged" if "averaging" in name or name == "strong" else "purified"
+
+
+@app.command()
+def plot(
+    results: Annotated[Path, typer.Argument(help="The JSON that the other commands wrote.")],
+    picture: Annotated[Path, typer.Argument(help="Where the plot goes (.png, .svg, .pdf).")],
+    split: Annotated[Split, typer.Option(help="On which images.")] = Split.val,
+) -> None:
+    """The worst case, and clean performance beside it, against seconds per image."""
+    document = json.loads(results.read_text())
+    panels = [
+        (d.value, m.value) for d in DataSet for m in Training if f"{d.value}, {m.value}, {split.value}" in document
+    ]
+    if not panels:
+        raise SystemExit(f"{results} has nothing of the split {split.value}")
+    figures, rows = plt.subplots(len(panels), 2, figsize=(13, 4.5 * len(panels)), squeeze=False)
+    colors = {"none": "black", "averaging": "tab:orange", "purified": "tab:blue", "purified, averaged": "tab:green"}
+    for (data_set, training), axes in zip(panels, rows, strict=True):
+        found = document[f"{data_set}, {training}, {split.value}"]["candidates"]
+        cost = document[f"{data_set}, cost"]["candidates"]
+        for column, axis in zip(("worst", "clean"), axes, strict=True):
+            for family, color in colors.items():
+                names = [name for name in found if _family(name) == family]
+                points = [(cost[name]["seconds"], found[name][column]) for name in names]
+                axis.errorbar(
+                    [1e3 * x for x, _ in points],
+                    [y["value"] for _, y in points],
+                    [y["error"] for _, y in points],
+                    fmt="o",
+                    color=color,
+                    alpha=0.7,
+                    label=family,
+                )
+                for name, (x, y) in zip(names, points, strict=True):
+                    axis.annotate(name, (1e3 * x, y["value"]), fontsize=5)
+            axis.set(xscale="log", xlabel="ms/image", title=f"{data_set}, {training}: {column}")
+        axes[0].legend()
+    figures.tight_layout()
+    beside = picture.with_name(f"{picture.stem}.partial{picture.suffix}")
+    figures.savefig(beside, dpi=130)
+    beside.replace(picture)
+
+
+if __name__ == "__main__":
+    app()
