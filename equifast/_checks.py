@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -138,11 +139,13 @@ def theta(value: object, n: int | None = None, k: int | None = None) -> Tensor:
     if matrices.shape[0] == 0:
         raise ValueError("theta has shape " + shape(matrices) + "; there must be at least one view")
     if _has_values(matrices):
-        t = matrices.detach().to(torch.float64).reshape(-1, 6)
-        if not bool(t.isfinite().all()):
+        # numpy: on so few numbers torch's operations take several times as long, and every step checks its views
+        t = matrices.detach().numpy().astype(np.float64, copy=False)
+        if not np.isfinite(t).all():
             raise ValueError("theta has values that are NaN or infinite; they must be finite")
-        a, b, _, c, d, _ = t.unbind(1)  # few operations: a view is checked at every step of an ascent
-        if float((a * d - b * c).abs().min()) < 1e-12:
+        with np.errstate(over="ignore", invalid="ignore"):
+            determinant = np.abs(t[..., 0, 0] * t[..., 1, 1] - t[..., 0, 1] * t[..., 1, 0])
+        if determinant.min() < 1e-12:
             raise ValueError("theta has a singular matrix; every matrix must be invertible")
     return matrices
 
