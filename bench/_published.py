@@ -47,8 +47,9 @@ def published_step(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """With PyTorch's own random numbers; the norm per image."""
-    noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-    direction = gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1) + sigma * noise
+    direction = gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    if sigma:
+        direction = direction + sigma * torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
     moved = x + step * direction.sign()
     return torch.min(torch.max(moved, origin - eps), origin + eps).clamp(0, 1)
 

@@ -118,7 +118,7 @@ _SOURCES = ("_data.py", "_models.py", "_published.py", "_study.py", "camvid.py",
 
 
 def _fingerprint(study: Study) -> str:
-    """Changes with the settings, the weights, the images and the source of equifast and of the studies."""
+    """Changes with the settings, the weights, the images, and the code: of equifast, its library, the studies."""
     state = hashlib.sha256()
     for tensor in (*study.model.state_dict().values(), study.images, study.labels):
         state.update(tensor.contiguous().numpy().tobytes())
@@ -126,6 +126,9 @@ def _fingerprint(study: Study) -> str:
     sources = [path for path in package.glob("*.py") if path.name not in ("cli.py", "models.py")]
     for source in sorted([*sources, *package.glob("evaluate/*.py"), *(bench / name for name in _SOURCES)]):
         state.update(source.read_bytes())
+    for library in sorted(package.glob("_ops*.so")):
+        state.update(library.read_bytes())
+    state.update(equifast.ops.backend().encode())
     return _digest(study.settings(), state.hexdigest(), torch.__version__, machine())
 
 

@@ -1,4 +1,4 @@
-"""Why twenty steps of Algorithm 1 equal one step from a random corner of the ball: CamVid's val split under PGD.
+"""Why twenty steps of Algorithm 1 equal its last two from a random corner of the ball: CamVid's val split under PGD.
 
     python bench/corner.py --output bench/results/corner.json
 

@@ -68,6 +68,7 @@ class Ascent:
         seed: int,
         ids: Tensor,
         draw: int = 0,
+        party: int = 0,
         progress: Progress | None = None,
     ) -> Tensor:
         """Climb ``objective`` from ``x``.
@@ -76,6 +77,7 @@ class Ascent:
             objective: gives values and gradients; step ``t`` of restart ``r`` asks it for ``r * steps + t``.
             x: (N, C, H, W) in [0, 1].
             seed, ids, draw: the realization, as in :mod:`equifast.rng`.
+            party: who climbs; the random numbers of one party are independent of another's under the same seed.
             progress: called after every step.
 
         Returns:
@@ -94,15 +96,17 @@ class Ascent:
         total = self.steps * self.restarts
         for restart in range(self.restarts):
             first = restart * self.steps
-            x = self.ball.start(origin, self.start, seed=seed, ids=ids, draw=draw, step=restart * max(1, self.steps))
-            momentum = torch.zeros_like(origin)
+            stream = rng.Stream.START.of(party)
+            first_step = restart * max(1, self.steps)
+            x = self.ball.start(origin, self.start, seed=seed, stream=stream, ids=ids, draw=draw, step=first_step)
+            momentum = torch.zeros_like(origin, dtype=torch.promote_types(origin.dtype, torch.float32))
             for t in range(self.steps):
                 value, gradient = objective.gradient(x, first + t)
                 if self.keep == "best":
                     offer(x, value if objective.fixed else objective.value(x))
                 if self.momentum is not None:
                     momentum = self.momentum * momentum + _mean_normalized(gradient)
-                    gradient = momentum
+                    gradient = momentum.to(origin.dtype)  # some multiples of the mean: in range of any dtype
                 sigma = (self.steps - 1 - t) / self.steps if self.noise else 0.0
                 x = self.ball.step(
                     x,
@@ -123,5 +127,6 @@ class Ascent:
 
 
 def _mean_normalized(gradient: Tensor) -> Tensor:
+    gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
     mean = row_sum(gradient.flatten(1).abs()) / gradient[0].numel()
     return gradient / mean.clamp(min=torch.finfo(gradient.dtype).tiny).view(-1, 1, 1, 1)

@@ -127,7 +127,8 @@ class Attack:
 
             objective = TaskLoss(predict, lambda logits: sign * self.loss(logits, y), self._draws)
             with evaluating(x, self.model, lean=True):
-                return self.ascent(objective, x, seed=seed, ids=numbers, progress=progress)
+                # a start of its own: not the corner from which a purifier of the same seed starts
+                return self.ascent(objective, x, seed=seed, ids=numbers, party=1, progress=progress)
 
 
 class PGD(Attack):

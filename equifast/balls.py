@@ -23,14 +23,18 @@ class Ball:
     def __post_init__(self) -> None:
         _checks.number("eps", self.eps, above=0)
 
-    def start(self, origin: Tensor, kind: str, *, seed: int, ids: Tensor, draw: int, step: int) -> Tensor:
+    def start(
+        self, origin: Tensor, kind: str, *, seed: int, ids: Tensor, draw: int, step: int, stream: int = rng.Stream.START
+    ) -> Tensor:
         """A first point, (N, C, H, W): the origin, uniform in the ball, or uniform on its corners (L2: its surface)."""
         if kind == "origin" or origin.numel() == 0:
             return origin.clone()
-        offset = self._offset(origin, kind, seed, ids, draw, step).to(torch.promote_types(origin.dtype, torch.float32))
-        return self.project(origin + offset, origin).to(origin.dtype)
+        offset = self._offset(origin, kind, (seed, stream, ids, draw, step))
+        return self.project(origin + offset.to(torch.promote_types(origin.dtype, torch.float32)), origin).to(
+            origin.dtype
+        )
 
-    def _offset(self, origin: Tensor, kind: str, seed: int, ids: Tensor, draw: int, step: int) -> Tensor:
+    def _offset(self, origin: Tensor, kind: str, place: tuple[int, int, Tensor, int, int]) -> Tensor:
         raise NotImplementedError
 
     def step(
@@ -63,8 +67,8 @@ class Linf(Ball):
         if self.eps > 1:
             raise ValueError(f"eps is {self.eps!r}; it must be at most 1, as images lie in [0, 1]: 6/255 rather than 6")
 
-    def _offset(self, origin: Tensor, kind: str, seed: int, ids: Tensor, draw: int, step: int) -> Tensor:
-        u = rng.uniform(seed, rng.Stream.START, ids, draw, step, origin[0].numel()).view(origin.shape)
+    def _offset(self, origin: Tensor, kind: str, place: tuple[int, int, Tensor, int, int]) -> Tensor:
+        u = rng.uniform(*place, origin[0].numel()).view(origin.shape)
         return self.eps * (torch.where(u < 0.5, -1.0, 1.0) if kind == "corner" else 2 * u - 1)
 
     def step(
@@ -90,9 +94,9 @@ class Linf(Ball):
 class L2(Ball):
     """Euclidean distance within ``eps``; steps are along the gradient at unit length."""
 
-    def _offset(self, origin: Tensor, kind: str, seed: int, ids: Tensor, draw: int, step: int) -> Tensor:
+    def _offset(self, origin: Tensor, kind: str, place: tuple[int, int, Tensor, int, int]) -> Tensor:
         count = origin[0].numel()
-        normal = rng.normal(seed, rng.Stream.START, ids, draw, step, count + 1)
+        normal = rng.normal(*place, count + 1)
         direction = unit(normal[:, :count]).view(origin.shape)
         radius = torch.ones(len(origin), 1, 1, 1, dtype=torch.float64, device=origin.device)
         if kind == "uniform":

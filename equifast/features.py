@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import threading
 import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -108,10 +109,12 @@ class Features:
 
     def _until(self, module: nn.Module, x: Tensor) -> Tensor:
         caught: list[Any] = []
+        thread = threading.get_ident()
 
         def catch(_module: nn.Module, _inputs: Any, result: Any) -> None:
-            caught.append(result)
-            raise _Reached
+            if threading.get_ident() == thread:  # others may run the same model
+                caught.append(result)
+                raise _Reached
 
         handle = module.register_forward_hook(catch)
         try:
@@ -174,9 +177,14 @@ class _Batchless(TorchFunctionMode):
     _LARGE = 32768
     _HEAVY = 2**18
 
+    @staticmethod
+    def _batched(*args: Any) -> bool:
+        x, weight = (*args, None, None)[:2]
+        return isinstance(x, Tensor) and isinstance(weight, Tensor) and x.dim() == weight.dim()
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in self._CONVOLUTIONS and args and isinstance(args[0], Tensor) and args[0].device.type == "cpu":
+        if func in self._CONVOLUTIONS and self._batched(*args) and args[0].device.type == "cpu":
             x, rest = args[0], args[1:]
             stride = args[3] if len(args) > 3 else kwargs.get("stride", 1)
             strided = stride not in (1, (1,), (1, 1), (1, 1, 1))
@@ -225,6 +233,30 @@ class _FrozenNorm(TorchFunctionMode):
         return (x * scale.view(shape)).add_(shift.view(shape))
 
 
+_LOCK = threading.Lock()
+# Flags of modules and parameters that are turned off, and by how many uses at once, of threads too: the last one turns
+# them on again. By id: (id, name) -> [object, as it was, uses].
+_HELD: dict[tuple[int, str], list[Any]] = {}
+
+
+def _hold(thing: nn.Module | nn.Parameter, name: str) -> tuple[int, str]:
+    key = (id(thing), name)
+    entry = _HELD.setdefault(key, [thing, getattr(thing, name), 0])
+    entry[2] += 1
+    if getattr(thing, name):
+        setattr(thing, name, False)
+    return key
+
+
+def _release(key: tuple[int, str]) -> None:
+    entry = _HELD[key]
+    entry[2] -= 1
+    if entry[2] == 0:
+        thing, before, _ = _HELD.pop(key)
+        if before:
+            setattr(thing, key[1], True)
+
+
 @contextlib.contextmanager
 def evaluating(x: Tensor, *models: Model, lean: bool = False) -> Iterator[None]:
     """Run models in eval mode, without gradients for their parameters, and leave them as they were found.
@@ -241,14 +273,11 @@ def evaluating(x: Tensor, *models: Model, lean: bool = False) -> Iterator[None]:
         parameter = next(model.parameters(), None)
         if parameter is not None and parameter.device != x.device:
             raise ValueError(f"x is on {x.device}, the model on {parameter.device}; they must be on one device")
-    training = [module for model in known for module in model.modules() if module.training]
-    trainable = [p for model in known for p in model.parameters() if p.requires_grad]
+    with _LOCK:
+        held = [_hold(module, "training") for model in known for module in model.modules()]
+        held += [_hold(p, "requires_grad") for model in known for p in model.parameters()]
     modes = contextlib.ExitStack()
     try:
-        for module in training:
-            module.training = False
-        for parameter in trainable:
-            parameter.requires_grad_(False)
         with modes:
             if lean:
                 modes.enter_context(_FrozenNorm())
@@ -256,7 +285,6 @@ def evaluating(x: Tensor, *models: Model, lean: bool = False) -> Iterator[None]:
                 modes.enter_context(_Batchless())
             yield
     finally:
-        for module in training:
-            module.training = True
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+        with _LOCK:
+            for key in held:
+                _release(key)

@@ -118,8 +118,12 @@ class Equivariance:
         self._seed, self._ids, self._draw = seed, ids, draw
         self._autocast = autocast
 
+    def anchor(self, x: Tensor) -> Tensor:
+        """F(x) of the image itself, which a model whose first operation is in place must not reach."""
+        return self.features(x.clone())
+
     def features(self, x: Tensor) -> Tensor:
-        """F(x), in float32 or better."""
+        """F(x), under autocast where that is asked for; a model that works in place may change ``x``."""
         # disabled where it is None: the result must not depend on an autocast that the caller is in
         enabled = self._autocast is not None
         with torch.autocast(x.device.type, dtype=self._autocast, enabled=enabled, cache_enabled=False):
@@ -138,7 +142,7 @@ class Equivariance:
     def similarities(self, x: Tensor, t: int = 0, count: int | None = None) -> Tensor:
         """(N, K): similarity of each view to the image, with no graph; all views where ``count`` is None."""
         with torch.no_grad():
-            anchor = self.features(x)
+            anchor = self.anchor(x)
             columns = [
                 ops.similarity(anchor, [self.features(self.render(x, view))], view.theta[None], self._reduction)
                 for view in self.sample(x, t, count)
@@ -166,9 +170,11 @@ class Equivariance:
                 return value.detach(), _differentiate(value.sum(), [leaf])[0]
             # One view at a time, its graph freed before the next: memory is that of the image and the largest view.
             leaf = _leaf(x)
-            features = self.features(leaf)
+            features = self.anchor(leaf)
             anchor = _leaf(features)
-            values, total, upstream = [], torch.zeros_like(x), torch.zeros_like(anchor)
+            # the sum over the views in float32 or better
+            upstream = torch.zeros_like(anchor, dtype=torch.promote_types(anchor.dtype, torch.float32))
+            values, total = [], torch.zeros_like(x)
             for view in sampled:
                 image = _leaf(x)
                 rendered = self.features(self.render(image, view))
@@ -178,11 +184,11 @@ class Equivariance:
                 upstream += g_anchor
                 values.append(s.detach())
                 del image, rendered, s, g_image, g_anchor
-            total += _differentiate(features, [leaf], upstream)[0]
+            total += _differentiate(features, [leaf], upstream.to(features.dtype))[0]
         return torch.stack(torch.cat(values, 1).unbind(1)).sum(0), total
 
     def _all_pairs(self, x: Tensor, sampled: Sequence[Sampled]) -> Tensor:
-        anchor = self.features(x)
+        anchor = self.anchor(x)
         anchor = anchor.to(torch.promote_types(anchor.dtype, torch.float32))
         rendered = [self.features(self.render(x, view)) for view in sampled]
         return pairwise(anchor, rendered, torch.stack([view.theta for view in sampled]))
@@ -281,7 +287,7 @@ class TaskLoss:
         """(N,): the loss at the draws of the first step."""
         draws = self._draws(0)
         with torch.no_grad():
-            return torch.stack([self._loss(self._predict(x, draw)) for draw in draws]).mean(0)
+            return torch.stack([self._loss(self._predict(x.clone(), draw)) for draw in draws]).mean(0)
 
     def gradient(self, x: Tensor, t: int) -> tuple[Tensor, Tensor]:
         draws = self._draws(t)
@@ -289,7 +295,7 @@ class TaskLoss:
         for draw in draws:
             with torch.enable_grad():
                 leaf = _leaf(x)
-                value = self._loss(self._predict(leaf, draw))
+                value = self._loss(self._predict(leaf.clone(), draw))  # models may work in place
                 total = total + _differentiate(value.sum(), [leaf])[0] / len(draws)
             values = values + value.detach() / len(draws)
         return values, total

@@ -33,7 +33,7 @@ Words = TypeVar("Words", Tensor, NDArray[np.int64])
 class Stream(enum.IntEnum):
     """Who draws: numbers of different streams are independent under one seed."""
 
-    START = 0  # where an ascent starts in its ball
+    START = 0  # where an ascent starts in its ball; of(0) is a purifier's, of(1) an attack's
     NOISE = 1  # the noise of signed_step
     CHOICE = 2  # which views a step uses
     SHARED = 3  # what a view draws once for all images (sizes)
@@ -41,7 +41,7 @@ class Stream(enum.IntEnum):
     DEFENSE = 5  # the noise of defenses.RandomNoise
 
     def of(self, index: int) -> int:
-        """The stream's number for the ``index``-th of several equal parties (the views of a set)."""
+        """The stream's number for the ``index``-th of several equals: views of a set, purifier and attack."""
         return int(self) + len(Stream) * index
 
 

@@ -227,6 +227,16 @@ def test_random_noise() -> None:
     assert defenses.RandomNoise(0.1, "normal")(x).std() == pytest.approx(0.1, rel=0.05)
 
 
+def test_an_attack_starts_elsewhere_than_a_purifier_of_its_seed() -> None:
+    x = torch.full((1, 3, 40, 50), 0.5)
+    y = torch.zeros(1, 40, 50, dtype=torch.int64)
+    model = cases.dense()
+    attacked = attacks.PGD(model, steps=0, start="corner", eps=0.1)(x, y)
+    purified = Purifier(model, steps=0, start="corner", eps=0.1)(x)
+    alike = ((attacked > x) == (purified > x)).double().mean()
+    assert 0.45 < float(alike) < 0.55
+
+
 def test_progress_and_empty() -> None:
     model = cases.dense()
     seen: list[tuple[int, int]] = []

@@ -2,12 +2,14 @@
 
 import copy
 import pickle
+import threading
 import types
+import warnings
 from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 import equifast
 from equifast._folded import pairs
@@ -62,7 +64,7 @@ class Again(Net):
 
 
 class Branching(nn.Module):
-    """Decides by the values of its input, which cannot be traced; its part can."""
+    """Decides by the values of its input, and may take another way next time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,6 +94,35 @@ def shared() -> nn.Module:
     return model
 
 
+def two_names() -> nn.Module:
+    model = Net()
+    model.again, model.bn = model.conv1, model.bn1
+    return model
+
+
+class Returning(Net):
+    """Gives what its second convolution gives, beside the rest."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv2(self.bn1(self.conv1(x)).relu())
+        return {"out": self.head(self.bn2(y)), "aux": y}
+
+
+class Hidden(Branching):
+    """Decides by a number."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.part(x) if x.mean().item() > -1 else x
+
+
+def compiled() -> nn.Module:
+    model = Net()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        model.head = torch.jit.script(model.head)
+    return model
+
+
 def without_statistics() -> nn.Module:
     model = Net()
     model.bn2 = nn.BatchNorm2d(6, track_running_stats=False)
@@ -102,7 +133,11 @@ CASES: dict[str, tuple[Callable[[], nn.Module], list[tuple[str, str]]]] = {
     "plain": (Net, BOTH),
     "used twice": (Twice, BOTH[:1]),
     "called twice": (Again, BOTH[1:]),
-    "not traceable": (Branching, [(f"part.{conv}", f"part.{bn}") for conv, bn in BOTH]),
+    "looks at values": (Branching, []),
+    "two names": (two_names, BOTH),
+    "compiled part": (compiled, []),
+    "returned": (Returning, BOTH[:1]),
+    "hidden": (Hidden, []),
     "hook": (hooked, []),
     "shared weight": (shared, BOTH[1:]),
     "no statistics": (without_statistics, BOTH[:1]),
@@ -118,7 +153,10 @@ def gradient(purifier: equifast.Purifier, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", CASES)
 def test_what_folds(name: str) -> None:
     make, expected = CASES[name]
-    assert pairs(make().eval()) == expected
+    model = make().eval()
+    names = {id(module): name for name, module in model.named_modules()}
+    found, _ = pairs(model, torch.rand(2, 3, 12, 14).to(next(model.parameters()).dtype), lambda net, x: net(x))
+    assert [(names[id(conv)], names[id(bn)]) for conv, bn in found] == expected
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "half precision"])
@@ -196,7 +234,7 @@ def test_models_that_do_more_than_convolve(kind: type[nn.Module]) -> None:
     model, x = kind().eval(), torch.rand(3, 3, 12, 14)
     folded, plain = (gradient(equifast.Purifier(model, dtype="float32", fold=fold), x) for fold in (True, False))
     torch.testing.assert_close(folded, plain, rtol=0, atol=1e-4 * float(plain.abs().max()))
-    assert getattr(model, "cache", None) is None or not isinstance(model.cache, fx.Proxy)
+    assert getattr(model, "cache", None) is None or isinstance(model.cache, Tensor)
 
 
 def test_a_used_purifier_is_pickled_without_its_copy() -> None:
@@ -232,6 +270,8 @@ def test_remade_when_weights_change() -> None:
         lambda: nn.init.normal_(model.conv1.weight),
         lambda: model.bn1.running_mean.add_(1),
         lambda: model.conv1.weight.data.mul_(2),
+        lambda: model.conv1.weight.data.neg_(),
+        lambda: model.conv1.weight.data.copy_(model.conv1.weight.data.flip(0)),
         step,
         lambda: setattr(model, "conv2", nn.Conv2d(6, 6, 3, padding=1, stride=2).double()),
         lambda: model.load_state_dict(Net().double().state_dict()),
@@ -244,6 +284,69 @@ def test_remade_when_weights_change() -> None:
         second = purifier._folded(x, lambda net, images: net(images))
         assert second is not first, number
         torch.testing.assert_close(second(x), model.eval()(x))
+
+
+class Grouping(Net):
+    """Merges channels and rows, which in the layout of folded copies is possible at some sizes only."""
+
+    def features(self, x: Tensor) -> Tensor:
+        y = super().features(x)
+        return y.view(len(y), 2, -1).view(y.shape)
+
+
+def test_a_layout_that_suits_every_size() -> None:
+    model = Grouping().eval()
+    purifier = equifast.Purifier(model, steps=1)
+    for size in (2, 16):
+        assert purifier(torch.rand(1, 3, size, size)).shape == (1, 3, size, size)
+
+
+@pytest.mark.parametrize("buffer", [torch.eye(3).to_sparse(), torch.ones(3).to(torch.float8_e4m3fn)])
+def test_buffers_of_any_kind(buffer: Tensor) -> None:
+    model, x = Net().eval(), torch.rand(1, 3, 12, 14)
+    model.register_buffer("extra", buffer)
+    assert equifast.purify(model, x, steps=1).shape == x.shape
+
+
+def in_threads(task: Callable[[], object], count: int = 4) -> None:
+    """Runs a task several times at once, and raises what any of them raised."""
+    errors: list[BaseException] = []
+    barrier = threading.Barrier(count)
+
+    def run() -> None:
+        try:
+            barrier.wait()
+            task()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+@pytest.mark.parametrize("features", [None, "conv2"])
+@pytest.mark.parametrize("fold", [True, False])
+def test_threads(features: str | None, fold: bool) -> None:
+    model, x = Net().train(), torch.rand(2, 3, 12, 14)
+    expected = equifast.Purifier(model, features, steps=2, fold=fold)(x)
+    state = copy.deepcopy(model.state_dict())
+    purifier = equifast.Purifier(model, features, steps=2, fold=fold)
+
+    def purify() -> None:
+        for _ in range(4):
+            assert torch.equal(purifier(x), expected)
+            assert torch.equal(equifast.Purifier(model, features, steps=2, fold=fold)(x), expected)
+
+    in_threads(purify)
+    assert all(module.training for module in model.modules())
+    assert all(p.requires_grad for p in model.parameters())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name])
 
 
 def test_a_model_that_cannot_be_copied() -> None:

@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 import equifast
 from equifast import Defended, Purifier, views
+from equifast.ascent import Ascent
+from equifast.attacks import BPDA, PGD
+from equifast.balls import Linf
 from equifast.features import suggest
 from equifast.objectives import Equivariance, pairwise
 
@@ -261,17 +264,72 @@ def test_an_enclosing_autocast_changes_nothing() -> None:
     assert torch.equal(inside, purifier(x))
 
 
-def test_the_image_given_is_left_alone() -> None:
-    class InPlace(cases.DenseNet):
-        def forward(self, x: Tensor) -> Tensor:
-            if not x.requires_grad:
-                x -= 0.5
-            return super().forward(x)  # type: ignore[no-any-return]
+class InPlace(cases.DenseNet):
+    """Its first operation works in place."""
 
+    def forward(self, x: Tensor) -> Tensor:
+        x -= 0.25
+        return super().forward(x)  # type: ignore[no-any-return]
+
+
+class OutOfPlace(cases.DenseNet):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x - 0.25)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_a_model_that_works_in_place(fold: bool) -> None:
+    torch.manual_seed(0)
+    model = InPlace()
+    other = OutOfPlace()
+    other.load_state_dict(model.state_dict())
     x = cases.images()
     before = x.clone()
-    Purifier(InPlace()).score(x)
+    for settings in ({"steps": 2}, {"steps": 1, "keep": "best", "restarts": 2}, {"steps": 1, "pairing": "all"}):
+        in_place, plain = (Purifier(m, dtype="float32", fold=fold, **settings) for m in (model, other))
+        assert torch.equal(in_place.score(x), plain.score(x))
+        assert torch.equal(in_place(x), plain(x))
+        assert torch.equal(x, before)
+    defended, expected = (Defended(m, Purifier(m, steps=1, dtype="float32", fold=fold)) for m in (model, other))
+    y = expected(x).argmax(1)
+    attacked = [BPDA(PGD(m, steps=2), d)(x, y) for m, d in ((model, defended), (other, expected))]
+    assert torch.equal(*attacked)
     assert torch.equal(x, before)
+
+
+class Unbatched(cases.DenseNet):
+    """Runs a convolution on each image without its batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.stem[0]
+        y = torch.stack([torch.nn.functional.conv2d(image, first.weight, first.bias, 2, 1) for image in x])
+        y = self.body(self.stem[1:](y))
+        return nn.functional.interpolate(self.head(y), x.shape[2:], mode="bilinear", align_corners=False)
+
+
+def test_a_convolution_without_a_batch() -> None:
+    torch.manual_seed(0)
+    model = Unbatched()
+    plain = cases.DenseNet()
+    plain.load_state_dict(model.state_dict())
+    one, other = (Purifier(m, steps=1, dtype="float32", fold=False) for m in (model, plain))
+    torch.testing.assert_close(one.score(cases.images()), other.score(cases.images()))
+
+
+def test_momentum_of_half_precision() -> None:
+    """The gradient of a large image in float16 is below that dtype's normal numbers."""
+    ascent = Ascent(ball=Linf(0.1), steps=2, step_size=0.01, momentum=1.0)
+
+    class Falling:
+        fixed = True
+
+        def gradient(self, x: Tensor, t: int) -> tuple[Tensor, Tensor]:
+            # the second gradient is smaller and the other way: where both are of unit mean, the sum is 0
+            return x.new_zeros(len(x)), torch.full_like(x, 2e-6 if t == 0 else -1e-6)
+
+    x = torch.full((1, 1, 4, 4), 0.5, dtype=torch.float16)
+    moved = ascent(Falling(), x, seed=0, ids=torch.zeros(1, dtype=torch.int64))
+    torch.testing.assert_close(moved, x + torch.tensor(0.01, dtype=torch.float16))
 
 
 def test_features_that_are_a_module_come_back_too() -> None:

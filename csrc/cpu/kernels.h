@@ -102,12 +102,11 @@ inline int64_t warp_adjoint_tasks(const WarpParams& p) {
 constexpr int similarity_anchor_rows = 24, similarity_view_rows = 32, similarity_group = 64;
 
 // How many parts of one (n, k) have sums of their own: bands of the anchor's rows in groups of channels. A
-// position's channels stay together where the cosine is per pixel; about 64 tasks in all then.
+// position's channels stay together where the cosine is per pixel. Never by the number of images, since that
+// would be by how an image's sums are rounded.
 inline int similarity_blocks(const SimilarityParams& p) {
   if (!p.pixel) return parts(p.anchor.height, similarity_anchor_rows) * parts(p.channels, similarity_group);
-  const int64_t pairs = int64_t{p.images} * p.views;
-  const int wanted = pairs >= 64 ? 1 : static_cast<int>(parts(64, static_cast<int>(pairs)));
-  return wanted < p.anchor.height ? wanted : p.anchor.height;
+  return p.anchor.height < 16 ? p.anchor.height : 16;
 }
 
 // A task is a part of one (n, k), or of one n with all its views where the cosine is per image.

@@ -127,7 +127,12 @@ class Geometry {
 
     // The columns that row y of the window is read at: where the corners' parallelogram meets (y - 1, y + 1).
     Range read(int row, const Rect& window, int width) const {
-      constexpr double slack = 1e-3, everything = 1e300;
+      constexpr double slack = 1e-3, everything = 1e300, precise = 1e9;  // beyond, rounding passes the slack
+      for (int c = 0; c < 4; ++c) {
+        if (!(x[c] < precise && x[c] > -precise && y[c] < precise && y[c] > -precise)) {
+          return {window.left, window.right};
+        }
+      }
       const double above = row == window.top ? -everything : row - 1 - slack,
                    below = row == window.bottom - 1 ? everything : row + 1 + slack;
       double first = everything, last = -everything;

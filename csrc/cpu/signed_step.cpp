@@ -70,7 +70,8 @@ inline real sign(real v) {
 }
 
 template <typename real>
-inline real clamp(real v, real low, real high) {  // NaN stays
+inline real clamp(real v, real low, real high) {  // NaN stays, and comes of NaN bounds
+  if (low != low) return low;
   v = v < low ? low : v;
   return v > high ? high : v;
 }

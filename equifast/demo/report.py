@@ -74,8 +74,8 @@ def run(
     where = "head"
     paper = Purifier(model, where, preset="paper", eps=PURIFY_EPS)
     fast = Purifier(model, where, preset="fast", eps=PURIFY_EPS)
-    # Nineteen of the twenty steps of Algorithm 1 draw a random corner and the last one climbs (docs/algorithm.md),
-    # so an attacker takes the one-step equal for it: the same points are then tested on Algorithm 1 itself.
+    # All but the last steps of Algorithm 1 draw random corners and the last one climbs (docs/corner.md), so an attacker
+    # takes that step for it: the same points are then tested on Algorithm 1 itself.
     stand_in = Purifier(model, where, preset="paper", eps=PURIFY_EPS, steps=1, start="corner", noise=False)
     noise = RandomNoise(PURIFY_EPS)
 
