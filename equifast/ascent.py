@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,6 +61,13 @@ class Ascent:
         if self.steps * self.restarts > rng.MAX_STEP:
             raise ValueError(f"steps times restarts is {self.steps * self.restarts}; it must be at most {rng.MAX_STEP}")
 
+    def _accumulated(self, gradient: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor]:
+        """What a step follows, and the accumulated gradient after it."""
+        if self.momentum is None:
+            return gradient, momentum
+        momentum = self.momentum * momentum + _mean_normalized(gradient)
+        return momentum.to(gradient.dtype), momentum  # some multiples of the mean: in range of any dtype
+
     def __call__(
         self,
         objective: Objective,
@@ -70,6 +78,8 @@ class Ascent:
         draw: int = 0,
         party: int = 0,
         progress: Progress | None = None,
+        slope: Callable[[Tensor, int], Tensor] | None = None,
+        last: int = 0,
     ) -> Tensor:
         """Climb ``objective`` from ``x``.
 
@@ -79,11 +89,15 @@ class Ascent:
             seed, ids, draw: the realization, as in :mod:`equifast.rng`.
             party: who climbs; the random numbers of one party are independent of another's under the same seed.
             progress: called after every step.
+            slope: the objective's gradient with a graph, ``(x, t) -> (N, C, H, W)``.
+            last: how many steps at the end have a derivative, through ``slope``; up to them the ascent counts as the
+                identity. Each is run again for its derivative, so that one at a time takes memory. For one run that
+                keeps its last iterate.
 
         Returns:
-            (N, C, H, W), in the ball and in [0, 1], no graph.
+            (N, C, H, W), in the ball and in [0, 1]; no graph where ``last`` is 0.
         """
-        origin = x.detach()
+        given, origin = x, x.detach()
         if origin.numel() == 0:
             return origin.clone()
         compare = self.restarts > 1 or self.keep == "best"
@@ -93,6 +107,10 @@ class Ascent:
             better = value > best_value
             best[better], best_value[better] = candidate[better], value[better].to(best_value.dtype)
 
+        def place(first: int, t: int) -> dict[str, Any]:
+            sigma = (self.steps - 1 - t) / self.steps if self.noise else 0.0
+            return {"size": self.step_size, "sigma": sigma, "seed": seed, "ids": ids, "draw": draw, "t": first + t}
+
         total = self.steps * self.restarts
         for restart in range(self.restarts):
             first = restart * self.steps
@@ -101,29 +119,61 @@ class Ascent:
             x = self.ball.start(origin, self.start, seed=seed, stream=stream, ids=ids, draw=draw, step=first_step)
             momentum = torch.zeros_like(origin, dtype=torch.promote_types(origin.dtype, torch.float32))
             for t in range(self.steps):
+                if slope is not None and t >= self.steps - last:
+                    if t == self.steps - last:
+                        x = x + (given - origin)
+                    x, momentum = _unrolled(x, momentum, given, self, objective, slope, t, place(0, t))
+                    continue
                 value, gradient = objective.gradient(x, first + t)
                 if self.keep == "best":
                     offer(x, value if objective.fixed else objective.value(x))
-                if self.momentum is not None:
-                    momentum = self.momentum * momentum + _mean_normalized(gradient)
-                    gradient = momentum.to(origin.dtype)  # some multiples of the mean: in range of any dtype
-                sigma = (self.steps - 1 - t) / self.steps if self.noise else 0.0
-                x = self.ball.step(
-                    x,
-                    gradient,
-                    origin,
-                    size=self.step_size,
-                    sigma=sigma,
-                    seed=seed,
-                    ids=ids,
-                    draw=draw,
-                    t=first + t,
-                )
+                gradient, momentum = self._accumulated(gradient, momentum)
+                x = self.ball.step(x, gradient, origin, **place(first, t))
                 if progress is not None:
                     progress(first + t + 1, total)
             if compare:
                 offer(x, objective.value(x))
         return best if compare else x
+
+
+class _Unrolled(torch.autograd.Function):
+    """One step: forward as always, backward through the same step with a relaxed derivative, run again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        momentum: Tensor,
+        origin: Tensor,
+        ascent: Ascent,
+        objective: Objective,
+        slope: Callable[[Tensor, int], Tensor],
+        t: int,
+        place: dict[str, Any],
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, momentum, origin)
+        ctx.rest = ascent, slope, t, place
+        gradient, momentum = ascent._accumulated(objective.gradient(x, t)[1], momentum)
+        return ascent.ball.step(x, gradient, origin, **place), momentum.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor, momentum_upstream: Tensor) -> tuple[Tensor | None, ...]:
+        ascent, slope, t, place = ctx.rest
+        with torch.enable_grad():
+            x, momentum, origin = (tensor.detach().requires_grad_() for tensor in ctx.saved_tensors)
+            gradient, following = ascent._accumulated(slope(x, t), momentum)
+            moved = ascent.ball.relaxed_step(x, gradient, origin, **place)
+            outputs, given = [moved], [upstream]
+            if following.grad_fn is not None:
+                outputs, given = [moved, following], [upstream, momentum_upstream]
+            gradients = torch.autograd.grad(outputs, (x, momentum, origin), given, allow_unused=True)
+        return (*gradients, None, None, None, None, None)
+
+
+def _unrolled(*arguments: Any) -> tuple[Tensor, Tensor]:
+    x, momentum = _Unrolled.apply(*arguments)  # type: ignore[no-untyped-call]
+    return x, momentum
 
 
 def _mean_normalized(gradient: Tensor) -> Tensor:

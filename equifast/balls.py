@@ -53,6 +53,22 @@ class Ball:
         """One step of steepest ascent of length ``size``, noisy where ``sigma`` > 0, and its projection."""
         raise NotImplementedError
 
+    def relaxed_step(
+        self,
+        x: Tensor,
+        gradient: Tensor,
+        origin: Tensor,
+        *,
+        size: float,
+        sigma: float,
+        seed: int,
+        ids: Tensor,
+        draw: int,
+        t: int,
+    ) -> Tensor:
+        """The same point as :meth:`step`, with a derivative by all three tensors, where that has none a relaxed one."""
+        return self.step(x, gradient, origin, size=size, sigma=sigma, seed=seed, ids=ids, draw=draw, t=t)
+
     def project(self, x: Tensor, origin: Tensor) -> Tensor:
         """The projection on the ball and on [0, 1]."""
         raise NotImplementedError
@@ -85,6 +101,28 @@ class Linf(Ball):
         t: int,
     ) -> Tensor:
         return ops.signed_step(x, gradient, origin, self.eps, size, sigma, seed, ids, draw, t)
+
+    def relaxed_step(
+        self,
+        x: Tensor,
+        gradient: Tensor,
+        origin: Tensor,
+        *,
+        size: float,
+        sigma: float,
+        seed: int,
+        ids: Tensor,
+        draw: int,
+        t: int,
+    ) -> Tensor:
+        """The derivative of the sign is that of a tanh, of values over their mean magnitude in the image."""
+        direction = gradient
+        if sigma > 0:
+            noise = rng.normal(seed, rng.Stream.NOISE, ids, draw, t, x[0].numel()).view(x.shape)
+            direction = unit(gradient) + sigma * noise.to(gradient)
+        mean = row_sum(direction.detach().flatten(1).abs()) / direction[0].numel()
+        soft = (direction / mean.clamp(min=torch.finfo(mean.dtype).tiny).view(-1, 1, 1, 1)).tanh()
+        return self.project(x + size * (soft + (direction.sign() - soft).detach()), origin)
 
     def project(self, x: Tensor, origin: Tensor) -> Tensor:
         return x.clamp(origin - self.eps, origin + self.eps).clamp(0, 1)

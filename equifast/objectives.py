@@ -1,5 +1,6 @@
 """What an ascent climbs: equivariance of a model on an image, and the task losses of the attacks."""
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -186,6 +187,24 @@ class Equivariance:
                 del image, rendered, s, g_image, g_anchor
             total += _differentiate(features, [leaf], upstream.to(features.dtype))[0]
         return torch.stack(torch.cat(values, 1).unbind(1)).sum(0), total
+
+    def slope(self, x: Tensor, t: int) -> Tensor:
+        """(N, C, H, W) -> the gradient at step ``t``, with a graph of its own derivative by ``x``; no autocast."""
+        sampled = self.sample(x, t, self._count)
+        full = copy.copy(self)
+        full._autocast = None
+        with ops.use("reference"):  # the native operators are differentiable once
+            if self._pairing == "all":
+                value = full._all_pairs(x, sampled)
+            else:
+                anchor = full.anchor(x)
+                values = [
+                    ops.similarity(anchor, [full.features(self.render(x, view))], view.theta[None], self._reduction)
+                    for view in sampled
+                ]
+                value = torch.cat(values, 1)
+            (gradient,) = torch.autograd.grad(value.sum(), x, create_graph=True)
+        return gradient
 
     def _all_pairs(self, x: Tensor, sampled: Sequence[Sampled]) -> Tensor:
         anchor = self.anchor(x)

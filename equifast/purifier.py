@@ -217,6 +217,41 @@ class Purifier:
                 return x.clone()
             return self.ascent(objective, x, seed=seed, ids=numbers, draw=draw, progress=progress)
 
+    def unrolled(self, x: Tensor, last: int, ids: Tensor | None = None, draw: int = 0) -> Tensor:
+        """Purify a batch with a derivative: for attackers who know.
+
+        The images are those of a call. The derivative goes through the last steps of the ascent, of which each is run
+        again for it; a sign has the derivative of a tanh there, and the steps before count as the identity.
+
+        Args:
+            x: (N, 3, H, W), floating point, in [0, 1], perhaps with a graph.
+            last: how many steps, 1 to the number of steps.
+            ids, draw: as for a call.
+
+        Returns:
+            (N, 3, H, W) of the dtype of ``x``, with a graph where ``x`` has one.
+
+        Raises:
+            ValueError: if ``last`` is out of range, or the purifier keeps the best of several points.
+        """
+        self._check_last(last)
+        with self._objective(x, ids, draw, self.views_per_step) as (images, objective, seed, numbers):
+            if len(x) == 0:
+                return x.clone()
+
+            def slope(at: Tensor, t: int) -> Tensor:
+                with evaluating(at, self.model, *self._features.modules(), lean=True):
+                    return objective.slope(at, t)
+
+            # the clamp lets through what rounding put outside [0, 1]
+            given = images + (x - x.detach())
+            return self.ascent(objective, given, seed=seed, ids=numbers, draw=draw, slope=slope, last=last)
+
+    def _check_last(self, last: int) -> None:
+        _checks.integer("last", last, 1, max(1, self.ascent.steps))
+        if self.ascent.steps == 0 or self.ascent.restarts > 1 or self.ascent.keep == "best":
+            raise ValueError("last is for purifiers with steps, one start and keep='last'; this one has others")
+
     def similarities(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
         """(N, K): the similarity of each of the preset's views to the image, at the first step's draw, in [-1, 1]."""
         with self._objective(x, ids, draw, None) as (x, objective, _, _):
@@ -309,18 +344,28 @@ class DefendedModel(nn.Module):
 class Defended(DefendedModel):
     """A model that predicts from the purified image: ``predict(purifier(x))``.
 
-    It takes images in [0, 1] and returns one logits tensor. Its gradient is straight-through: the purification
-    counts as the identity, as in BPDA (Athalye et al. 2018). It works under ``no_grad`` and ``inference_mode``,
-    always in eval mode, and gives the model's parameters no gradients.
+    It takes images in [0, 1] and returns one logits tensor. Its gradient is straight-through, where the purification
+    counts as the identity, as in BPDA (Athalye et al. 2018); or it goes through the end of the ascent. It works under
+    ``no_grad`` and ``inference_mode``, always in eval mode, and gives the model's parameters no gradients.
 
     Args:
         model: the model that predicts.
         purifier: a :class:`Purifier` or any ``(x, ids=None, draw=0) -> x``. Where a Purifier averages, as with
             ``preset="strong"``, the prediction is the mean over its set of views, differentiated exactly.
+        gradient: ``"straight-through"``, or ``"unrolled"`` (:meth:`Purifier.unrolled`; for a Purifier).
+        last: how many steps an unrolled gradient goes through.
     """
 
-    def __init__(self, model: nn.Module, purifier: Purify) -> None:
+    def __init__(
+        self, model: nn.Module, purifier: Purify, *, gradient: str = "straight-through", last: int = 1
+    ) -> None:
         super().__init__(model)
+        _checks.choice("gradient", gradient, ("straight-through", "unrolled"))
+        if gradient == "unrolled":
+            if not isinstance(purifier, Purifier):
+                raise TypeError(f"gradient is 'unrolled' for a {type(purifier).__name__}; it must be for a Purifier")
+            purifier._check_last(last)
+        self.gradient, self.last = gradient, last
         if not callable(purifier):
             raise TypeError(f"purifier is a {type(purifier).__name__}; it must be callable")
         try:
@@ -333,12 +378,19 @@ class Defended(DefendedModel):
 
     def forward(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
         """(N, 3, H, W) -> logits, (N, C) or (N, C, h, w)."""
+        followed = torch.is_grad_enabled() and x.requires_grad
+        if followed and self.gradient == "unrolled":
+            assert isinstance(self.purifier, Purifier)
+            return self._predict(x, self.purifier.unrolled(x, self.last, ids, draw), ids, draw)
         purified = self.purifier(x, ids=ids, draw=draw)
         if not isinstance(purified, Tensor) or purified.shape != x.shape:
             got = _checks.shape(purified) if isinstance(purified, Tensor) else type(purified).__name__
             raise ValueError(f"purifier returned {got} for images {_checks.shape(x)}; it must return their shape")
-        if torch.is_grad_enabled() and x.requires_grad:
+        if followed:
             purified = purified + (x - x.detach())  # the second term is 0, and carries the gradient
+        return self._predict(x, purified, ids, draw)
+
+    def _predict(self, x: Tensor, purified: Tensor, ids: Tensor | None, draw: int) -> Tensor:
         with evaluating(x, self.model):
             if isinstance(self.purifier, Purifier) and self.purifier.average:
                 return average(self.model, purified, self.purifier.views, self.purifier.seed, ids, draw)

@@ -1,0 +1,119 @@
+"""Gradients through the end of the ascent: exact where the step is smooth, relaxed where it is a sign."""
+
+from typing import Any
+
+import cases
+import pytest
+import torch
+from torch import Tensor, nn
+
+from equifast import Defended, Purifier, attacks
+
+
+class Smooth(nn.Module):
+    """Smooth, so that differences of values show its second derivatives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv1, self.conv2 = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 4, 3, padding=1, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv2(torch.tanh(2 * self.conv1(x)))
+
+
+def derivative(purifier: Purifier, x: Tensor, weights: Tensor, last: int) -> Tensor:
+    leaf = x.clone().requires_grad_()
+    return torch.autograd.grad((purifier.unrolled(leaf, last) * weights).sum(), leaf)[0]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"momentum": 0.7}, {"noise": True}, {"pairing": "all"}, {"reduction": "pixel"}],
+    ids=str,
+)
+def test_against_differences_of_values(settings: dict[str, Any]) -> None:
+    """Steps in an L2 ball are smooth: all of them, from the image on, have the derivative of the values."""
+    model = Smooth().double()
+    settings = {"noise": False, "momentum": 0, **settings}
+    purifier = Purifier(model, norm="l2", eps=0.3, steps=3, step_size=0.15, start="origin", **settings)
+    generator = torch.Generator().manual_seed(1)
+    x = 0.3 + 0.4 * torch.rand(1, 3, 6, 7, generator=generator, dtype=torch.float64)
+    weights, direction = (torch.randn(x.shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    slope = float((derivative(purifier, x, weights, 3) * direction).sum())
+    h = 1e-6
+    values = [float((purifier(x + sign * h * direction) * weights).sum()) for sign in (1, -1)]
+    expected = (values[0] - values[1]) / (2 * h)
+    assert abs(expected - float((weights * direction).sum())) > 0.01  # not the identity's
+    assert slope == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("preset", ["fast", "paper", "strong"])
+def test_the_images_are_those_of_a_call(preset: str) -> None:
+    x = cases.images()
+    purifier = Purifier(cases.dense(), preset=preset, steps=3)
+    leaf = x.clone().requires_grad_()
+    assert torch.equal(purifier.unrolled(leaf, 2, draw=3).detach(), purifier(x, draw=3))
+    straight, unrolled = (Defended(cases.dense(), purifier, gradient=g) for g in ("straight-through", "unrolled"))
+    assert torch.equal(straight(leaf), unrolled(leaf))
+    assert torch.equal(straight(x), unrolled(x))
+
+
+def test_a_sign_step_by_hand() -> None:
+    model = Smooth()
+    purifier = Purifier(
+        model, eps=0.1, steps=1, step_size=0.05, start="origin", momentum=0, dtype="float32", fold=False
+    )
+    x, weights = 0.3 + 0.4 * cases.images(1), torch.randn(1, 3, 20, 28, generator=torch.Generator().manual_seed(0))
+    found = derivative(purifier, x, weights, 1)
+    leaf = x.clone().requires_grad_()
+    with purifier._objective(x, None, 0, None) as (_, objective, _, _):
+        gradient = objective.slope(leaf, 0)
+    soft = (gradient / gradient.abs().mean()).tanh()
+    expected = torch.autograd.grad(((leaf + 0.05 * soft) * weights).sum(), leaf)[0]
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(found, weights, atol=1e-2)
+
+
+def test_more_steps_give_another_gradient_and_independent_of_the_batch() -> None:
+    x = cases.images(2)
+    purifier = Purifier(Smooth(), eps=0.05, steps=4, dtype="float32")
+    weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    found = [derivative(purifier, x, weights, last) for last in (1, 2, 4)]
+    assert not torch.allclose(found[0], found[1])
+    assert not torch.allclose(found[1], found[2])
+    for i in range(2):
+        torch.testing.assert_close(derivative(purifier, x[i : i + 1], weights[i : i + 1], 2), found[1][i : i + 1])
+
+
+def test_an_attack_uses_it() -> None:
+    model, x = cases.dense(), cases.images()
+    y = model.eval()(x).argmax(1)
+    purifier = Purifier(model, steps=2, eps=0.05)
+    attack = attacks.PGD(model, steps=3, eps=0.05, step_size=0.02)
+    through = attacks.BPDA(attack, Defended(model, purifier, gradient="unrolled", last=2), eot=2)(x, y)
+    assert (through - x).abs().max() <= 0.05 + 1e-6
+    assert not torch.equal(through, attacks.BPDA(attack, purifier, eot=2)(x, y))
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_nothing_to_purify() -> None:
+    purifier = Purifier(Smooth())
+    assert purifier.unrolled(torch.rand(0, 3, 8, 8), 1).shape == (0, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("settings", "last", "error"),
+    [({"steps": 2}, 3, "last is 3"), ({"steps": 2}, 0, "last is 0"), ({"keep": "best"}, 1, "keep='last'")],
+)
+def test_what_cannot_be_unrolled(settings: dict[str, Any], last: int, error: str) -> None:
+    purifier = Purifier(Smooth(), **settings)
+    with pytest.raises(ValueError, match=error):
+        Defended(Smooth(), purifier, gradient="unrolled", last=last)
+    with pytest.raises(ValueError, match=error):
+        purifier.unrolled(cases.images(), last)
+
+
+def test_only_a_purifier_is_unrolled() -> None:
+    with pytest.raises(TypeError, match="must be for a Purifier"):
+        Defended(Smooth(), lambda x, ids=None, draw=0: x, gradient="unrolled")
