@@ -34,6 +34,8 @@ class Ascent:
         keep: ``"last"`` iterate, or the ``"best"`` of all, by the objective (with restarts, ``"last"`` keeps the
             best of the last iterates). Where the objective is random this costs another value per iterate: all are
             compared at one realization.
+        stop: an image whose value at a step is at least this stays as it is and leaves the batch; None for no such
+            level. For one run that keeps its last iterate.
     """
 
     ball: Ball
@@ -44,6 +46,7 @@ class Ascent:
     momentum: float | None = None
     restarts: int = 1
     keep: str = "last"
+    stop: float | None = None
 
     def __post_init__(self) -> None:
         _checks.integer("steps", self.steps, 0, rng.MAX_STEP)
@@ -58,6 +61,8 @@ class Ascent:
             raise ValueError(
                 "start is 'origin' with several restarts; it must be 'uniform' or 'corner', or they are equal"
             )
+        if self.stop is not None and (self.restarts > 1 or self.keep == "best"):
+            raise ValueError("stop is given with several restarts or keep='best'; it is for one run's last iterate")
         if self.steps * self.restarts > rng.MAX_STEP:
             raise ValueError(f"steps times restarts is {self.steps * self.restarts}; it must be at most {rng.MAX_STEP}")
 
@@ -111,6 +116,7 @@ class Ascent:
             sigma = (self.steps - 1 - t) / self.steps if self.noise else 0.0
             return {"size": self.step_size, "sigma": sigma, "seed": seed, "ids": ids, "draw": draw, "t": first + t}
 
+        staying, finished = torch.arange(len(origin), device=origin.device), origin.clone()  # where it stops
         total = self.steps * self.restarts
         for restart in range(self.restarts):
             first = restart * self.steps
@@ -125,6 +131,15 @@ class Ascent:
                     x, momentum = _unrolled(x, momentum, given, self, objective, slope, t, place(0, t))
                     continue
                 value, gradient = objective.gradient(x, first + t)
+                if self.stop is not None and bool((done := value >= self.stop).any()):
+                    finished[staying[done]] = x[done]
+                    on = ~done
+                    objective, staying, ids = objective.only(on), staying[on], ids[on]
+                    x, origin, gradient, momentum = x[on], origin[on], gradient[on], momentum[on]
+                    if len(x) == 0:
+                        if progress is not None:
+                            progress(total, total)
+                        return finished
                 if self.keep == "best":
                     offer(x, value if objective.fixed else objective.value(x))
                 gradient, momentum = self._accumulated(gradient, momentum)
@@ -133,6 +148,9 @@ class Ascent:
                     progress(first + t + 1, total)
             if compare:
                 offer(x, objective.value(x))
+        if len(staying) < len(finished):
+            finished[staying] = x
+            return finished
         return best if compare else x
 
 

@@ -117,7 +117,7 @@ class Attack:
             sign = -1.0 if self.targeted else 1.0
             checked = False
 
-            def predict(images: Tensor, draw: int) -> Tensor:
+            def predict(images: Tensor, numbers: Tensor, draw: int) -> Tensor:
                 nonlocal checked
                 logits = self._predict(images, numbers, draw)
                 if not checked:
@@ -125,7 +125,10 @@ class Attack:
                     checked = True
                 return logits
 
-            objective = TaskLoss(predict, lambda logits: sign * self.loss(logits, y), self._draws)
+            def loss(logits: Tensor, y: Tensor) -> Tensor:
+                return sign * self.loss(logits, y)
+
+            objective = TaskLoss(predict, loss, y, numbers, self._draws)
             with evaluating(x, self.model, lean=True):
                 # a start of its own: not the corner from which a purifier of the same seed starts
                 return self.ascent(objective, x, seed=seed, ids=numbers, party=1, progress=progress)

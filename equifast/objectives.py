@@ -20,10 +20,16 @@ __all__ = [
     "average_predictions",
     "cross_entropy",
     "disagreement",
+    "number_of_pairs",
     "pairwise",
 ]
 
 PAIRINGS = ("anchor", "all")
+
+
+def number_of_pairs(pairing: str, views: int) -> int:
+    """Of how many similarities the value of a step with so many views is the sum."""
+    return views if pairing == "anchor" else views * (views + 1) // 2
 
 
 class Objective(Protocol):
@@ -40,6 +46,10 @@ class Objective(Protocol):
 
     def gradient(self, x: Tensor, t: int) -> tuple[Tensor, Tensor]:
         """(N, C, H, W) -> the values (N,) and their gradient (N, C, H, W), no graph."""
+        ...
+
+    def only(self, rows: Tensor | slice) -> "Objective":
+        """The same for some of the images, ``rows`` a mask (N,) or a slice."""
         ...
 
 
@@ -154,6 +164,12 @@ class Equivariance:
     def fixed(self) -> bool:
         """Every step draws its views."""
         return False
+
+    def only(self, rows: Tensor | slice) -> "Equivariance":
+        """The same for some of the images, ``rows`` a mask (N,) or a slice."""
+        part = copy.copy(self)
+        part._ids = self._ids[rows]
+        return part
 
     def value(self, x: Tensor) -> Tensor:
         """(N,): the sum over all views of the set, as the first step would draw them."""
@@ -284,18 +300,29 @@ class TaskLoss:
     """The expectation of a loss per image over the randomness of what is attacked.
 
     Args:
-        predict: ``(x, draw) -> logits``.
-        loss: ``logits -> (N,)``, what the attack increases.
+        predict: ``(x, ids, draw) -> logits``.
+        loss: ``(logits, y) -> (N,)``, what the attack increases.
+        y: labels of the images.
+        ids: (N,) ids of the images.
         draws: ``t -> `` the draws that step ``t`` averages over.
     """
 
     def __init__(
         self,
-        predict: Callable[[Tensor, int], Tensor],
-        loss: Callable[[Tensor], Tensor],
+        predict: Callable[[Tensor, Tensor, int], Tensor],
+        loss: Callable[[Tensor, Tensor], Tensor],
+        y: Tensor,
+        ids: Tensor,
         draws: Callable[[int], Sequence[int]],
     ) -> None:
-        self._predict, self._loss, self._draws = predict, loss, draws
+        self._predict, self._loss, self._y, self._ids, self._draws = predict, loss, y, ids, draws
+
+    def _of(self, x: Tensor, draw: int) -> Tensor:
+        return self._loss(self._predict(x.clone(), self._ids, draw), self._y)  # models may work in place
+
+    def only(self, rows: Tensor | slice) -> "TaskLoss":
+        """The same for some of the images, ``rows`` a mask (N,) or a slice."""
+        return TaskLoss(self._predict, self._loss, self._y[rows], self._ids[rows], self._draws)
 
     @property
     def fixed(self) -> bool:
@@ -306,7 +333,7 @@ class TaskLoss:
         """(N,): the loss at the draws of the first step."""
         draws = self._draws(0)
         with torch.no_grad():
-            return torch.stack([self._loss(self._predict(x.clone(), draw)) for draw in draws]).mean(0)
+            return torch.stack([self._of(x, draw) for draw in draws]).mean(0)
 
     def gradient(self, x: Tensor, t: int) -> tuple[Tensor, Tensor]:
         draws = self._draws(t)
@@ -314,7 +341,7 @@ class TaskLoss:
         for draw in draws:
             with torch.enable_grad():
                 leaf = _leaf(x)
-                value = self._loss(self._predict(leaf.clone(), draw))  # models may work in place
+                value = self._of(leaf, draw)
                 total = total + _differentiate(value.sum(), [leaf])[0] / len(draws)
             values = values + value.detach() / len(draws)
         return values, total

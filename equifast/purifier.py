@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -15,7 +16,7 @@ from equifast._folded import Folded
 from equifast.ascent import Ascent, Progress
 from equifast.balls import STARTS, make
 from equifast.features import Features, evaluating, output
-from equifast.objectives import PAIRINGS, Equivariance, average_predictions
+from equifast.objectives import PAIRINGS, Equivariance, average_predictions, number_of_pairs
 from equifast.views import View, as_set, paper, sample
 
 __all__ = ["PRESETS", "Defended", "DefendedModel", "Preset", "Purifier", "Purify", "purify"]
@@ -78,6 +79,10 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
 )
 
 
+# Pixels of the images that run at once on a CPU: more take memory, and cache, and no less time.
+_CHUNK = 2**18
+
+
 class Purifier:
     """Moves images inside a small ball to where the model's features agree across views (Mao et al. 2023).
 
@@ -98,12 +103,16 @@ class Purifier:
             the preset says (``momentum=0`` for none where it has one).
         pairing: ``"anchor"`` or ``"all"``.
         reduction: ``"image"`` or ``"pixel"``.
+        stop: a mean similarity over a step's views, in [-1, 1]: an image that has reached it stays as it is, and the
+            rest of its batch goes on without it; None for none.
         average: whether :class:`Defended` predicts with the mean over the image and the set of views, warped back; None
             for what the preset says.
         fold: whether a copy of the model is run in which batch norm is folded into the convolutions before it, where
             that changes nothing but rounding. The copy follows changes of the model's parameters, buffers, submodules
             and hooks, not of other attributes. A model with hooks, and ``features`` that are a function of your own,
             are run as they are.
+        max_batch: at most about so many images run at once, which bounds memory and changes no result; None for as many
+            as pay, on the CPU some, on CUDA all.
 
     Raises:
         TypeError, ValueError: for any setting that cannot be, in one sentence that names it.
@@ -130,8 +139,10 @@ class Purifier:
         keep: str = "last",
         pairing: str = "anchor",
         reduction: str = "image",
+        stop: float | None = None,
         average: bool | None = None,
         fold: bool = True,
+        max_batch: int | None = None,
     ) -> None:
         self._features = Features(model, features)
         base = PRESETS[_checks.choice("preset", preset, tuple(PRESETS))]
@@ -152,6 +163,7 @@ class Purifier:
         self._folded = (
             Folded(model, place or None) if fold and place is not None and isinstance(model, nn.Module) else None
         )
+        self.max_batch = None if max_batch is None else _checks.integer("max_batch", max_batch, 1, 2**31)
         self.preset = preset
         self.seed = seed
         self.dtype = dtype
@@ -159,6 +171,7 @@ class Purifier:
         self.pairing = pairing
         self.reduction = reduction
         self.average = base.average if average is None else _checks.boolean("average", average)
+        pairs = number_of_pairs(pairing, len(self.views) if count is None else count)
         self.ascent = Ascent(
             ball=ball,
             steps=base.steps if steps is None else steps,
@@ -168,7 +181,9 @@ class Purifier:
             momentum=base.momentum if momentum is None else momentum,
             restarts=restarts,
             keep=keep,
+            stop=None if stop is None else _checks.number("stop", stop, least=-1, most=1) * pairs,
         )
+        self.stop = stop
 
     def settings(self) -> dict[str, object]:
         """All settings, as values that JSON can hold."""
@@ -184,12 +199,14 @@ class Purifier:
             "momentum": ascent.momentum,
             "restarts": ascent.restarts,
             "keep": ascent.keep,
+            "stop": self.stop,
             "views": [repr(view) for view in self.views],
             "views_per_step": self.views_per_step,
             "pairing": self.pairing,
             "reduction": self.reduction,
             "average": self.average,
             "fold": self.fold,
+            "max_batch": self.max_batch,
             "seed": self.seed,
             "dtype": self.dtype,
         }
@@ -213,9 +230,16 @@ class Purifier:
                 are not (N, C, h, w) or do not depend on the image.
         """
         with self._objective(x, ids, draw, self.views_per_step) as (x, objective, seed, numbers):
-            if len(x) == 0:
-                return x.clone()
-            return self.ascent(objective, x, seed=seed, ids=numbers, draw=draw, progress=progress)
+            chunks, purified = self._chunks(x), torch.empty_like(x)
+            for number, rows in enumerate(chunks):
+
+                def advance(done: int, total: int, number: int = number) -> None:
+                    if progress is not None:
+                        progress(number * total + done, len(chunks) * total)
+
+                part, some = objective.only(rows), numbers[rows]
+                purified[rows] = self.ascent(part, x[rows], seed=seed, ids=some, draw=draw, progress=advance)
+            return purified
 
     def unrolled(self, x: Tensor, last: int, ids: Tensor | None = None, draw: int = 0) -> Tensor:
         """Purify a batch with a derivative: for attackers who know.
@@ -247,17 +271,30 @@ class Purifier:
             given = images + (x - x.detach())
             return self.ascent(objective, given, seed=seed, ids=numbers, draw=draw, slope=slope, last=last)
 
+    def _chunks(self, x: Tensor) -> list[slice]:
+        """The images that run at once."""
+        n, most = len(x), self.max_batch
+        if most is None:
+            most = max(2, _CHUNK // (x.shape[2] * x.shape[3])) if x.device.type == "cpu" else max(1, n)
+        bounds = [*range(0, n, most), n]
+        if most > 1 and n > most and n % most == 1:
+            del bounds[-2]  # none alone, which large convolutions round otherwise
+        return [slice(first, last) for first, last in itertools.pairwise(bounds) if first < last]
+
     def _check_last(self, last: int) -> None:
         _checks.integer("last", last, 1, max(1, self.ascent.steps))
-        if self.ascent.steps == 0 or self.ascent.restarts > 1 or self.ascent.keep == "best":
-            raise ValueError("last is for purifiers with steps, one start and keep='last'; this one has others")
+        ascent = self.ascent
+        if ascent.steps == 0 or ascent.restarts > 1 or ascent.keep == "best" or ascent.stop is not None:
+            raise ValueError(
+                "last is for purifiers with steps, one start, keep='last' and no stop; this one has others"
+            )
 
     def similarities(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
         """(N, K): the similarity of each of the preset's views to the image, at the first step's draw, in [-1, 1]."""
         with self._objective(x, ids, draw, None) as (x, objective, _, _):
             if len(x) == 0:
                 return torch.zeros(0, len(self.views), device=x.device)
-            return objective.similarities(x)
+            return torch.cat([objective.only(rows).similarities(x[rows]) for rows in self._chunks(x)])
 
     def score(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
         """(N,): the mean similarity over all views of the preset, in [-1, 1], no graph; arguments as for a call."""
@@ -272,7 +309,7 @@ class Purifier:
         # checked under the caller's grad mode; the rest runs outside inference mode, whose tensors autograd refuses
         with torch.inference_mode(False):
             x = _checks.images("x", x, channels=3).detach()
-            x = x.clone()  # a model whose first operation is in place must not reach the caller's image
+            x = x.clone() if x.is_inference() else x
             numbers = _checks.ids(ids, len(x), x.device)
             _checks.integer("draw", draw, 0, rng.MAX_DRAW)
             seed = rng.fresh_seed() if self.seed is None else self.seed
@@ -378,7 +415,7 @@ class Defended(DefendedModel):
 
     def forward(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
         """(N, 3, H, W) -> logits, (N, C) or (N, C, h, w)."""
-        followed = torch.is_grad_enabled() and x.requires_grad
+        followed = torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad  # checked by the purifier
         if followed and self.gradient == "unrolled":
             assert isinstance(self.purifier, Purifier)
             return self._predict(x, self.purifier.unrolled(x, self.last, ids, draw), ids, draw)

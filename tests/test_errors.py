@@ -157,6 +157,12 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: attacks.MIM(MODEL, momentum=-1),
         "momentum is -1; it must be a finite number of at least 0",
     ),
+    "stop": (lambda: Purifier(MODEL, stop=1.5), "stop is 1.5; it must be"),
+    "stop and restarts": (
+        lambda: Purifier(MODEL, stop=0.9, restarts=2),
+        "stop is given with several restarts or keep='best'; it is for one run's last iterate",
+    ),
+    "max_batch": (lambda: Purifier(MODEL, max_batch=0), "max_batch is 0; it must be an integer from 1 to"),
     # calls
     "ids shape": (
         lambda: Purifier(MODEL)(X, ids=torch.arange(3)),

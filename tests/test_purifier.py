@@ -1,5 +1,6 @@
 import copy
 from pathlib import Path
+from typing import Any
 
 import cases
 import pytest
@@ -12,7 +13,7 @@ from equifast.ascent import Ascent
 from equifast.attacks import BPDA, PGD
 from equifast.balls import Linf
 from equifast.features import suggest
-from equifast.objectives import Equivariance, pairwise
+from equifast.objectives import Equivariance, number_of_pairs, pairwise
 
 
 @pytest.fixture(params=["dense", "small"])
@@ -264,6 +265,35 @@ def test_an_enclosing_autocast_changes_nothing() -> None:
     assert torch.equal(inside, purifier(x))
 
 
+@pytest.mark.parametrize("most", [1, 2, 3, 4, 6, 7])
+def test_how_many_run_at_once_changes_nothing(most: int) -> None:
+    seen: list[int] = []
+
+    class Watching(cases.DenseNet):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(len(x))
+            return super().forward(x)  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    model, x, ids = Watching(), cases.images(7), torch.arange(7)
+    counts: list[tuple[int, int]] = []
+    purifier = Purifier(model, steps=2, fold=False, max_batch=most)
+    purified = purifier(x, ids, progress=lambda *done: counts.append(done))
+    assert max(seen) <= most + 1
+    assert most == 1 or 1 not in seen
+    assert counts == [(i + 1, counts[-1][1]) for i in range(len(counts))]
+    everything = Purifier(model, steps=2, fold=False, max_batch=7)
+    assert torch.equal(purified, everything(x, ids))
+    assert torch.equal(purifier.score(x, ids), everything.score(x, ids))
+
+
+def test_large_images_run_a_few_at_a_time() -> None:
+    """Memory does not grow with the number of images."""
+    most = [len(range(7)[rows]) for rows in Purifier(cases.dense())._chunks(torch.empty(7, 3, 360, 480))]
+    assert most == [2, 2, 3]
+    assert Purifier(cases.dense())._chunks(torch.empty(64, 3, 32, 32)) == [slice(0, 64)]
+
+
 class InPlace(cases.DenseNet):
     """Its first operation works in place."""
 
@@ -314,6 +344,37 @@ def test_a_convolution_without_a_batch() -> None:
     plain.load_state_dict(model.state_dict())
     one, other = (Purifier(m, steps=1, dtype="float32", fold=False) for m in (model, plain))
     torch.testing.assert_close(one.score(cases.images()), other.score(cases.images()))
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"pairing": "all"}, {"views_per_step": 2}, {"norm": "l2", "eps": 1.0}], ids=str
+)
+def test_stopping(settings: dict[str, Any]) -> None:
+    model, x, ids = cases.dense(), cases.images(4), torch.tensor([5, 3, 8, 1])
+    settings = {"steps": 4, **settings}
+    iterates = [Purifier(model, **{**settings, "steps": t, "step_size": 0.01})(x, ids) for t in range(5)]
+    settings["step_size"] = 0.01
+    plain = Purifier(model, **settings)
+    values: list[Tensor] = []
+    for t in range(4):
+        with plain._objective(iterates[t], ids, 0, plain.views_per_step) as (start, objective, _, _):
+            values.append(objective.gradient(start, t)[0])
+    # a level that some images reach, at different steps, and some never
+    level = float(torch.stack(values).flatten().sort().values[-3]) - 1e-6
+    pairs = number_of_pairs(plain.pairing, plain.views_per_step or len(plain.views))
+    done: list[tuple[int, int]] = []
+    purifier = Purifier(model, stop=level / pairs, **settings)
+    stopped = purifier(x, ids, progress=lambda *counts: done.append(counts))
+    left = set()
+    for i in range(4):
+        first = next((t for t in range(4) if float(values[t][i]) >= level), 4)
+        left.add(first)
+        assert torch.equal(stopped[i], iterates[first][i])
+        assert torch.equal(purifier(x[i : i + 1], ids[i : i + 1])[0], stopped[i])
+    assert len(left) > 1
+    assert done[-1] == (4, 4)
+    assert torch.equal(Purifier(model, stop=-1, **settings)(x, ids), iterates[0])
+    assert torch.equal(Purifier(model, stop=1, **settings)(x, ids), iterates[4])
 
 
 def test_momentum_of_half_precision() -> None:
