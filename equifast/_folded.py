@@ -171,6 +171,11 @@ class Folded:
                 self._copy, self._version = self._fold(x, run), version
             return self._model if self._copy is None else self._copy
 
+    @property
+    def made(self) -> bool:
+        """Whether there is a copy."""
+        return self._copy is not None
+
     def _fingerprint(self) -> str:
         modules = [(id(module), type(module), _hooks(module)) for module in self._model.modules()]
         tensors = list(chain(self._model.parameters(), self._model.buffers()))

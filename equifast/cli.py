@@ -1,9 +1,10 @@
-"""The command line: ``equifast demo``, ``equifast purify``, ``equifast doctor``."""
+"""The command line: ``equifast demo``, ``equifast purify``, ``equifast bench``, ``equifast doctor``."""
 
 import hashlib
 import json
 import os
 import platform
+import re
 import sys
 import time
 from fractions import Fraction
@@ -19,7 +20,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from equifast import _C, __version__, ops
+from equifast._allocator import keep_freed_memory
 from equifast.demo import report
+from equifast.evaluate import PARTS, profile_step
 from equifast.features import Features, evaluating, suggest
 from equifast.models import find_images, first_line, load_model, read_image, write_image
 from equifast.purifier import PRESETS, Purifier, has_fast_bfloat16
@@ -35,6 +38,14 @@ _out = Console()
 _err = Console(stderr=True)
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")]
+Model = Annotated[
+    str, typer.Option(help="demo, torchvision:NAME[:WEIGHTS] (none: random ones), timm:NAME or file.py:function.")
+]
+WhereFeatures = Annotated[
+    str | None, typer.Option("--features", help="Submodule whose output is used; found where not given.")
+]
+WhichPreset = Annotated[str, typer.Option("--preset", help=f"One of {', '.join(PRESETS)}.")]
+Device = Annotated[str, typer.Option(help="Device to run on, such as cpu or cuda.")]
 
 
 def _fail(message: str) -> typer.Exit:
@@ -64,6 +75,7 @@ def main(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
 ) -> None:
     """Test-time purification by equivariance, and what it is worth."""
+    keep_freed_memory()
 
 
 @app.command()
@@ -123,14 +135,12 @@ def _fraction(text: str) -> float:
 def purify(
     paths: Annotated[list[Path], typer.Argument(help="Image files, or folders of PNG, JPEG and WebP files.")],
     output: Output,
-    model: Annotated[
-        str, typer.Option(help="demo, torchvision:NAME[:WEIGHTS] (none: random ones), timm:NAME or file.py:function.")
-    ],
-    features: Annotated[str | None, typer.Option(help="Submodule whose output is used; found where not given.")] = None,
-    preset: Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}.")] = "fast",
+    model: Model,
+    features: WhereFeatures = None,
+    preset: WhichPreset = "fast",
     eps: Annotated[str, typer.Option(help="Radius of the ball, as 6/255.")] = "6/255",
     seed: Annotated[int, typer.Option(help="Seed of the random numbers.")] = 0,
-    device: Annotated[str, typer.Option(help="Device to run on, such as cpu or cuda.")] = "cpu",
+    device: Device = "cpu",
 ) -> None:
     """Purify image files; results are PNG files with the same names, and purified.jsonl with a line per image.
 
@@ -180,6 +190,48 @@ def purify(
     )
     if failed:
         raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    model: Model,
+    size: Annotated[str, typer.Option(help="Height and width of the images, as 176x240.")],
+    images: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 1,
+    features: WhereFeatures = None,
+    preset: WhichPreset = "fast",
+    rounds: Annotated[int, typer.Option(min=1, help="Steps that are timed.")] = 5,
+    device: Device = "cpu",
+) -> None:
+    """Show where a step of purification goes, on random images."""
+    match = re.fullmatch(r"(\d+)x(\d+)", size)
+    if match is None or "0" in match.groups():
+        raise typer.BadParameter(f"{size!r} is no size such as 176x240")
+    try:
+        network = load_model(model).to(_device(device))
+        generator = torch.Generator().manual_seed(0)
+        x = torch.rand(images, 3, int(match[1]), int(match[2]), generator=generator).to(_device(device))
+        where = features if features is not None else _find_features(network, x)
+        purifier = Purifier(network, where, preset)
+        profile = profile_step(purifier, x, rounds)
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        raise _fail(first_line(error)) from error
+    table = Table(title=f"one step of {preset} on {images} x {size}, median of {rounds}")
+    for heading in ("", "ms", "share"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for part in PARTS:
+        seconds = profile.seconds[part]
+        table.add_row(part, f"{1e3 * seconds:.1f}", f"{100 * seconds / profile.total:.0f}%")
+    table.add_row("together", f"{1e3 * profile.total:.1f}", "100%")
+    _out.print(table)
+    steps = purifier.ascent.steps
+    _out.print(
+        f"A step makes {profile.passes:.1f} forward and backward passes of an image; {steps} steps make "
+        f"{steps * profile.passes:.0f}.\n{100 * profile.overhead:.0f}% of a step is not the network, which runs "
+        f"{'as a folded copy' if profile.folded else 'as it is'}, on the {ops.choose(x.device)} backend.",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def _device(name: str) -> torch.device:

@@ -27,6 +27,11 @@ __all__ = [
 PAIRINGS = ("anchor", "all")
 
 
+def rendered(x: Tensor, view: Sampled) -> Tensor:
+    """Images (N, C, H, W) under a view, (N, C, h, w)."""
+    return ops.warp(view.color(x), view.theta[None], [view.size])[0]
+
+
 def number_of_pairs(pairing: str, views: int) -> int:
     """Of how many similarities the value of a step with so many views is the sum."""
     return views if pairing == "anchor" else views * (views + 1) // 2
@@ -145,10 +150,9 @@ class Equivariance:
         size = (x.shape[2], x.shape[3])
         return sample(self._views, size, seed=self._seed, ids=self._ids, draw=self._draw, step=t, count=count)
 
-    @staticmethod
-    def render(x: Tensor, view: Sampled) -> Tensor:
+    def render(self, x: Tensor, view: Sampled) -> Tensor:
         """The image under a view."""
-        return ops.warp(view.color(x), view.theta[None], [view.size])[0]
+        return rendered(x, view)
 
     def similarities(self, x: Tensor, t: int = 0, count: int | None = None) -> Tensor:
         """(N, K): similarity of each view to the image, with no graph; all views where ``count`` is None."""
@@ -194,13 +198,13 @@ class Equivariance:
             values, total = [], torch.zeros_like(x)
             for view in sampled:
                 image = _leaf(x)
-                rendered = self.features(self.render(image, view))
-                s = ops.similarity(anchor, [rendered], view.theta[None], self._reduction)
+                features_of_view = self.features(self.render(image, view))
+                s = ops.similarity(anchor, [features_of_view], view.theta[None], self._reduction)
                 g_image, g_anchor = _differentiate(s.sum(), [image, anchor])
                 total += g_image
                 upstream += g_anchor
                 values.append(s.detach())
-                del image, rendered, s, g_image, g_anchor
+                del image, features_of_view, s, g_image, g_anchor
             total += _differentiate(features, [leaf], upstream.to(features.dtype))[0]
         return torch.stack(torch.cat(values, 1).unbind(1)).sum(0), total
 
@@ -225,8 +229,8 @@ class Equivariance:
     def _all_pairs(self, x: Tensor, sampled: Sequence[Sampled]) -> Tensor:
         anchor = self.anchor(x)
         anchor = anchor.to(torch.promote_types(anchor.dtype, torch.float32))
-        rendered = [self.features(self.render(x, view)) for view in sampled]
-        return pairwise(anchor, rendered, torch.stack([view.theta for view in sampled]))
+        views = [self.features(self.render(x, view)) for view in sampled]
+        return pairwise(anchor, views, torch.stack([view.theta for view in sampled]))
 
 
 def _warped_back(
@@ -235,7 +239,7 @@ def _warped_back(
     """Predictions on views, in the frame of the image: pairs of (N, C, h, w) and the overlap (N, 1, h, w)."""
     pairs = []
     for view in sampled:
-        prediction = predict(Equivariance.render(x, view))
+        prediction = predict(rendered(x, view))
         inverse = invert(view.theta)[None]
         ones = torch.ones_like(prediction[:, :1].detach())
         pairs.append((ops.warp(prediction, inverse, [size])[0], (ops.warp(ones, inverse, [size])[0] > 0.5)))
@@ -255,7 +259,7 @@ def average_predictions(predict: Callable[[Tensor], Tensor], x: Tensor, sampled:
     """
     first = predict(x)
     if first.dim() != 4:
-        return (first + sum(predict(Equivariance.render(x, view)) for view in sampled)) / (1 + len(sampled))
+        return (first + sum(predict(rendered(x, view)) for view in sampled)) / (1 + len(sampled))
     total, count = first, torch.ones_like(first[:, :1])
     for prediction, overlap in _warped_back(predict, x, sampled, (first.shape[2], first.shape[3])):
         total, count = total + prediction, count + overlap

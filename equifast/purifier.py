@@ -185,6 +185,11 @@ class Purifier:
         )
         self.stop = stop
 
+    @property
+    def folded(self) -> bool:
+        """Whether a folded copy of the model runs; known after the first call, before it False."""
+        return self._folded is not None and self._folded.made
+
     def settings(self) -> dict[str, object]:
         """All settings, as values that JSON can hold."""
         ascent = self.ascent

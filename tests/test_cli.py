@@ -49,6 +49,29 @@ def lines(folder: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (folder / "purified.jsonl").read_text().splitlines()]
 
 
+def test_bench() -> None:
+    done = CliRunner().invoke(app, ["bench", "--model", "demo", "--size", "44x60", "--rounds", "1"])
+    assert done.exit_code == 0, done.output
+    for part in ("views", "forward", "backward", "similarity", "step", "other", "together"):
+        assert f"│ {part}" in done.output
+    assert "as a folded copy" in done.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "demo", "--size", "44"], "no size such as 176x240"),
+        (["--model", "demo", "--size", "0x3"], "no size such as 176x240"),
+        (["--model", "nothing", "--size", "4x3"], "model is 'nothing'"),
+        (["--model", "demo", "--size", "44x60", "--features", "nothing"], "no submodule of the model"),
+    ],
+)
+def test_bench_of_nonsense(options: list[str], message: str) -> None:
+    done = CliRunner().invoke(app, ["bench", *options])
+    assert done.exit_code == 2
+    assert message in done.output
+
+
 def test_purify(folder: Path) -> None:
     result = run("purify", folder / "in", "-o", folder / "out", "--model", "demo")
     assert result.exit_code == 0, result.output

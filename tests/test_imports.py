@@ -6,7 +6,7 @@ from pathlib import Path
 import equifast
 
 ORDER = [
-    {"_version", "_C", "_checks"},
+    {"_version", "_C", "_checks", "_allocator"},
     {"rng"},
     {"reference"},
     {"_step_triton"},

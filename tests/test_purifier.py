@@ -1,4 +1,7 @@
 import copy
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from equifast import Defended, Purifier, views
 from equifast.ascent import Ascent
 from equifast.attacks import BPDA, PGD
 from equifast.balls import Linf
+from equifast.evaluate import PARTS, profile_step
 from equifast.features import suggest
 from equifast.objectives import Equivariance, number_of_pairs, pairwise
 
@@ -285,6 +289,50 @@ def test_how_many_run_at_once_changes_nothing(most: int) -> None:
     everything = Purifier(model, steps=2, fold=False, max_batch=7)
     assert torch.equal(purified, everything(x, ids))
     assert torch.equal(purifier.score(x, ids), everything.score(x, ids))
+
+
+@pytest.mark.parametrize("settings", [{}, {"preset": "paper"}, {"pairing": "all"}, {"views_per_step": 2}], ids=str)
+def test_profile(settings: dict[str, Any]) -> None:
+    """The parts are the step: they add up to the time that it takes, and each is there."""
+    purifier, x = Purifier(cases.dense(), dtype="float32", **settings), cases.images(2, 88, 120)
+    profile = profile_step(purifier, x, rounds=3)
+    assert set(profile.seconds) == set(PARTS)
+    assert all(seconds > 0 for seconds in profile.seconds.values())
+    assert profile.folded
+    assert 0 < profile.overhead < 1
+    with purifier._objective(x, None, 0, purifier.views_per_step) as (_, objective, _, _):
+        sampled = objective.sample(x, 0, purifier.views_per_step)
+        assert profile.passes == pytest.approx(1 + sum(h * w for h, w in (v.size for v in sampled)) / (88 * 120))
+        begun = time.perf_counter()
+        objective.gradient(x, 0)
+        elapsed = time.perf_counter() - begun
+    assert profile.total < 20 * elapsed
+    assert elapsed < 20 * profile.total
+
+
+def test_what_has_no_step_to_profile() -> None:
+    for purifier, x in ((Purifier(cases.dense()), cases.images(0)), (Purifier(cases.dense(), steps=0), cases.images())):
+        with pytest.raises(ValueError, match="there must be a step to profile"):
+            profile_step(purifier, x)
+
+
+def test_freed_memory_is_kept() -> None:
+    """Pages that were given back once are not asked for again."""
+    code = """
+import resource, torch, equifast
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        a = [torch.ones(2**20) for _ in range(8)]
+        del a
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults(), equifast.keep_freed_memory(), faults() and faults())
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    without, kept, within = done.stdout.split()
+    if kept == "True":
+        assert int(within) < int(without) / 5
 
 
 def test_large_images_run_a_few_at_a_time() -> None:

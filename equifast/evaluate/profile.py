@@ -1,0 +1,155 @@
+"""Where the time of a purification step goes."""
+
+import copy
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from equifast import _checks
+from equifast.objectives import Equivariance
+from equifast.purifier import Purifier
+from equifast.views import Sampled
+
+__all__ = ["PARTS", "Profile", "profile_step"]
+
+PARTS = ("views", "forward", "backward", "similarity", "step", "other")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A step of a purifier on a batch.
+
+    Args:
+        seconds: of each of ``PARTS``, medians over rounds. ``views`` is drawing and rendering them, and the way back;
+            ``forward`` and ``backward`` are the network; ``other`` is what lies between.
+        passes: how many forward and backward passes of the image, by area, a step makes of each image.
+        folded: whether a folded copy of the model runs.
+    """
+
+    seconds: dict[str, float]
+    passes: float
+    folded: bool
+
+    @property
+    def total(self) -> float:
+        """Seconds of the whole step."""
+        return sum(self.seconds.values())
+
+    @property
+    def overhead(self) -> float:
+        """The share of the step that is not the network."""
+        return 1 - (self.seconds["forward"] + self.seconds["backward"]) / self.total
+
+
+# What an interval between two events is; others are "other".
+_INTERVALS = {
+    ("sample", "sampled"): "views",
+    ("render", "rendered"): "views",
+    ("run", "ran"): "forward",
+    ("ran", "features back"): "similarity",
+    ("features back", "image back"): "backward",
+    ("image back", "view back"): "views",
+    ("step", "stepped"): "step",
+}
+
+
+class _Clock:
+    def __init__(self, device: torch.device) -> None:
+        self.events: list[tuple[str, float]] = []
+        self._device = device
+
+    def note(self, event: str) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self.events.append((event, time.perf_counter()))
+
+    def parts(self) -> dict[str, float]:
+        seconds = dict.fromkeys(PARTS, 0.0)
+        for (before, begun), (after, ended) in zip(self.events, self.events[1:], strict=False):
+            seconds[_INTERVALS.get((before, after), "other")] += ended - begun
+        return seconds
+
+
+class _Mark(torch.autograd.Function):
+    """The identity, whose backward pass notes an event."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, clock: _Clock, event: str) -> Tensor:
+        ctx.note = clock, event
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        clock, event = ctx.note
+        clock.note(event)
+        return upstream, None, None
+
+
+class _Timed(Equivariance):
+    """An objective that notes where it is."""
+
+    clock: _Clock
+    area: int
+
+    def _mark(self, x: Tensor, event: str) -> Tensor:
+        marked: Tensor = _Mark.apply(x, self.clock, event)  # type: ignore[no-untyped-call]
+        return marked
+
+    def sample(self, x: Tensor, t: int, count: int | None) -> list[Sampled]:
+        self.clock.note("sample")
+        sampled = super().sample(x, t, count)
+        self.clock.note("sampled")
+        return sampled
+
+    def render(self, x: Tensor, view: Sampled) -> Tensor:
+        self.clock.note("render")
+        rendered = super().render(self._mark(x, "view back"), view)
+        self.clock.note("rendered")
+        return rendered
+
+    def features(self, x: Tensor) -> Tensor:
+        self.area += x.shape[2] * x.shape[3]
+        self.clock.note("run")
+        features = self._mark(super().features(self._mark(x, "image back")), "features back")
+        self.clock.note("ran")
+        return features
+
+
+def profile_step(purifier: Purifier, x: Tensor, rounds: int = 5) -> Profile:
+    """Time the parts of a purifier's first step on a batch, which runs at once.
+
+    Args:
+        purifier: as it would be called.
+        x: (N, 3, H, W) in [0, 1], N at least 1.
+        rounds: how often, after one to warm up.
+
+    Raises:
+        ValueError: as a call of the purifier does; if ``x`` is empty, or the purifier makes no step.
+    """
+    _checks.integer("rounds", rounds, 1, 10**6)
+    _checks.images("x", x, channels=3)
+    if len(x) == 0 or purifier.ascent.steps == 0:
+        raise ValueError("x is empty or the purifier has no steps; there must be a step to profile")
+    found: list[dict[str, float]] = []
+    with purifier._objective(x, None, 0, purifier.views_per_step) as (images, objective, seed, ids):
+        timed = copy.copy(objective)
+        timed.__class__ = _Timed
+        assert isinstance(timed, _Timed)
+        ascent = purifier.ascent
+        sigma = (ascent.steps - 1) / ascent.steps if ascent.noise else 0.0
+        for _ in range(rounds + 1):
+            timed.clock, timed.area = _Clock(x.device), 0
+            timed.clock.note("begin")
+            gradient = timed.gradient(images, 0)[1]
+            timed.clock.note("step")
+            place = {"size": ascent.step_size, "sigma": sigma, "seed": seed, "ids": ids, "draw": 0, "t": 0}
+            ascent.ball.step(images, gradient, images, **place)  # type: ignore[arg-type]
+            timed.clock.note("stepped")
+            found.append(timed.clock.parts())
+        passes = timed.area / (x.shape[2] * x.shape[3])
+    seconds = {part: statistics.median(parts[part] for parts in found[1:]) for part in PARTS}
+    return Profile(seconds, passes, purifier.folded)
