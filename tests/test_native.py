@@ -182,6 +182,34 @@ def test_similarity(name: str, reduction: str, layout: str, dtype: torch.dtype, 
             close(a, e, dtype, least)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("name", [*EXTREMES, *cases.THETAS])
+def test_similarity_of_one_view(name: str, layout: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Which the kernels treat apart; into memory that held NaN; of a batch, and of its last image alone."""
+    rows = EXTREMES.get(name) or cases.THETAS[name]
+    theta = torch.tensor([rows, rows, rows]).to(torch.float64)[None]
+    theta[0, 1] = cases.theta("outside")[0, 0]
+    for channels, size in ((3, (37, 45)), (11, (67, 83)), (19, (130, 70)), (70, (9, 11))):
+        f0 = lay(draw(3, channels, 67, 83, seed=1, dtype=dtype), layout).to(device)
+        f1 = lay(draw(3, channels, *size, seed=2, dtype=dtype), layout).to(device)
+        poison = [torch.full_like(f, torch.nan) for f in (f0, f1)]
+        del poison
+        leaves, others = [f0.requires_grad_(), f1.requires_grad_()], [plain(f0), plain(f1)]
+        actual = ops.similarity(leaves[0], leaves[1:], theta.to(device))
+        expected = reference.similarity(others[0], others[1:], theta)
+        close(actual, expected, torch.float64 if dtype == torch.float64 else torch.float32, 1e-2)
+        gradients = differentiate([actual], leaves)
+        for a, e in zip(gradients, differentiate([expected], others), strict=True):
+            close(a, e, dtype)
+        last = [f.detach()[2:].requires_grad_() for f in leaves]
+        alone = ops.similarity(last[0], last[1:], theta[:, 2:].to(device))
+        assert torch.equal(alone, actual[2:])
+        upstream = draw(3, 1, seed=7, dtype=actual.dtype).to(device)[2:]
+        for a, b in zip(torch.autograd.grad(alone, last, upstream), gradients, strict=True):
+            assert torch.equal(a, b[2:])
+
+
 @pytest.mark.parametrize("reduction", ["image", "pixel"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_small_vectors_count_as_zero(layout: str, reduction: str, device: torch.device) -> None:

@@ -41,9 +41,11 @@ struct Axis {
       int low[step], high[step];
       real fraction[step];
       int seen[step];
+      double product[step];
+      products(slope, from + some, step, product);
 #pragma omp simd
       for (int l = 0; l < step; ++l) {
-        const double p = core::product(slope, from + some + l + 0.5) + start;
+        const double p = product[l] + start;
         const double within = p >= first && p <= last ? p : first;
         seen[l] = within == p;
         const auto tap = core::tap<real>(within, pixels);

@@ -122,9 +122,10 @@ inline int64_t similarity_pixel_backward_tasks(const SimilarityParams& p) {
 
 // One cosine per image: a task owns some rows of a gradient, in a group of channels. The tasks of one image
 // and group follow each other, those of the anchor first: what they read is still in cache for those of the
-// views.
+// views. With a single view there are none of the anchor: each position's gradient is written by the task
+// that owns the pixel which the position reads first.
 inline int64_t similarity_group_tasks(const SimilarityParams& p) {
-  int64_t tasks = parts(p.anchor.height, similarity_anchor_rows);
+  int64_t tasks = p.views == 1 ? 0 : parts(p.anchor.height, similarity_anchor_rows);
   for (int k = 0; k < p.views; ++k) tasks += parts(p.view[k].height, similarity_view_rows);
   return tasks;
 }
@@ -153,6 +154,7 @@ struct Kernels {
   void (*warp)(const WarpParams& p, int64_t begin, int64_t end);
   void (*warp_adjoint)(const WarpParams& p, int64_t begin, int64_t end);
   void (*similarity)(const SimilarityParams& p, int64_t begin, int64_t end);
+  // a single view's: the anchor's gradient must hold zeros where no position sees the view
   void (*similarity_backward)(const SimilarityParams& p, int64_t begin, int64_t end);
   void (*similarity_pixel)(const SimilarityParams& p, int64_t begin, int64_t end);
   void (*similarity_pixel_backward)(const SimilarityParams& p, int64_t begin, int64_t end);

@@ -200,6 +200,7 @@ std::vector<Tensor> similarity_backward(Tensor upstream, Tensor sums, Tensor anc
     if (pixel) {
       run(kernels().similarity_pixel_backward, p, similarity_pixel_backward_tasks(p), a.elements);
     } else {
+      if (p.views == 1) torch::stable::zero_(gradients[0]);
       run(kernels().similarity_backward, p, similarity_backward_tasks(p), a.elements);
     }
   }

@@ -200,13 +200,18 @@ class Geometry {
     const int pitch = window.width(), left = window.left, top = window.top;
     int* __restrict o = offset + first;
     real* __restrict right = fx + first, * __restrict down = fy + first;
+    const int count = c.end - c.begin;
+    Positions p;
+    for (int some = 0; some < count; some += Positions::most) {
+      const int n = count - some < Positions::most ? count - some : Positions::most;
+      p.look(map, j, c.begin + some, n);
 #pragma omp simd
-    for (int i = 0; i < c.end - c.begin; ++i) {
-      const core::Position p = map.at(c.begin + i, j);
-      const auto x = core::lower<real>(p.x, width);
-      const auto y = core::lower<real>(p.y, height);
-      o[i] = (y.pixel - top) * pitch + (x.pixel - left);
-      right[i] = x.fraction, down[i] = y.fraction;
+      for (int i = 0; i < n; ++i) {
+        const auto x = core::lower<real>(p.x[i], width);
+        const auto y = core::lower<real>(p.y[i], height);
+        o[some + i] = (y.pixel - top) * pitch + (x.pixel - left);
+        right[some + i] = x.fraction, down[some + i] = y.fraction;
+      }
     }
   }
 };

@@ -137,20 +137,22 @@ void store_quads(const real* quads, int filled, int count, real* lines, T* to, i
 // neighbors, and the weights. Arrays of fixed size, so that one register addresses them all.
 template <typename real>
 struct Taps {
-  static constexpr int most = 64, step = 16;
+  static constexpr int most = Positions::most, step = 16;
   int left[most], top[most];                  // pixels
   int offset[most], right[most], down[most];  // pixels, and after `place` elements
   real fx[most], fy[most];
 
   // Of columns [begin, end) of row j, all of them inside a map of width x height.
   void look(const core::PixelMap& map, int j, int begin, int end, int width, int height) {
-    const int last = end - 1;
-    for (int at = 0; at < end - begin; at += step) {  // whole steps: what is too much repeats the last column
+    const int count = end - begin;
+    Positions p;
+    p.look(map, j, begin, count);
+    for (int i = count; i % step != 0; ++i) p.x[i] = p.x[count - 1], p.y[i] = p.y[count - 1];  // whole steps
+    for (int at = 0; at < count; at += step) {
 #pragma omp simd
       for (int i = at; i < at + step; ++i) {
-        const core::Position p = map.at(begin + i < last ? begin + i : last, j);
-        const auto x = core::tap<real>(p.x, width);
-        const auto y = core::tap<real>(p.y, height);
+        const auto x = core::tap<real>(p.x[i], width);
+        const auto y = core::tap<real>(p.y[i], height);
         left[i] = x.low, right[i] = x.high - x.low, fx[i] = x.fraction;
         top[i] = y.low, down[i] = y.high - y.low, fy[i] = y.fraction;
       }

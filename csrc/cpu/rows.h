@@ -10,6 +10,7 @@
 #include "../core/sample.h"
 #include "../core/storage.h"
 #include "kernels.h"
+#include "products.h"
 
 namespace equifast::cpu {
 namespace {

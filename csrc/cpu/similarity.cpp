@@ -322,18 +322,20 @@ class Scatter {
   }
 };
 
-template <int lanes, typename real>
-void add_to_view(const Geometry<real>& g, const Rect& anchor, const Weights<real>& w, const real* panel0,
+// Where `own`, also leaves the gradients of the anchor's positions in its panel.
+template <int lanes, bool own, typename real>
+void add_to_view(const Geometry<real>& g, const Rect& anchor, const Weights<real>& w, real* panel0,
                  const real* panel1, real* gradient) {
   const int64_t pitch = int64_t{g.window.width()} * lanes;
   for (int s = 0; s < g.spans; ++s) {
     const auto& span = g.span[s];
-    const real* f0 = at<lanes>(panel0, anchor, span.begin, span.row);
+    real* f0 = panel0 + (at<lanes>(panel0, anchor, span.begin, span.row) - panel0);
     Scatter<lanes, real> scatter(gradient, pitch, g.offset[span.first]);
     Pack<lanes, real> v0, v1, slope;
     for (int i = span.first; i < span.first + span.end - span.begin; ++i, f0 += lanes) {
       v0.get(f0);
       sample(panel1 + int64_t{g.offset[i]} * lanes, pitch, g.fx[i], g.fy[i], v1);
+      if constexpr (own) slope.combine(w.cross, v1, w.own0, v0), slope.put(f0);
       slope.combine(w.cross, v0, w.own1, v1);
       scatter.add(g.offset[i], g.fx[i], g.fy[i], slope);
     }
@@ -412,13 +414,38 @@ class ViewGradient {
         if (g_.spans == 0) return true;
         load_panel<lanes>(p_.anchor, image_of<T>(p_.anchor, n, c), count, p_.interleaved, part, seen_,
                           panel0_, lines_);
-        add_to_view<lanes>(g_, part, w, panel0_, panel1_, gradient_);
+        if (p_.views > 1) {
+          add_to_view<lanes, false>(g_, part, w, panel0_, panel1_, gradient_);
+          return true;
+        }
+        add_to_view<lanes, true>(g_, part, w, panel0_, panel1_, gradient_);
+        const Gradient& to = p_.anchor_gradient;
+        for (int s = 0; s < g_.spans; ++s) {
+          const Range mine = owned(s, r);
+          store_panel<lanes>(to, image_of<T>(to, n, c), count, p_.interleaved, part,
+                             {mine.begin, mine.end, g_.span[s].row, g_.span[s].row + 1}, panel0_, lines_);
+        }
         return true;
       });
       fold_border<lanes>(window, view.width, view.height, gradient_);
       const Gradient& to = p_.view_gradient[k];
       store_panel<lanes>(to, image_of<T>(to, n, c), count, p_.interleaved, window, r, gradient_, lines_);
     });
+  }
+
+  // Of the positions of a span those whose first tap is among the pixels `r`; before the map's edge, its
+  // border.
+  Range owned(int s, const Rect& r) const {
+    const auto& span = g_.span[s];
+    const int pitch = g_.window.width(), *offset = g_.offset + span.first - span.begin;
+    const auto mine = [&](int i) {
+      const int x = g_.window.left + offset[i] % pitch, y = g_.window.top + offset[i] / pitch;
+      return x < r.right && y < r.bottom && (x >= r.left || x < 0) && (y >= r.top || y < 0);
+    };
+    Range c{span.begin, span.end};  // coordinates grow along a row or shrink: what is left is in one piece
+    while (c.begin < c.end && !mine(c.begin)) ++c.begin;
+    while (c.begin < c.end && !mine(c.end - 1)) --c.end;
+    return c;
   }
 
   void see(const PixelMap& map, const Rect& readers, const Map& view, const Rect& r) {
@@ -440,7 +467,7 @@ void run_backward(const SimilarityParams& p, int64_t begin, int64_t end) {
                 for_view = ViewGradient<T>::scratch(p.channels);
   Scratch scratch(for_anchor > for_view ? for_anchor : for_view);
   const int groups = parts(p.channels, similarity_group),
-            bands = parts(p.anchor.height, similarity_anchor_rows);
+            bands = p.views == 1 ? 0 : parts(p.anchor.height, similarity_anchor_rows);
   const int64_t per_group = similarity_group_tasks(p);
   for (int64_t task = begin; task < end; ++task) {
     const int group = static_cast<int>(task / per_group % groups),
