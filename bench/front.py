@@ -6,9 +6,10 @@
 
 `measure` fills one part of the results, (data set, model, split), and keeps the others. It may be interrupted at any
 time and goes on where it stopped. The attacks on each candidate: plain PGD on the model; the attack through averaging,
-which anyone who fears averaging would run; and BPDA through the candidate itself, with expectation over its draws. The
-worst case takes, image by image, the one that leaves fewest labels right. Settings are chosen on `val` (CIFAR-10: on
-images of its test set that no table uses) and reported on `test`.
+which anyone who fears averaging would run; BPDA through the candidate itself, with expectation over its draws; and with
+`--last K` the same with a gradient through the last K steps of its ascent. The worst case takes, image by image, the
+one that leaves fewest labels right. Settings are chosen on `val` (CIFAR-10: on images of its test set that no table
+uses) and reported on `test`.
 
 `seconds` times all candidates in turns, in one process. Nothing else should run beside it.
 """
@@ -190,6 +191,31 @@ def build(study: Study, candidate: Candidate) -> nn.Module:
     return maker(study, **settings)
 
 
+UNROLLED = " (unrolled)"
+
+
+def unrolled(study: Study, candidate: Candidate, last: int) -> nn.Module | None:
+    """The candidate with a gradient through the last steps of its ascent, where it has one."""
+    defended = build(study, candidate)
+    purifier = getattr(defended, "purifier", None)
+    if not isinstance(purifier, equifast.Purifier) or purifier.ascent.steps == 0:
+        return None
+    return equifast.Defended(study.model, purifier, gradient="unrolled", last=min(last, purifier.ascent.steps))
+
+
+def _defense(study: Study, known: Mapping[str, Candidate], name: str, last: int) -> nn.Module:
+    if not name.endswith(UNROLLED):
+        return build(study, known[name])
+    defended = unrolled(study, known[name.removesuffix(UNROLLED)], last)
+    assert defended is not None
+    return defended
+
+
+def _identity(known: Mapping[str, Candidate], name: str, last: int) -> str:
+    maker, settings = known[name.removesuffix(UNROLLED)]
+    return repr((maker.__name__, settings, last if name.endswith(UNROLLED) else 0))
+
+
 class DataSet(StrEnum):
     camvid = "camvid"
     cifar = "cifar"
@@ -281,6 +307,7 @@ def measure(
     steps: Annotated[int, typer.Option(help="Steps of PGD.")] = 30,
     bpda_steps: Annotated[int, typer.Option(help="Steps of BPDA.")] = 10,
     eot: Annotated[int, typer.Option(help="Draws per step of BPDA.")] = 1,
+    last: Annotated[int, typer.Option(help="Also attack through so many steps of the ascent.")] = 0,
     only: Annotated[list[str] | None, typer.Option(help="Candidates, by name; all where not given.")] = None,
     output: Annotated[Path | None, typer.Option(help="The JSON to which the results are added.")] = None,
 ) -> None:
@@ -299,33 +326,38 @@ def measure(
     with Progress(console=Console(stderr=True), transient=True) as progress:
         runner = Runner(
             study,
-            lambda name: build(study, known[name]),
+            lambda name: _defense(study, known, name, last),
             progress,
-            lambda name: repr((known[name][0].__name__, known[name][1])),
+            lambda name: _identity(known, name, last),
         )
         task = progress.add_task(key, total=len(chosen))
         for name in chosen:
             victims = {"clean": None, "PGD": "none", "averaging": RIVAL, "BPDA": name}
+            if last and unrolled(study, known[name], last) is not None:
+                victims["unrolled"] = name + UNROLLED
             row = {column: runner.cell(name, victim) for column, victim in victims.items()}
-            row["worst"] = worst([row["PGD"], row["averaging"], row["BPDA"]])
+            row["worst"] = worst([cell for column, cell in row.items() if column != "clean"])
             cells[name] = row
-            found[name] = {column: figure(study, cell) for column, cell in row.items()} | {
-                f"minus {other}": {column: paired(study, cell, cells[key][column]) for column, cell in row.items()}
-                for other, key in (("none", "none"), ("averaging", RIVAL))
-                if key in cells
-            }
+            found[name] = {column: figure(study, cell) for column, cell in row.items()}
+            for other, reference in (("none", "none"), ("averaging", RIVAL)):
+                against = cells.get(reference, {})
+                found[name][f"minus {other}"] = {
+                    column: paired(study, cell, against[column]) for column, cell in row.items() if column in against
+                }
             progress.update(task, advance=1)
             if output is not None:
                 _merge(output, key, {"candidates": found, "settings": study.settings()})
             line = ", ".join(f"{column} {e['value']:.1f} ± {e['error']:.1f}" for column, e in _figures(found[name]))
             console.print(f"{name}: {line}")
     table = Table(title=f"{key}: {study.figure}, {len(study.images)} images, ± standard error; differences are paired")
-    columns = list(next(iter(cells.values())))
+    columns = [
+        c for c in ("clean", "PGD", "averaging", "BPDA", "unrolled", "worst") if any(c in r for r in cells.values())
+    ]
     for heading in ("", *columns, "worst - none", "worst - averaging"):
         table.add_column(heading, justify="right" if heading else "left")
     for name, entry in sorted(found.items(), key=lambda item: -item[1]["worst"]["value"]):
         apart = [entry.get(f"minus {other}", {}).get("worst") for other in ("none", "averaging")]
-        figures = [*(entry[column] for column in columns), *apart]
+        figures = [*(entry.get(column) for column in columns), *apart]
         table.add_row(name, *("" if e is None else f"{e['value']:.1f} ± {e['error']:.1f}" for e in figures))
     console.print(table)
 

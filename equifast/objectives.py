@@ -193,8 +193,9 @@ class Equivariance:
             leaf = _leaf(x)
             features = self.anchor(leaf)
             anchor = _leaf(features)
-            # the sum over the views in float32 or better
-            upstream = torch.zeros_like(anchor, dtype=torch.promote_types(anchor.dtype, torch.float32))
+            # summed in the dtype of the features, to which each view's part is rounded: in a wider one no better, and
+            # slower by the memory that it takes
+            upstream = torch.zeros_like(anchor)
             values, total = [], torch.zeros_like(x)
             for view in sampled:
                 image = _leaf(x)
@@ -205,7 +206,7 @@ class Equivariance:
                 upstream += g_anchor
                 values.append(s.detach())
                 del image, features_of_view, s, g_image, g_anchor
-            total += _differentiate(features, [leaf], upstream.to(features.dtype))[0]
+            total += _differentiate(features, [leaf], upstream)[0]
         return torch.stack(torch.cat(values, 1).unbind(1)).sum(0), total
 
     def slope(self, x: Tensor, t: int) -> Tensor:

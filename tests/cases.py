@@ -62,6 +62,7 @@ PURIFIERS: dict[str, Callable[[nn.Module], Any]] = {
     "pixel": lambda model: Purifier(model, steps=2, reduction="pixel"),
     "l2": lambda model: Purifier(model, steps=2, norm="l2", eps=1.0, noise=True, start="uniform"),
     "restarts": lambda model: Purifier(model, steps=2, restarts=2, keep="best", momentum=0.9),
+    "stopping": lambda model: Purifier(model, steps=3, stop=0.9),
     "random": lambda model: defenses.RandomNoise(),
     "random-normal": lambda model: defenses.RandomNoise(0.05, "normal"),
 }
@@ -71,6 +72,7 @@ DEFENDED: dict[str, Callable[[nn.Module], nn.Module]] = {
     "averaging": lambda model: defenses.Averaging(model),
     "purified": lambda model: Defended(model, Purifier(model, steps=2)),
     "purified-averaged": lambda model: Defended(model, Purifier(model, preset="strong", steps=2)),
+    "unrolled": lambda model: Defended(model, Purifier(model, steps=2), gradient="unrolled", last=2),
     "random": lambda model: Defended(model, defenses.RandomNoise()),
 }
 
