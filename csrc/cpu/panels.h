@@ -554,21 +554,25 @@ void store_panel(const Gradient& map, T* image, int channels, bool interleaved, 
     if (interleaved) {
 #if EQUIFAST_WIDE
       if constexpr (wide<T> && lanes >= 16) {
-        // Each pixel is written with lanes too many, which the next one overwrites: in scratch, since the
-        // pixel after the last is another task's.
-        T* line = reinterpret_cast<T*>(lines);
-        for (int x = 0; x < columns; ++x, line += channels, from += lanes) {
-          put_16(line, _mm512_loadu_ps(from));
-          if constexpr (lanes > 16)
-            put_16(line + 16, _mm512_maskz_loadu_ps(first_of_16(lanes - 16), from + 16));
-        }
-        line = reinterpret_cast<T*>(lines);
-        if (map.sx == channels) {
-          std::memcpy(to, line, sizeof(T) * std::size_t(columns * channels));
-        } else {
-          for (int x = 0; x < columns; ++x) {
-            std::memcpy(to + x * map.sx, line + x * channels, sizeof(T) * std::size_t(channels));
+        const auto put = [from](T* pixel, int x) {
+          put_16(pixel, _mm512_loadu_ps(from + x * lanes));
+          if constexpr (lanes > 16) {
+            put_16(pixel + 16, _mm512_maskz_loadu_ps(first_of_16(lanes - 16), from + x * lanes + 16));
           }
+        };
+        if (lanes == 16 && channels == 16) {
+          for (int x = 0; x < columns; ++x) put(to + x * map.sx, x);
+          continue;
+        }
+        // Lanes too many are written, which are less than a pixel: where pixels are side by side the next one
+        // overwrites them. Not the last one's: what comes after is another task's.
+        const bool dense = map.sx == channels;
+        T line[32];
+        for (int x = 0; x < columns; ++x) {
+          T* pixel = to + x * map.sx;
+          const bool aside = !dense || x == columns - 1;
+          put(aside ? line : pixel, x);
+          if (aside) std::memcpy(pixel, line, sizeof(T) * std::size_t(channels));
         }
         continue;
       }
