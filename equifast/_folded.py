@@ -8,7 +8,7 @@ import copy
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any
 
@@ -59,8 +59,8 @@ class _Recorder(TorchFunctionMode):
         result = func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         self.looked |= name in self._LOOKS
-        self.reshaped |= func is Tensor.view
-        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):  # not sizes and the like
+        self.reshaped |= func in (Tensor.view, Tensor.view_as)
+        if result is None or any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):  # not sizes and the like
             self.take((args, kwargs))
         if func is torch.conv2d:
             conv = _Conv(id(args[1] if len(args) > 1 else kwargs.get("weight")))
@@ -126,8 +126,9 @@ def _hooks(module: nn.Module) -> int:
 class Folded:
     """The folded copy of a model, made at the first use and again when the model has changed.
 
-    Changes of parameters, buffers, submodules and hooks are seen; of other attributes of modules they are not. Threads
-    may share one.
+    Changes of parameters, buffers, submodules and hooks are seen; of other attributes of modules they are not. What
+    follows what is seen at the size of the first image, and tried there and at two others: a model that does something
+    else at yet another size is not for folding. Threads may share one.
 
     Args:
         model: is never changed, and never run here.
@@ -208,8 +209,7 @@ class Folded:
             folding = [pair for pair in folding if not self._kept(*pair)]
             if not folding:
                 return None
-            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-                expected = run(copy.deepcopy(self._model).eval(), images.clone())
+            expected = list(_tried(self._model, images, run))
         except Exception:  # not every module can be copied, and what is wrong with a model is said where it is run
             return None
         # The first is faster. Views want what they merge side by side in memory, at every size of an image.
@@ -223,14 +223,12 @@ class Folded:
                     _replace(copied, norm, nn.Identity())
                 if layout == torch.channels_last:
                     convert_conv2d_weight_memory_format(copied, layout)
-                trial = copy.deepcopy(copied)
-                with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-                    actual = run(trial, images.clone())
+                actual = list(_tried(copied, images, run))
             except Exception:  # such as a look at the batch norm that is no longer there
                 continue
             # rounding; that of TF32 is coarser
             tolerance = 1e-3 if x.device.type == "cpu" else 1e-2
-            if bool((actual - expected).abs().max() <= tolerance * expected.abs().max()):
+            if all(_alike(*both, tolerance) for both in zip(actual, expected, strict=True)):
                 return copied
         return None
 
@@ -240,6 +238,29 @@ class Folded:
         return self._keep is not None and (
             conv == self._keep or (conv.startswith(inside) and not norm.startswith(inside))
         )
+
+
+def _tried(model: nn.Module, images: Tensor, run: Run) -> Iterator[Tensor | None]:
+    """What copies of a model give for images of three sizes; None for a size that it does not take."""
+    height, width = images.shape[2:]
+    for number, size in enumerate(
+        ((height, width), (height + 1 | 1, width + 1 | 1), (height // 2 | 1, width // 2 | 1))
+    ):
+        tried: nn.Module = copy.deepcopy(model).eval()
+        resized = images if number == 0 else functional.interpolate(images, size)
+        try:
+            with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+                yield run(tried, resized.clone())
+        except Exception:
+            if number == 0:
+                raise
+            yield None
+
+
+def _alike(actual: Tensor | None, expected: Tensor | None, tolerance: float) -> bool:
+    if actual is None or expected is None:
+        return actual is expected
+    return actual.shape == expected.shape and bool((actual - expected).abs().max() <= tolerance * expected.abs().max())
 
 
 def _by_device(tensors: Iterable[Tensor]) -> Iterable[list[Tensor]]:

@@ -71,7 +71,8 @@ class Ascent:
         if self.momentum is None:
             return gradient, momentum
         momentum = self.momentum * momentum + _mean_normalized(gradient)
-        return momentum.to(gradient.dtype), momentum  # some multiples of the mean: in range of any dtype
+        most = torch.finfo(gradient.dtype).max  # a single element may be as many times the mean as there are elements
+        return momentum.clamp(-most, most).to(gradient.dtype), momentum
 
     def __call__(
         self,
@@ -92,7 +93,7 @@ class Ascent:
             objective: gives values and gradients; step ``t`` of restart ``r`` asks it for ``r * steps + t``.
             x: (N, C, H, W) in [0, 1].
             seed, ids, draw: the realization, as in :mod:`equifast.rng`.
-            party: who climbs; the random numbers of one party are independent of another's under the same seed.
+            party: who climbs; the random starts of one party are independent of another's under the same seed.
             progress: called after every step.
             slope: the objective's gradient with a graph, ``(x, t) -> (N, C, H, W)``.
             last: how many steps at the end have a derivative, through ``slope``; up to them the ascent counts as the
@@ -197,4 +198,4 @@ def _unrolled(*arguments: Any) -> tuple[Tensor, Tensor]:
 def _mean_normalized(gradient: Tensor) -> Tensor:
     gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
     mean = row_sum(gradient.flatten(1).abs()) / gradient[0].numel()
-    return gradient / mean.clamp(min=torch.finfo(gradient.dtype).tiny).view(-1, 1, 1, 1)
+    return gradient / torch.where(mean == 0, 1.0, mean).view(-1, 1, 1, 1)

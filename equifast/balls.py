@@ -121,7 +121,7 @@ class Linf(Ball):
             noise = rng.normal(seed, rng.Stream.NOISE, ids, draw, t, x[0].numel()).view(x.shape)
             direction = unit(gradient) + sigma * noise.to(gradient)
         mean = row_sum(direction.detach().flatten(1).abs()) / direction[0].numel()
-        soft = (direction / mean.clamp(min=torch.finfo(mean.dtype).tiny).view(-1, 1, 1, 1)).tanh()
+        soft = (direction / torch.where(mean == 0, 1.0, mean).view(-1, 1, 1, 1)).tanh()
         return self.project(x + size * (soft + (direction.sign() - soft).detach()), origin)
 
     def project(self, x: Tensor, origin: Tensor) -> Tensor:
@@ -168,7 +168,9 @@ class L2(Ball):
     def project(self, x: Tensor, origin: Tensor) -> Tensor:
         center = origin.to(_wide(origin))
         delta = x.to(center.dtype) - center
-        norm = row_sum(delta.flatten(1).square()).sqrt().view(-1, 1, 1, 1)
+        squares = row_sum(delta.flatten(1).square()).view(-1, 1, 1, 1)
+        # the square root of 0 has no derivative
+        norm = torch.where(squares == 0, 0.0, torch.where(squares == 0, 1.0, squares).sqrt())
         # clamping to [0, 1], a convex set that holds the origin, brings no point farther from it
         return (center + delta * (self.eps / norm.clamp(min=self.eps))).clamp(0, 1).to(origin.dtype)
 

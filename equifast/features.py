@@ -153,6 +153,34 @@ def suggest(model: nn.Module, x: Tensor) -> str | None:
     return found[-1] if found else None
 
 
+# Functions of the module, since torch.compile traces through modes and knows no static methods of theirs.
+def _batched(*args: Any) -> bool:
+    """Whether the first arguments of a convolution have a batch."""
+    x, weight = (*args, None, None)[:2]
+    return isinstance(x, Tensor) and isinstance(weight, Tensor) and x.dim() == weight.dim()
+
+
+def _affine(
+    x: Tensor,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor | None:
+    if training or mean is None or variance is None or x.dtype != variance.dtype:
+        return None
+    if any(p is not None and p.requires_grad for p in (weight, bias)):
+        return None
+    scale = (variance + eps).rsqrt()
+    scale = scale if weight is None else scale * weight
+    shift = -mean * scale if bias is None else bias - mean * scale
+    shape = (1, -1, *[1] * (x.dim() - 2))
+    return (x * scale.view(shape)).add_(shift.view(shape))
+
+
 class _Batchless(TorchFunctionMode):
     """Makes a convolution give an image the same bits whatever its batch, on the CPU.
 
@@ -177,14 +205,9 @@ class _Batchless(TorchFunctionMode):
     _LARGE = 32768
     _HEAVY = 2**18
 
-    @staticmethod
-    def _batched(*args: Any) -> bool:
-        x, weight = (*args, None, None)[:2]
-        return isinstance(x, Tensor) and isinstance(weight, Tensor) and x.dim() == weight.dim()
-
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in self._CONVOLUTIONS and self._batched(*args) and args[0].device.type == "cpu":
+        if func in self._CONVOLUTIONS and _batched(*args) and args[0].device.type == "cpu":
             x, rest = args[0], args[1:]
             stride = args[3] if len(args) > 3 else kwargs.get("stride", 1)
             strided = stride not in (1, (1,), (1, 1), (1, 1, 1))
@@ -206,31 +229,10 @@ class _FrozenNorm(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is functional.batch_norm and torch.is_grad_enabled():
-            scaled = self._affine(*args, **(kwargs or {}))
+            scaled = _affine(*args, **(kwargs or {}))
             if scaled is not None:
                 return scaled
         return func(*args, **(kwargs or {}))
-
-    @staticmethod
-    def _affine(
-        x: Tensor,
-        mean: Tensor | None,
-        variance: Tensor | None,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        training: bool = False,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-    ) -> Tensor | None:
-        if training or mean is None or variance is None or x.dtype != variance.dtype:
-            return None
-        if any(p is not None and p.requires_grad for p in (weight, bias)):
-            return None
-        scale = (variance + eps).rsqrt()
-        scale = scale if weight is None else scale * weight
-        shift = -mean * scale if bias is None else bias - mean * scale
-        shape = (1, -1, *[1] * (x.dim() - 2))
-        return (x * scale.view(shape)).add_(shift.view(shape))
 
 
 _LOCK = threading.Lock()
@@ -239,22 +241,26 @@ _LOCK = threading.Lock()
 _HELD: dict[tuple[int, str], list[Any]] = {}
 
 
-def _hold(thing: nn.Module | nn.Parameter, name: str) -> tuple[int, str]:
+def _hold(thing: nn.Module | nn.Parameter, name: str, held: list[tuple[int, str]]) -> None:
     key = (id(thing), name)
     entry = _HELD.setdefault(key, [thing, getattr(thing, name), 0])
     entry[2] += 1
+    held.append(key)
     if getattr(thing, name):
         setattr(thing, name, False)
-    return key
 
 
-def _release(key: tuple[int, str]) -> None:
+def _release(key: tuple[int, str]) -> Exception | None:
     entry = _HELD[key]
     entry[2] -= 1
     if entry[2] == 0:
         thing, before, _ = _HELD.pop(key)
-        if before:
-            setattr(thing, key[1], True)
+        try:
+            if before:
+                setattr(thing, key[1], True)
+        except RuntimeError as error:  # parameters made in inference mode
+            return error
+    return None
 
 
 @contextlib.contextmanager
@@ -273,11 +279,15 @@ def evaluating(x: Tensor, *models: Model, lean: bool = False) -> Iterator[None]:
         parameter = next(model.parameters(), None)
         if parameter is not None and parameter.device != x.device:
             raise ValueError(f"x is on {x.device}, the model on {parameter.device}; they must be on one device")
-    with _LOCK:
-        held = [_hold(module, "training") for model in known for module in model.modules()]
-        held += [_hold(p, "requires_grad") for model in known for p in model.parameters()]
+    held: list[tuple[int, str]] = []
     modes = contextlib.ExitStack()
     try:
+        with _LOCK:
+            for model in known:
+                for module in model.modules():
+                    _hold(module, "training", held)
+                for parameter in model.parameters():
+                    _hold(parameter, "requires_grad", held)
         with modes:
             if lean:
                 modes.enter_context(_FrozenNorm())
@@ -286,5 +296,6 @@ def evaluating(x: Tensor, *models: Model, lean: bool = False) -> Iterator[None]:
             yield
     finally:
         with _LOCK:
-            for key in held:
-                _release(key)
+            problems = [problem for key in held if (problem := _release(key)) is not None]
+        if problems:
+            raise problems[0]

@@ -193,8 +193,8 @@ class Equivariance:
             leaf = _leaf(x)
             features = self.anchor(leaf)
             anchor = _leaf(features)
-            # summed in the dtype of the features, to which each view's part is rounded: in a wider one no better, and
-            # slower by the memory that it takes
+            # Summed in the dtype of the features, as each view's part is rounded to it; a wider sum would take as much
+            # memory again, and the network's own rounding in that dtype is larger.
             upstream = torch.zeros_like(anchor)
             values, total = [], torch.zeros_like(x)
             for view in sampled:

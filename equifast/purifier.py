@@ -111,8 +111,9 @@ class Purifier:
             that changes nothing but rounding. The copy follows changes of the model's parameters, buffers, submodules
             and hooks, not of other attributes. A model with hooks, and ``features`` that are a function of your own,
             are run as they are.
-        max_batch: at most about so many images run at once, which bounds memory and changes no result; None for as many
-            as pay, on the CPU some, on CUDA all.
+        max_batch: at most about so many images run at once, which bounds memory and leaves the results as they are (but
+            for 1, where large images round otherwise than in a batch); None for as many as pay, on the CPU a few large
+            ones, on CUDA all.
 
     Raises:
         TypeError, ValueError: for any setting that cannot be, in one sentence that names it.
@@ -178,7 +179,7 @@ class Purifier:
             step_size=base.relative_step * eps if step_size is None else step_size,
             start=base.start if start is None else _checks.choice("start", start, STARTS),
             noise=base.noise if noise is None else noise,
-            momentum=base.momentum if momentum is None else momentum,
+            momentum=(base.momentum if momentum is None else momentum) or None,
             restarts=restarts,
             keep=keep,
             stop=None if stop is None else _checks.number("stop", stop, least=-1, most=1) * pairs,
@@ -250,7 +251,8 @@ class Purifier:
         """Purify a batch with a derivative: for attackers who know.
 
         The images are those of a call. The derivative goes through the last steps of the ascent, of which each is run
-        again for it; a sign has the derivative of a tanh there, and the steps before count as the identity.
+        again for it; a sign has the derivative of a tanh there, and the steps before count as the identity. All images
+        run at once, and the derivative of a step holds what all its views computed.
 
         Args:
             x: (N, 3, H, W), floating point, in [0, 1], perhaps with a graph.
@@ -261,9 +263,12 @@ class Purifier:
             (N, 3, H, W) of the dtype of ``x``, with a graph where ``x`` has one.
 
         Raises:
+            TypeError: if ``x`` is float16, in which second derivatives overflow, or no floating point.
             ValueError: if ``last`` is out of range, or the purifier keeps the best of several points.
         """
         self._check_last(last)
+        if isinstance(x, Tensor) and x.dtype == torch.float16:
+            raise TypeError("x is float16, in which unrolled gradients overflow; it must be a wider dtype")
         with self._objective(x, ids, draw, self.views_per_step) as (images, objective, seed, numbers):
             if len(x) == 0:
                 return x.clone()

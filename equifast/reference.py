@@ -311,7 +311,9 @@ def signed_step(
 def unit(gradient: Tensor) -> Tensor:
     """Each image's gradient over its L2 norm, (N, ...) -> (N, ...); a zero gradient stays zero."""
     # Scaled by the largest element first: the squares of tiny gradients would underflow.
-    largest = gradient.flatten(1).abs().amax(1).clamp(min=torch.finfo(gradient.dtype).tiny)
+    largest = gradient.detach().flatten(1).abs().amax(1)  # a factor that cancels
+    largest = torch.where(largest == 0, 1.0, largest)
     scaled = gradient / largest.view(-1, *[1] * (gradient.dim() - 1))
-    norm = row_sum(scaled.flatten(1).square()).sqrt().clamp(min=1e-12)
+    squares = row_sum(scaled.flatten(1).square())
+    norm = torch.where(squares == 0, 1.0, squares).sqrt()  # that of 0 has no derivative
     return scaled / norm.view(-1, *[1] * (gradient.dim() - 1))

@@ -184,6 +184,47 @@ def test_features_are_those_of_the_model(features: str | None) -> None:
     torch.testing.assert_close(folded, plain)
 
 
+class Odd(Net):
+    """Does something between convolution and batch norm at odd sizes only."""
+
+    def features(self, x: Tensor) -> Tensor:
+        y = self.conv2(self.bn1(self.conv1(x)).relu())
+        y = nn.functional.pad(y, (0, 1)) if y.shape[-1] % 2 else y
+        return self.bn2(y).relu()
+
+
+class Erasing(Net):
+    """Sets a part of what its second convolution gives, where there is one."""
+
+    def features(self, x: Tensor) -> Tensor:
+        y = self.conv2(self.bn1(self.conv1(x)).relu())
+        y[..., 4:] = 0
+        return self.bn2(y).relu()
+
+
+@pytest.mark.parametrize("kind", [Odd, Erasing])
+@pytest.mark.parametrize("width", [8, 16, 17])
+def test_what_depends_on_the_size(kind: type[nn.Module], width: int) -> None:
+    model = kind().eval()
+    folded, plain = (equifast.Purifier(model, dtype="float32", fold=fold) for fold in (True, False))
+    folded.score(torch.rand(1, 3, 12, 12))
+    x = torch.rand(1, 3, 12, width)
+    torch.testing.assert_close(folded.score(x), plain.score(x), rtol=0, atol=1e-4)
+
+
+# torch.compile looks at what it warns of
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("fold", [True, False])
+@pytest.mark.parametrize("norm_too", [True, False])
+def test_a_compiled_model(fold: bool, norm_too: bool) -> None:
+    model = Net() if norm_too else Contained().body[:1]
+    x = torch.rand(2, 3, 12, 14)
+    compiled_model = torch.compile(model, backend="eager")
+    one, other = (equifast.Purifier(m, steps=2, dtype="float32", fold=fold) for m in (compiled_model, model))
+    torch.testing.assert_close(one.score(x), other.score(x))
+    assert one(x).shape == x.shape
+
+
 class Contained(nn.Module):
     """A container ends in a convolution whose batch norm is outside."""
 

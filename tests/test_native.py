@@ -505,6 +505,29 @@ def test_signed_step_around_nan() -> None:
     )
 
 
+@pytest.mark.parametrize("sizes", [((31, 87), (67, 52)), ((28, 73), (49, 7)), ((87, 31), (52, 67))], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 1.03])
+@pytest.mark.parametrize("flip", [1, -1])
+def test_quarter_turns_by_sine_and_cosine(
+    flip: int, scale: float, sizes: tuple[tuple[int, int], tuple[int, int]], device: torch.device
+) -> None:
+    """Positions fall on pixels, up to rounding."""
+    c, s = scale * math.cos(math.pi / 2), scale * math.sin(math.pi / 2)
+    theta = torch.tensor([[[[c, s, 0], [flip * s, -flip * c, 0]]]], dtype=torch.float64)
+    f0, f1 = (draw(1, 5, *size, seed=1 + i, dtype=torch.float64) for i, size in enumerate(sizes))
+    for views in (1, 2):
+        leaves = [
+            f0.clone().to(device).requires_grad_(),
+            *(f1.clone().to(device).requires_grad_() for _ in range(views)),
+        ]
+        others, matrices = [plain(f) for f in leaves], theta.repeat(views, 1, 1, 1)
+        actual = ops.similarity(leaves[0], leaves[1:], matrices.to(device))
+        expected = reference.similarity(others[0], others[1:], matrices)
+        close(actual, expected, torch.float64)
+        for a, e in zip(differentiate([actual], leaves), differentiate([expected], others), strict=True):
+            close(a, e, torch.float64)
+
+
 @pytest.mark.parametrize("reduction", ["image", "pixel"])
 def test_sums_do_not_depend_on_the_batch(reduction: str) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -310,6 +310,10 @@ def test_profile(settings: dict[str, Any]) -> None:
     assert elapsed < 20 * profile.total
 
 
+def test_profile_of_a_model_that_works_in_place() -> None:
+    assert profile_step(Purifier(InPlace()), cases.images(), rounds=1).seconds["backward"] > 0
+
+
 def test_what_has_no_step_to_profile() -> None:
     for purifier, x in ((Purifier(cases.dense()), cases.images(0)), (Purifier(cases.dense(), steps=0), cases.images())):
         with pytest.raises(ValueError, match="there must be a step to profile"):
@@ -383,6 +387,15 @@ class Unbatched(cases.DenseNet):
         y = torch.stack([torch.nn.functional.conv2d(image, first.weight, first.bias, 2, 1) for image in x])
         y = self.body(self.stem[1:](y))
         return nn.functional.interpolate(self.head(y), x.shape[2:], mode="bilinear", align_corners=False)
+
+
+def test_momentum_beyond_the_range_of_half_precision() -> None:
+    ascent = Ascent(ball=Linf(0.1), steps=1, step_size=0.01, momentum=1.0)
+    gradient = torch.full((1, 3, 360, 480), 1e-7, dtype=torch.float16)
+    gradient[0, 0, 0, 0] = 10
+    followed, _ = ascent._accumulated(gradient, torch.zeros(1, 3, 360, 480))
+    assert followed.isfinite().all()
+    assert (followed.sign() == gradient.sign()).all()
 
 
 def test_a_convolution_without_a_batch() -> None:

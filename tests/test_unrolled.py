@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from equifast import Defended, Purifier, attacks
+from equifast import Defended, Purifier, attacks, rng
 
 
 class Smooth(nn.Module):
@@ -69,10 +69,56 @@ def test_a_sign_step_by_hand() -> None:
     leaf = x.clone().requires_grad_()
     with purifier._objective(x, None, 0, None) as (_, objective, _, _):
         gradient = objective.slope(leaf, 0)
-    soft = (gradient / gradient.abs().mean()).tanh()
+    soft = (gradient / gradient.detach().abs().mean()).tanh()
     expected = torch.autograd.grad(((leaf + 0.05 * soft) * weights).sum(), leaf)[0]
     torch.testing.assert_close(found, expected)
     assert not torch.allclose(found, weights, atol=1e-2)
+
+
+def test_a_noisy_sign_step_by_hand() -> None:
+    purifier = Purifier(
+        Smooth(), eps=0.2, steps=2, step_size=0.05, start="origin", momentum=0, noise=True, dtype="float32", fold=False
+    )
+    x, weights = 0.3 + 0.4 * cases.images(1), torch.randn(1, 3, 20, 28, generator=torch.Generator().manual_seed(0))
+    found = derivative(purifier, x, weights, 2)
+    leaf = x.clone().requires_grad_()
+    with purifier._objective(x, None, 0, None) as (_, objective, seed, ids):
+        at = leaf
+        for t, sigma in ((0, 0.5), (1, 0.0)):
+            slope = objective.slope(at, t)
+            noise = rng.normal(seed, rng.Stream.NOISE, ids, 0, t, x[0].numel()).view(x.shape).float()
+            direction = slope / slope.norm() + sigma * noise if sigma else slope
+            soft = (direction / direction.detach().abs().mean()).tanh()
+            at = (at + 0.05 * (soft + (direction.sign() - soft).detach())).clamp(leaf - 0.2, leaf + 0.2)
+    torch.testing.assert_close(at.detach(), purifier(x))
+    expected = torch.autograd.grad((at * weights).sum(), leaf)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("start", ["origin", "corner"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"momentum": 0}, {"noise": True}, {"norm": "l2", "eps": 1.0}, {"preset": "paper"}], ids=str
+)
+def test_an_image_without_a_gradient(settings: dict[str, Any], start: str) -> None:
+    """Its purification is the identity, or a constant; the others of its batch go on."""
+
+    class Dead(Smooth):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * (x.detach().amax((1, 2, 3), keepdim=True) < 0.9)
+
+    x = 0.3 + 0.2 * cases.images(2)
+    x[1, 0, 0, 0] = 1
+    purifier = Purifier(Dead(), steps=2, start=start, dtype="float32", **{"eps": 0.05, **settings})
+    weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    found = derivative(purifier, x, weights, 2)
+    assert found.isfinite().all()
+    assert found[0].any()
+    torch.testing.assert_close(found[:1], derivative(purifier, x[:1], weights[:1], 2))
+
+
+def test_half_precision_is_refused() -> None:
+    with pytest.raises(TypeError, match="x is float16"):
+        Purifier(Smooth().half()).unrolled(cases.images().half(), 1)
 
 
 def test_more_steps_give_another_gradient_and_independent_of_the_batch() -> None:

@@ -119,10 +119,11 @@ class Geometry {
     Corners(const core::PixelMap& map, const Rect& r) {
       const int i[4] = {r.left, r.right - 1, r.right - 1, r.left},
                 j[4] = {r.top, r.top, r.bottom - 1, r.bottom - 1};
-      for (int c = 0; c < 4; ++c) {
-        const core::Position p = map.at(i[c], j[c]);
-        x[c] = p.x, y[c] = p.y;
-      }
+      double across[4], down[4];  // as map.at has them
+      for (int c = 0; c < 4; ++c) x[c] = map.xi * (i[c] + 0.5), across[c] = map.xj * (j[c] + 0.5);
+      for (int c = 0; c < 4; ++c) y[c] = map.yi * (i[c] + 0.5), down[c] = map.yj * (j[c] + 0.5);
+      hide(x), hide(across), hide(y), hide(down);
+      for (int c = 0; c < 4; ++c) x[c] = x[c] + across[c] + map.x0, y[c] = y[c] + down[c] + map.y0;
     }
 
     // The columns that row y of the window is read at: where the corners' parallelogram meets (y - 1, y + 1).

@@ -6,15 +6,19 @@
 namespace equifast::cpu {
 namespace {
 
-// out[i] = slope * (first + i + 1/2). In loops that it vectorizes GCC fuses products with sums in spite of
-// core::product, so that two passes may see a position in two pixels: here it cannot see what is added to
-// what.
+// In loops that it vectorizes GCC fuses products with sums in spite of core::product, so that two passes may
+// see a position in two pixels. Behind this it does not know where the numbers come from.
+inline void hide(double* numbers) {
+#if defined(__GNUC__)
+  asm volatile("" : : "r"(numbers) : "memory");
+#endif
+}
+
+// out[i] = slope * (first + i + 1/2)
 inline void products(double slope, int first, int count, double* out) {
 #pragma omp simd
   for (int i = 0; i < count; ++i) out[i] = slope * (first + i + 0.5);
-#if defined(__GNUC__)
-  asm volatile("" : : "r"(out) : "memory");
-#endif
+  hide(out);
 }
 
 // Columns [first, first + count) of row j, at most `most`.

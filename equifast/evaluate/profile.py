@@ -4,7 +4,6 @@ import copy
 import statistics
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,21 +73,6 @@ class _Clock:
         return seconds
 
 
-class _Mark(torch.autograd.Function):
-    """The identity, whose backward pass notes an event."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, clock: _Clock, event: str) -> Tensor:
-        ctx.note = clock, event
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-        clock, event = ctx.note
-        clock.note(event)
-        return upstream, None, None
-
-
 class _Timed(Equivariance):
     """An objective that notes where it is."""
 
@@ -96,8 +80,10 @@ class _Timed(Equivariance):
     area: int
 
     def _mark(self, x: Tensor, event: str) -> Tensor:
-        marked: Tensor = _Mark.apply(x, self.clock, event)  # type: ignore[no-untyped-call]
-        return marked
+        """Notes when the backward pass arrives at a tensor."""
+        if x.requires_grad:
+            x.register_hook(lambda _: self.clock.note(event))
+        return x
 
     def sample(self, x: Tensor, t: int, count: int | None) -> list[Sampled]:
         self.clock.note("sample")
