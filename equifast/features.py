@@ -170,6 +170,7 @@ def _affine(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor | None:
+    """Batch norm, called like PyTorch's own, where it is an affine map without gradients; else None."""
     if training or mean is None or variance is None or x.dtype != variance.dtype:
         return None
     if any(p is not None and p.requires_grad for p in (weight, bias)):

@@ -117,8 +117,7 @@ class Hidden(Branching):
 
 def compiled() -> nn.Module:
     model = Net()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+    with warnings.catch_warnings(action="ignore"):  # that it is deprecated
         model.head = torch.jit.script(model.head)
     return model
 

@@ -336,7 +336,7 @@ print(faults(), equifast.keep_freed_memory(), faults() and faults())
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     without, kept, within = done.stdout.split()
     if kept == "True":
-        assert int(within) < int(without) / 5
+        assert int(within) <= int(without) / 5  # none at all where torch has an allocator of its own
 
 
 def test_large_images_run_a_few_at_a_time() -> None:
