@@ -191,7 +191,7 @@ class _Unrolled(torch.autograd.Function):
 
 
 def _unrolled(*arguments: Any) -> tuple[Tensor, Tensor]:
-    x, momentum = _Unrolled.apply(*arguments)  # type: ignore[no-untyped-call]
+    x, momentum = _Unrolled.apply(*arguments)  # type: ignore[no-untyped-call, unused-ignore]
     return x, momentum
 
 
