@@ -227,7 +227,7 @@ def _defense(study: Study, known: Mapping[str, Candidate], name: str, last: int)
 
 def _identity(known: Mapping[str, Candidate], name: str, last: int) -> str:
     maker, settings = known[name.removesuffix(UNROLLED)]
-    sets = SETS.get(str(settings.get("sets"))) if maker is not purify or "sets" in settings else SETS["eight"]
+    sets = SETS.get(str(settings.get("sets")))  # those of presets are in the fingerprint, with the package
     sources = [inspect.getsource(part) for part in (maker, Draws, Halved)]  # not of what only prints and plots
     return repr((maker.__name__, settings, sets, sources, last if name.endswith(UNROLLED) else 0))
 

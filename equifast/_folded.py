@@ -48,7 +48,6 @@ class _Recorder(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.convs: list[_Conv] = []
         self.followed: list[tuple[_Conv, int]] = []  # and the running mean of the batch norm
         self.used: Counter[int] = Counter()  # tensors, by id, by how many calls
         self.looked = self.reshaped = False
@@ -64,7 +63,6 @@ class _Recorder(TorchFunctionMode):
             self.take((args, kwargs))
         if func is torch.conv2d:
             conv = _Conv(id(args[1] if len(args) > 1 else kwargs.get("weight")))
-            self.convs.append(conv)
             key = id(result)
             self._living[key] = conv
             weakref.finalize(result, self._living.pop, key, None)

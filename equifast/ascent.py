@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from equifast import _checks, rng
-from equifast.balls import STARTS, Ball
+from equifast.balls import STARTS, Ball, Step
 from equifast.objectives import Objective
 from equifast.reference import row_sum
 
@@ -113,7 +113,7 @@ class Ascent:
             better = value > best_value
             best[better], best_value[better] = candidate[better], value[better].to(best_value.dtype)
 
-        def place(first: int, t: int) -> dict[str, Any]:
+        def place(first: int, t: int) -> Step:
             sigma = (self.steps - 1 - t) / self.steps if self.noise else 0.0
             return {"size": self.step_size, "sigma": sigma, "seed": seed, "ids": ids, "draw": draw, "t": first + t}
 
@@ -168,7 +168,7 @@ class _Unrolled(torch.autograd.Function):
         objective: Objective,
         slope: Callable[[Tensor, int], Tensor],
         t: int,
-        place: dict[str, Any],
+        place: Step,
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, momentum, origin)
         ctx.rest = ascent, slope, t, place

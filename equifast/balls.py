@@ -2,16 +2,28 @@
 
 import math
 from dataclasses import dataclass
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
 from equifast import _checks, ops, rng
-from equifast.reference import row_sum, unit
+from equifast.reference import noisy, row_sum, unit
 
-__all__ = ["L2", "STARTS", "Ball", "Linf", "make"]
+__all__ = ["L2", "STARTS", "Ball", "Linf", "Step", "make"]
 
 STARTS = ("origin", "uniform", "corner")
+
+
+class Step(TypedDict):
+    """Which step: its length, the noise on its direction, and the random numbers of that (:mod:`equifast.rng`)."""
+
+    size: float
+    sigma: float
+    seed: int
+    ids: Tensor
+    draw: int
+    t: int
 
 
 @dataclass(frozen=True)
@@ -37,37 +49,13 @@ class Ball:
     def _offset(self, origin: Tensor, kind: str, place: tuple[int, int, Tensor, int, int]) -> Tensor:
         raise NotImplementedError
 
-    def step(
-        self,
-        x: Tensor,
-        gradient: Tensor,
-        origin: Tensor,
-        *,
-        size: float,
-        sigma: float,
-        seed: int,
-        ids: Tensor,
-        draw: int,
-        t: int,
-    ) -> Tensor:
-        """One step of steepest ascent of length ``size``, noisy where ``sigma`` > 0, and its projection."""
+    def step(self, x: Tensor, gradient: Tensor, origin: Tensor, **how: Unpack[Step]) -> Tensor:
+        """One step of steepest ascent, and its projection."""
         raise NotImplementedError
 
-    def relaxed_step(
-        self,
-        x: Tensor,
-        gradient: Tensor,
-        origin: Tensor,
-        *,
-        size: float,
-        sigma: float,
-        seed: int,
-        ids: Tensor,
-        draw: int,
-        t: int,
-    ) -> Tensor:
+    def relaxed_step(self, x: Tensor, gradient: Tensor, origin: Tensor, **how: Unpack[Step]) -> Tensor:
         """The same point as :meth:`step`, with a derivative by all three tensors, where that has none a relaxed one."""
-        return self.step(x, gradient, origin, size=size, sigma=sigma, seed=seed, ids=ids, draw=draw, t=t)
+        return self.step(x, gradient, origin, **how)
 
     def project(self, x: Tensor, origin: Tensor) -> Tensor:
         """The projection on the ball and on [0, 1]."""
@@ -87,42 +75,16 @@ class Linf(Ball):
         u = rng.uniform(*place, origin[0].numel()).view(origin.shape)
         return self.eps * (torch.where(u < 0.5, -1.0, 1.0) if kind == "corner" else 2 * u - 1)
 
-    def step(
-        self,
-        x: Tensor,
-        gradient: Tensor,
-        origin: Tensor,
-        *,
-        size: float,
-        sigma: float,
-        seed: int,
-        ids: Tensor,
-        draw: int,
-        t: int,
-    ) -> Tensor:
-        return ops.signed_step(x, gradient, origin, self.eps, size, sigma, seed, ids, draw, t)
+    def step(self, x: Tensor, gradient: Tensor, origin: Tensor, **how: Unpack[Step]) -> Tensor:
+        noise = how["sigma"], how["seed"], how["ids"], how["draw"], how["t"]
+        return ops.signed_step(x, gradient, origin, self.eps, how["size"], *noise)
 
-    def relaxed_step(
-        self,
-        x: Tensor,
-        gradient: Tensor,
-        origin: Tensor,
-        *,
-        size: float,
-        sigma: float,
-        seed: int,
-        ids: Tensor,
-        draw: int,
-        t: int,
-    ) -> Tensor:
+    def relaxed_step(self, x: Tensor, gradient: Tensor, origin: Tensor, **how: Unpack[Step]) -> Tensor:
         """The derivative of the sign is that of a tanh, of values over their mean magnitude in the image."""
-        direction = gradient
-        if sigma > 0:
-            noise = rng.normal(seed, rng.Stream.NOISE, ids, draw, t, x[0].numel()).view(x.shape)
-            direction = unit(gradient) + sigma * noise.to(gradient)
+        direction = noisy(gradient, how["sigma"], how["seed"], how["ids"], how["draw"], how["t"])
         mean = row_sum(direction.detach().flatten(1).abs()) / direction[0].numel()
         soft = (direction / torch.where(mean == 0, 1.0, mean).view(-1, 1, 1, 1)).tanh()
-        return self.project(x + size * (soft + (direction.sign() - soft).detach()), origin)
+        return self.project(x + how["size"] * (soft + (direction.sign() - soft).detach()), origin)
 
     def project(self, x: Tensor, origin: Tensor) -> Tensor:
         return x.clamp(origin - self.eps, origin + self.eps).clamp(0, 1)
@@ -143,27 +105,15 @@ class L2(Ball):
             radius = (u ** (1 / count)).view(-1, 1, 1, 1)
         return self.eps * radius * direction
 
-    def step(
-        self,
-        x: Tensor,
-        gradient: Tensor,
-        origin: Tensor,
-        *,
-        size: float,
-        sigma: float,
-        seed: int,
-        ids: Tensor,
-        draw: int,
-        t: int,
-    ) -> Tensor:
+    def step(self, x: Tensor, gradient: Tensor, origin: Tensor, **how: Unpack[Step]) -> Tensor:
         if x.numel() == 0:
             return x.clone()
         # squares and their sums leave half precision
         direction = unit(gradient.to(_wide(x)))
-        if sigma > 0:
-            noise = rng.normal(seed, rng.Stream.NOISE, ids, draw, t, x[0].numel()).view(x.shape)
-            direction = unit(direction + sigma * unit(noise).to(direction.dtype))
-        return self.project(x.to(direction.dtype) + size * direction, origin)
+        if how["sigma"] > 0:
+            noise = rng.normal(how["seed"], rng.Stream.NOISE, how["ids"], how["draw"], how["t"], x[0].numel())
+            direction = unit(direction + how["sigma"] * unit(noise).view(x.shape).to(direction.dtype))
+        return self.project(x.to(direction.dtype) + how["size"] * direction, origin)
 
     def project(self, x: Tensor, origin: Tensor) -> Tensor:
         center = origin.to(_wide(origin))

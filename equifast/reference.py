@@ -299,13 +299,21 @@ def signed_step(
         return x.detach().clone()
     with torch.no_grad():
         accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
-        direction = unit(gradient.to(accumulate))
-        if isinstance(sigma, Tensor) or sigma != 0:
-            noise = rng.normal(seed, int(rng.Stream.NOISE), ids, draw, t, x[0].numel()).view(x.shape)
-            direction = direction + sigma * noise.to(accumulate)
+        direction = noisy(gradient.to(accumulate), sigma, seed, ids, draw, t)
         moved = x.to(accumulate) + step * direction.sign()
         o = origin.to(accumulate)
         return moved.clamp(o - eps, o + eps).clamp(0, 1).to(x.dtype)
+
+
+def noisy(
+    gradient: Tensor, sigma: float | Tensor, seed: int | Tensor, ids: Tensor, draw: int | Tensor, t: int | Tensor
+) -> Tensor:
+    """What a sign step takes the sign of: the unit gradient and normal noise; differentiable by the gradient."""
+    direction = unit(gradient)
+    if isinstance(sigma, Tensor) or sigma != 0:
+        noise = rng.normal(seed, int(rng.Stream.NOISE), ids, draw, t, gradient[0].numel()).view(gradient.shape)
+        direction = direction + sigma * noise.to(gradient.dtype)
+    return direction
 
 
 def unit(gradient: Tensor) -> Tensor:

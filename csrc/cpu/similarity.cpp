@@ -94,8 +94,8 @@ inline void add(real* to, const Pack<lanes, real>& v) {
   sum.get(to), sum.add(v), sum.put(to);
 }
 
-template <int lanes, typename real>
-const real* at(const real* panel, const Rect& of, int column, int row) {
+template <int lanes, typename real>  // const or not
+real* at(real* panel, const Rect& of, int column, int row) {
   return panel + (int64_t{row - of.top} * of.width() + (column - of.left)) * lanes;
 }
 
@@ -329,7 +329,7 @@ void add_to_view(const Geometry<real>& g, const Rect& anchor, const Weights<real
   const int64_t pitch = int64_t{g.window.width()} * lanes;
   for (int s = 0; s < g.spans; ++s) {
     const auto& span = g.span[s];
-    real* f0 = panel0 + (at<lanes>(panel0, anchor, span.begin, span.row) - panel0);
+    real* f0 = at<lanes>(panel0, anchor, span.begin, span.row);
     Scatter<lanes, real> scatter(gradient, pitch, g.offset[span.first]);
     Pack<lanes, real> v0, v1, slope;
     for (int i = span.first; i < span.first + span.end - span.begin; ++i, f0 += lanes) {

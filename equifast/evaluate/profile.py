@@ -132,8 +132,8 @@ def profile_step(purifier: Purifier, x: Tensor, rounds: int = 5) -> Profile:
             timed.clock.note("begin")
             gradient = timed.gradient(images, 0)[1]
             timed.clock.note("step")
-            place = {"size": ascent.step_size, "sigma": sigma, "seed": seed, "ids": ids, "draw": 0, "t": 0}
-            ascent.ball.step(images, gradient, images, **place)  # type: ignore[arg-type]
+            size = ascent.step_size
+            ascent.ball.step(images, gradient, images, size=size, sigma=sigma, seed=seed, ids=ids, draw=0, t=0)
             timed.clock.note("stepped")
             found.append(timed.clock.parts())
         passes = timed.area / (x.shape[2] * x.shape[3])
