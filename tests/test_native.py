@@ -210,6 +210,35 @@ def test_similarity_of_one_view(name: str, layout: str, dtype: torch.dtype, devi
             assert torch.equal(a, b[2:])
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("channels", [3, 19])
+def test_similarity_of_mixed_views(channels: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Some of an image's views turned, others level, or all of one kind: each goes another way through the kernels."""
+    level, turned = ["identity", "flip", "shift", "flipped"], ["rotation", "turned", "shear", "quarter"]
+    thetas = {**cases.THETAS, **EXTREMES}
+    images = [[level[0], turned[0], level[3], turned[1]], level, turned, ["outside", *level[1:]]]
+    theta = torch.tensor([[thetas[names[k]] for names in images] for k in range(4)], dtype=torch.float64)
+    sizes = [(37, 45), (86, 170), (43, 85), (13, 26)]
+    f0 = draw(4, channels, 43, 85, seed=1, dtype=dtype).to(device)
+    views = [draw(4, channels, *size, seed=2 + k, dtype=dtype).to(device) for k, size in enumerate(sizes)]
+    poison = [torch.full_like(f, torch.nan) for f in (f0, *views)]
+    del poison
+    leaves, others = [f.requires_grad_() for f in (f0, *views)], [plain(f) for f in (f0, *views)]
+    actual = ops.similarity(leaves[0], leaves[1:], theta.to(device))
+    expected = reference.similarity(others[0], others[1:], theta)
+    close(actual, expected, torch.float64 if dtype == torch.float64 else torch.float32, 1e-2)
+    gradients = differentiate([actual], leaves)
+    for a, e in zip(gradients, differentiate([expected], others), strict=True):
+        close(a, e, dtype)
+    upstream = draw(4, 4, seed=7, dtype=actual.dtype).to(device)
+    for n in range(4):
+        alone = [f.detach()[n : n + 1].requires_grad_() for f in leaves]
+        again = ops.similarity(alone[0], alone[1:], theta[:, n : n + 1].to(device))
+        assert torch.equal(again, actual[n : n + 1])
+        for a, b in zip(torch.autograd.grad(again, alone, upstream[n : n + 1]), gradients, strict=True):
+            assert torch.equal(a, b[n : n + 1])
+
+
 @pytest.mark.parametrize("reduction", ["image", "pixel"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_small_vectors_count_as_zero(layout: str, reduction: str, device: torch.device) -> None:

@@ -2,13 +2,9 @@
 // transposes. Included by kernels that are compiled once per instruction set, hence the unnamed namespace.
 #pragma once
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
 #include <algorithm>
 
-#include "rows.h"
+#include "pack.h"
 
 namespace equifast::cpu {
 namespace {
@@ -107,13 +103,17 @@ class Columns {
 
   int lowest = 0, highest = -1;  // what is read of a line, both included
   int zero = 0;
+  int widest = 0;  // entries from the first to the last that a chunk reads, at most
+
+  int size() const { return size_; }  // results
 
   // Where a weight is 0 `zero_entry` of the line is read, which must be 0: the one behind it.
   void lay(const Axis<real>& axis, int zero_entry) {
-    zero = zero_entry;
+    zero = zero_entry, size_ = axis.size;
     chunks_ = parts(axis.size, chunk);
     const int entries = axis.begin[axis.size];
     lowest = entries == 0 ? 0 : axis.at[0], highest = lowest - 1;
+    widest = 0;
     int* at = at_;
     real* weight = weight_;
     for (int k = 0; k < chunks_; ++k) {
@@ -128,6 +128,7 @@ class Columns {
       }
       lowest = std::min(low, lowest), highest = std::max(high, highest);
       chunk_[k] = {low, terms, high - low + 1};
+      widest = std::max(widest, high - low + 1);
       std::fill(at, at + terms * chunk, zero - low);
       std::fill(weight, weight + terms * chunk, real(0));
       for (int i = first; i < last; ++i) {
@@ -139,6 +140,65 @@ class Columns {
       at += terms * chunk, weight += terms * chunk;
     }
   }
+
+#if EQUIFAST_WIDE
+  // Of the lines of some planes, each the sum of some rows: visit(first result, 16 results of each plane) by
+  // chunks. Nothing is written to memory, from where the next instructions would have to read it.
+  // weigh(plane, x, lanes, to): that sum at 16 entries from x on, of which those lanes exist. Where no chunk
+  // reads more than `most_span` entries.
+  static constexpr int most_span = 4 * chunk;
+  template <int planes, typename Weigh, typename Visit>
+  EQUIFAST_INLINE inline void visit(const Weigh& weigh, const Visit& visit) const {
+    using Some = Pack<16, real>;
+    using Head = typename Some::Head;
+    const int* at = at_;
+    const float* weight = weight_;
+    for (int k = 0; k < chunks_; ++k) {
+      const Chunk& c = chunk_[k];
+      Some sum[planes], a[planes], b[planes];
+      const auto part = [&](int r, Some(&to)[planes]) EQUIFAST_INLINE {
+        const int x = c.base + r * chunk;
+        with_lanes(0, zero - x, [&](auto lanes) EQUIFAST_INLINE {
+          for (int p = 0; p < planes; ++p) weigh(p, x, lanes, to[p]);
+        });
+      };
+      const auto each = [&](auto&& value_at) EQUIFAST_INLINE {
+        for (int t = 0; t < c.terms; ++t, at += chunk, weight += chunk) {
+          const __m512 w = _mm512_loadu_ps(weight);
+          const __mmask16 some = _mm512_cmp_ps_mask(w, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+          const __m512i from = _mm512_loadu_si512(at);
+          for (int p = 0; p < planes; ++p) {
+            sum[p].h = (Head)_mm512_fmadd_ps(w, value_at(p, some, from), (__m512)sum[p].h);
+          }
+        }
+      };
+      for (int p = 0; p < planes; ++p) sum[p].zero();
+      if (c.terms == 0) {
+      } else if (c.span <= chunk) {
+        part(0, a);
+        each([&](int p, __mmask16 some, __m512i i)
+                 EQUIFAST_INLINE { return _mm512_maskz_permutexvar_ps(some, i, (__m512)a[p].h); });
+      } else if (c.span <= 2 * chunk) {
+        part(0, a), part(1, b);
+        each([&](int p, __mmask16 some, __m512i i) EQUIFAST_INLINE {
+          return _mm512_maskz_permutex2var_ps(some, (__m512)a[p].h, i, (__m512)b[p].h);
+        });
+      } else {
+        Some d[planes], e[planes];
+        for (int p = 0; p < planes; ++p) e[p].zero();
+        part(0, a), part(1, b), part(2, d);
+        if (c.span > 3 * chunk) part(3, e);
+        each([&](int p, __mmask16 some, __m512i i) EQUIFAST_INLINE {
+          const __mmask16 later = _mm512_cmpge_epi32_mask(i, _mm512_set1_epi32(2 * chunk));
+          const __m512 value = _mm512_maskz_permutex2var_ps(some, (__m512)a[p].h, i, (__m512)b[p].h);
+          return _mm512_mask_mov_ps(value, later & some,
+                                    _mm512_permutex2var_ps((__m512)d[p].h, i, (__m512)e[p].h));
+        });
+      }
+      visit(k * chunk, sum);
+    }
+  }
+#endif
 
   // Of a line that has `beyond` entries behind it.
   void apply(const real* line, real* __restrict results) const {
@@ -159,7 +219,7 @@ class Columns {
   Chunk* chunk_;
   int* at_;  // entries after `base`
   real* weight_;
-  int chunks_ = 0;
+  int chunks_ = 0, size_ = 0;
 
   template <typename R>
   static void add(int, const R* __restrict line, const int* __restrict at, const R* __restrict weight,
@@ -226,38 +286,83 @@ class Columns {
 #endif
 };
 
-// The rows' matrix: line[x] of columns [first, last) is the sum over the entries of result i.
-template <typename T>
-void combine(const Axis<Real<T>>& axis, int i, const T* plane, int64_t sy, int first, int last,
+// The rows' matrix: line[x] of columns [first, last) is the sum over the entries of result i. row(y) is where
+// row y begins.
+template <typename T, typename Row>
+void combine(const Axis<Real<T>>& axis, int i, const Row& row, int first, int last,
              Real<T>* __restrict line) {
   using real = Real<T>;
   int e = axis.begin[i];
   const int end = axis.begin[i + 1];
-  const T* __restrict a = plane + axis.at[e] * sy;
+  const T* __restrict a = row(axis.at[e]);
   const real wa = axis.weight[e];
   if (e + 1 == end) {
     for (int x = first; x < last; ++x) line[x] = wa * real(load(a[x]));
     return;
   }
-  const T* __restrict b = plane + axis.at[e + 1] * sy;
+  const T* __restrict b = row(axis.at[e + 1]);
   const real wb = axis.weight[e + 1];
   for (int x = first; x < last; ++x) line[x] = wa * real(load(a[x])) + wb * real(load(b[x]));
   for (e += 2; e < end; ++e) {
-    const T* __restrict more = plane + axis.at[e] * sy;
+    const T* __restrict more = row(axis.at[e]);
     const real weight = axis.weight[e];
     for (int x = first; x < last; ++x) line[x] += weight * real(load(more[x]));
   }
 }
 
-// Result i of the rows' matrix and of the columns', of each channel: write(channel, results).
-template <typename T, typename Write>
-void separable_row(const Axis<Real<T>>& rows, int i, const Columns<Real<T>>& columns, const T* image,
-                   int64_t sc, int64_t sy, int channels, Real<T>* line, Real<T>* results, Write&& write) {
-  for (int c = 0; c < channels; ++c) {
+// Result i of the rows' matrix and of the columns', of some planes that are `stride` apart, 16 columns at a
+// time: visit(first column, values of each plane). `line`, `values`: scratch, with Columns::beyond entries
+// behind the row that is read and the results. Several planes need wide vectors, chunks of at most most_span
+// entries and results of at most most_rows.
+constexpr int most_rows_combined = 16;
+template <int planes, typename T, typename Row, typename Visit>
+void separable_row(const Axis<Real<T>>& rows, int i, const Columns<Real<T>>& columns, const Row& row,
+                   [[maybe_unused]] int64_t stride, Real<T>* line, Real<T>* values, const Visit& visit) {
+  using real = Real<T>;
+#if EQUIFAST_WIDE
+  if constexpr (wide<T>) {
+    constexpr int ahead = 2048 / int{sizeof(T)};
+    const int e = rows.begin[i], count = rows.count(i);
+    if (planes > 1 || (columns.widest <= columns.most_span && count <= most_rows_combined)) {
+      const real* weight = rows.weight + e;
+      const T* from[most_rows_combined];
+      for (int j = 0; j < count; ++j) from[j] = row(rows.at[e + j]);
+      if (count == 2) {
+        const T *first = from[0], *second = from[1];
+        const real wa = weight[0], wb = weight[1];
+        columns.template visit<planes>(
+            [=](int p, int x, auto lanes, Pack<16, real>& v) EQUIFAST_INLINE {
+              const T *a = first + p * stride + x, *b = second + p * stride + x;
+              __builtin_prefetch(a + ahead), __builtin_prefetch(b + ahead);
+              Pack<16, real> other;
+              get(a, lanes, v), get(b, lanes, other);
+              v.scaled(wa, v), v.add_scaled(wb, other);
+            },
+            visit);
+      } else {
+        columns.template visit<planes>(
+            [&](int p, int x, auto lanes, Pack<16, real>& v) EQUIFAST_INLINE {
+              const int64_t offset = p * stride + x;
+              __builtin_prefetch(from[0] + offset + ahead);
+              Pack<16, real> other;
+              get(from[0] + offset, lanes, v), v.scaled(weight[0], v);
+              for (int j = 1; j < count; ++j) {
+                get(from[j] + offset, lanes, other), v.add_scaled(weight[j], other);
+              }
+            },
+            visit);
+      }
+      return;
+    }
+  }
+#endif
+  if constexpr (planes == 1) {
+    combine<T>(rows, i, row, columns.lowest, columns.highest + 1, line);
     line[columns.zero] = 0;
-    combine(rows, i, image + c * sc, sy, columns.lowest, columns.highest + 1, line);
-    columns.apply(line, results);
-    write(c, results);
+    columns.apply(line, values);
+    for (int x = columns.size(); x % 16 != 0; ++x) values[x] = 0;
+    Pack<16, real> v[1];
+    for (int x = 0; x < columns.size(); x += 16) v[0].get(values + x), visit(x, v);
   }
 }
 

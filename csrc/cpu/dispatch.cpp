@@ -14,6 +14,7 @@
   void warp_adjoint(const WarpParams& p, int64_t begin, int64_t end);                    \
   void similarity(const SimilarityParams& p, int64_t begin, int64_t end);                \
   void similarity_backward(const SimilarityParams& p, int64_t begin, int64_t end);       \
+  void similarity_backward_level(const SimilarityParams& p, int64_t begin, int64_t end); \
   void similarity_pixel(const SimilarityParams& p, int64_t begin, int64_t end);          \
   void similarity_pixel_backward(const SimilarityParams& p, int64_t begin, int64_t end); \
   void step_largest(const StepParams& p, int64_t begin, int64_t end);                    \
@@ -28,6 +29,7 @@
                           warp_adjoint,                                                  \
                           similarity,                                                    \
                           similarity_backward,                                           \
+                          similarity_backward_level,                                     \
                           similarity_pixel,                                              \
                           similarity_pixel_backward,                                     \
                           step_largest,                                                  \

@@ -101,11 +101,23 @@ inline int64_t warp_adjoint_tasks(const WarpParams& p) {
 // One cosine per image: tasks own some rows, in a group of channels.
 constexpr int similarity_anchor_rows = 24, similarity_view_rows = 32, similarity_group = 64;
 
-// How many parts of one (n, k) have sums of their own: bands of the anchor's rows in groups of channels. A
-// position's channels stay together where the cosine is per pixel. Never by the number of images, since that
-// would be by how an image's sums are rounded.
+// Channels of a task for the views that go by rows (level.h): four at a time, and what fits into cache.
+inline int similarity_level_channels(const SimilarityParams& p) {
+  const int64_t cached = 32768 / (int64_t{p.anchor.height} * p.anchor.width) / 4 * 4;
+  return cached < 4 ? 4 : (cached > 16 ? 16 : static_cast<int>(cached));
+}
+inline int similarity_level_groups(const SimilarityParams& p) {
+  return p.interleaved || p.pixel ? 0 : parts(p.channels, similarity_level_channels(p));
+}
+
+// How many parts of one (n, k) have sums of their own: bands of the anchor's rows in groups of channels, then
+// the groups of views that go by rows. A position's channels stay together where the cosine is per pixel.
+// Never by the number of images, since that would be by how an image's sums are rounded.
+inline int similarity_panel_blocks(const SimilarityParams& p) {
+  return parts(p.anchor.height, similarity_anchor_rows) * parts(p.channels, similarity_group);
+}
 inline int similarity_blocks(const SimilarityParams& p) {
-  if (!p.pixel) return parts(p.anchor.height, similarity_anchor_rows) * parts(p.channels, similarity_group);
+  if (!p.pixel) return similarity_panel_blocks(p) + similarity_level_groups(p);
   return p.anchor.height < 16 ? p.anchor.height : 16;
 }
 
@@ -133,6 +145,11 @@ inline int64_t similarity_backward_tasks(const SimilarityParams& p) {
   return int64_t{p.images} * parts(p.channels, similarity_group) * similarity_group_tasks(p);
 }
 
+// After these: a group of channels of an image, with all its views that go by rows.
+inline int64_t similarity_backward_level_tasks(const SimilarityParams& p) {
+  return int64_t{p.images} * similarity_level_groups(p);
+}
+
 constexpr int64_t step_chunk = 16384;  // elements, a multiple of 4
 inline int64_t step_chunks(const StepParams& p) { return (p.elements + step_chunk - 1) / step_chunk; }
 
@@ -156,6 +173,8 @@ struct Kernels {
   void (*similarity)(const SimilarityParams& p, int64_t begin, int64_t end);
   // a single view's: the anchor's gradient must hold zeros where no position sees the view
   void (*similarity_backward)(const SimilarityParams& p, int64_t begin, int64_t end);
+  // after it
+  void (*similarity_backward_level)(const SimilarityParams& p, int64_t begin, int64_t end);
   void (*similarity_pixel)(const SimilarityParams& p, int64_t begin, int64_t end);
   void (*similarity_pixel_backward)(const SimilarityParams& p, int64_t begin, int64_t end);
   void (*step_largest)(const StepParams& p, int64_t begin, int64_t end);  // tasks: N * step_chunks

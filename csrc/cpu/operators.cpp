@@ -202,6 +202,8 @@ std::vector<Tensor> similarity_backward(Tensor upstream, Tensor sums, Tensor anc
     } else {
       if (p.views == 1) torch::stable::zero_(gradients[0]);
       run(kernels().similarity_backward, p, similarity_backward_tasks(p), a.elements);
+      const int64_t tasks = similarity_backward_level_tasks(p);
+      if (tasks > 0) run(kernels().similarity_backward_level, p, tasks, a.elements);
     }
   }
   for (Tensor& gradient : gradients) gradient = narrowed(gradient, a.anchor.scalar_type());

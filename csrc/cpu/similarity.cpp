@@ -4,6 +4,7 @@
 #include <new>
 
 #include "../core/cosine.h"
+#include "level.h"
 #include "panels.h"
 
 namespace equifast::cpu::EQUIFAST_ISA {
@@ -180,21 +181,34 @@ class Tile {
   real *lines_, *panel0_, *panel1_;
 };
 
-// Task: some rows of the anchor of an image, in a group of channels, with all views.
+// Task: of an image, some rows of the anchor in a group of channels, with all views that go by panels; or
+// some channels with those that go by rows.
 template <typename T>
 void run_similarity(const SimilarityParams& p, int64_t begin, int64_t end) {
   using real = Real<T>;
-  Scratch scratch(Tile<T>::scratch(p.views, p.channels));
-  Tile<T> tile(p, scratch);
-  const int blocks = similarity_blocks(p), bands = parts(p.anchor.height, similarity_anchor_rows);
+  const int64_t panels_need = Tile<T>::scratch(p.views, p.channels);
+  Scratch scratch(panels_need > Level<T>::scratch ? panels_need : Level<T>::scratch);
+  const int blocks = similarity_blocks(p), panels = similarity_panel_blocks(p);
   for (int64_t task = begin; task < end; ++task) {
     const int n = static_cast<int>(task / blocks), block = static_cast<int>(task % blocks);
-    const int first = block / bands * similarity_group;
-    const int last = first + similarity_group < p.channels ? first + similarity_group : p.channels;
+    const bool by_rows = block >= panels;
+    const auto mine = [&](int k) { return Level<T>::serves(p, map_back(p, n, k), k) == by_rows; };
     const auto sums = [&](int k) { return p.partial + ((int64_t{n} * p.views + k) * blocks + block) * 3; };
-    for (int k = 0; k < p.views; ++k) std::memset(sums(k), 0, 3 * sizeof(double));
+    const int bands = parts(p.anchor.height, similarity_anchor_rows);
+    const int group = by_rows ? block - panels : block / bands;
+    const int some = by_rows ? similarity_level_channels(p) : similarity_group, first = group * some;
+    const int last = first + some < p.channels ? first + some : p.channels;
+    bool any = false;
+    for (int k = 0; k < p.views; ++k) {
+      std::memset(sums(k), 0, 3 * sizeof(double));
+      if (!mine(k)) continue;
+      any = true;
+      if (by_rows) Level<T>(p, scratch).add_products(n, k, map_back(p, n, k), first, last, sums(k));
+    }
+    if (by_rows || !any) continue;
+    Tile<T> tile(p, scratch.clear());
     visit_band(rows_of(p.anchor, block % bands, similarity_anchor_rows), tile_rows, [&](const Rect& r) {
-      if (!tile.look(n, r, [](int) { return true; })) return false;
+      if (!tile.look(n, r, mine)) return false;
       tile.visit_views(
           n, r, first, last, [](auto) {},
           [&](auto lanes, int k, const Geometry<real>& g, const real* panel0, const real* panel1) {
@@ -237,7 +251,16 @@ void add_to_anchor(const Geometry<real>& g, const Rect& anchor, const Weights<re
   }
 }
 
-// Some rows of the anchor's gradient: the sum over the views.
+// Whether no view of an image is left to panels.
+template <typename T>
+bool gradients_by_rows(const SimilarityParams& p, int n) {
+  for (int k = 0; k < p.views; ++k) {
+    if (!Level<T>::serves_gradient(p, map_back(p, n, k), k)) return false;
+  }
+  return true;
+}
+
+// Some rows of the anchor's gradient: the sum over the views that go by panels.
 template <typename T>
 class AnchorGradient {
  public:
@@ -252,9 +275,13 @@ class AnchorGradient {
 
   // Band `band` of image n, channels [first, last).
   void run(int n, int band, int first, int last) {
+    if (gradients_by_rows<T>(p_, n)) return;
     const Gradient& to = p_.anchor_gradient;
+    const auto seen = [&](int k) {
+      return !Weights<real>(p_, n, k).zero() && !Level<T>::serves_gradient(p_, map_back(p_, n, k), k);
+    };
     visit_band(rows_of(p_.anchor, band, similarity_anchor_rows), tile_rows, [&](const Rect& r) {
-      if (!tile_.look(n, r, [&](int k) { return !Weights<real>(p_, n, k).zero(); })) return false;
+      if (!tile_.look(n, r, seen)) return false;
       tile_.visit_views(
           n, r, first, last,
           [&](auto lanes) { std::memset(gradient_, 0, sizeof(real) * std::size_t(r.area() * lanes)); },
@@ -370,6 +397,7 @@ class ViewGradient {
     const Map& view = p_.view[k];
     const Weights<real> w(p_, n, k);
     const PixelMap map = map_back(p_, n, k);
+    if (Level<T>::serves_gradient(p_, map, k)) return;
     const core::Preimage preimage(map, p_.anchor.width, p_.anchor.height);
     visit_band(rows_of(view, band, similarity_view_rows), halo_rows, [&](const Rect& r) {
       Rect readers{0, 0, 0, 0};
@@ -487,6 +515,32 @@ void run_backward(const SimilarityParams& p, int64_t begin, int64_t end) {
   }
 }
 
+// After run_backward. Task: some channels of an image, with all views that go by rows.
+template <typename T>
+void run_backward_level(const SimilarityParams& p, int64_t begin, int64_t end) {
+  if (p.interleaved) return;
+  using real = Real<T>;
+  Scratch scratch(Level<T>::scratch);
+  Level<T> level(p, scratch);
+  const int some = similarity_level_channels(p), groups = similarity_level_groups(p);
+  const Gradient& own = p.anchor_gradient;
+  for (int64_t task = begin; task < end; ++task) {
+    const int n = static_cast<int>(task / groups), first = static_cast<int>(task % groups) * some;
+    const int last = first + some < p.channels ? first + some : p.channels;
+    if (p.views > 1 && gradients_by_rows<T>(p, n)) {
+      for (int c = first; c < last; ++c) {
+        std::memset(image_of<T>(own, n, c), 0, sizeof(T) * std::size_t(own.sy * p.anchor.height));
+      }
+    }
+    for (int k = 0; k < p.views; ++k) {
+      const PixelMap map = map_back(p, n, k);
+      if (!Level<T>::serves_gradient(p, map, k)) continue;
+      const Weights<real> w(p, n, k);
+      level.add_gradients(n, k, map, w.cross, w.own0, w.own1, first, last);
+    }
+  }
+}
+
 }  // namespace
 
 void similarity(const SimilarityParams& p, int64_t begin, int64_t end) {
@@ -495,6 +549,10 @@ void similarity(const SimilarityParams& p, int64_t begin, int64_t end) {
 
 void similarity_backward(const SimilarityParams& p, int64_t begin, int64_t end) {
   dispatch(p.dtype, [&](auto zero) { run_backward<decltype(zero)>(p, begin, end); });
+}
+
+void similarity_backward_level(const SimilarityParams& p, int64_t begin, int64_t end) {
+  dispatch(p.dtype, [&](auto zero) { run_backward_level<decltype(zero)>(p, begin, end); });
 }
 
 }  // namespace equifast::cpu::EQUIFAST_ISA

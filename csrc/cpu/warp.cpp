@@ -103,11 +103,15 @@ class Warp {
         for (int c = 0; c < p_.channels; ++c) clear(row(c), target, 1, 0, target.width);
         continue;
       }
-      separable_row(y_axis_, j - first, columns_, image, source.sc, source.sy, p_.channels, line_, values_,
-                    [&](int c, const real* __restrict values) {
-                      T* __restrict to = row(c);
-                      for (int i = 0; i < target.width; ++i) store(to[i], values[i]);
-                    });
+      for (int c = 0; c < p_.channels; ++c) {
+        const T* plane = image + c * source.sc;
+        T* to = row(c);
+        separable_row<1, T>(
+            y_axis_, j - first, columns_, [&](int y) { return plane + y * source.sy; }, 0, line_, values_,
+            [&](int x, const Pack<16, real>(&v)[1]) EQUIFAST_INLINE {
+              with_lanes(0, target.width - x, [&](auto lanes) EQUIFAST_INLINE { put(to + x, lanes, v[0]); });
+            });
+      }
     }
   }
 
@@ -309,15 +313,19 @@ class Adjoint {
         }
         continue;
       }
-      separable_row(y_transposed_, y, columns_, image_of(target, part) + top * target.sy, target.sc,
-                    target.sy, part.channels, line_, values_, [&](int c, const real* __restrict values) {
-                      real* __restrict total = total_row(part, c, y);
-                      if (part.totals) {
-                        for (int x = 0; x < width; ++x) total[x] += values[x];
-                      } else {
-                        std::copy(values, values + width, total);
-                      }
-                    });
+      for (int c = 0; c < part.channels; ++c) {
+        const T* plane = image_of(target, part) + top * target.sy + c * target.sc;
+        real* total = total_row(part, c, y);
+        separable_row<1, T>(
+            y_transposed_, y, columns_, [&](int j) { return plane + j * target.sy; }, 0, line_, values_,
+            [&](int x, const Pack<16, real>(&v)[1]) EQUIFAST_INLINE {
+              with_lanes(0, width - x, [&](auto lanes) EQUIFAST_INLINE {
+                Pack<16, real> sum = v[0], before;
+                if (part.totals) get(total + x, lanes, before), sum.add(before);
+                put(total + x, lanes, sum);
+              });
+            });
+      }
     }
     part.totals = true;
   }

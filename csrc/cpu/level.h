@@ -1,0 +1,239 @@
+// Similarity by rows, of planar maps under views without rotation and shear: features stay as they lie in
+// memory, where panels (panels.h) would turn every pixel round. Included by kernels that are compiled once
+// per instruction set, hence the unnamed namespace.
+#pragma once
+
+#include <cmath>
+
+#include "axis.h"
+#include "panels.h"
+
+namespace equifast::cpu {
+namespace {
+
+constexpr int prefetched = 512;        // pixels, of a gradient that is about to be written
+constexpr int least_level_width = 24;  // of an anchor: below, vectors are half empty
+// Pixels of the view per position: fewer, and too many positions read one row or one vector of it; more, and
+// a vector of positions reads too many pixels.
+constexpr double least_level_slope = 0.27, most_level_slope = 3.9;
+
+template <typename T>
+class Level {
+ public:
+  using real = Real<T>;
+
+  static constexpr int64_t scratch = 7 << 16;  // bytes, all of which are its own
+
+  Level(const SimilarityParams& p, Scratch& s) : p_(p), scratch_(s) {}
+
+  // Whether a view of that map may go by rows.
+  static bool serves(const SimilarityParams& p, const core::PixelMap& map, int k) {
+    if (p.interleaved || map.xj != 0 || map.yi != 0 || p.anchor.width < least_level_width) return false;
+    const double across = std::fabs(map.xi), down = std::fabs(map.yj);
+    if (!(across >= least_level_slope && across <= most_level_slope && down >= least_level_slope))
+      return false;
+    const Map &anchor = p.anchor, &view = p.view[k];
+    return 2 * line_bytes(anchor.width) + 2 * line_bytes(view.width) + axis_bytes(anchor.width, view.width) +
+               axis_bytes(anchor.height, view.height) + columns_bytes(anchor.width, 2) +
+               columns_bytes(view.width, most_readers(map.xi)) +
+               most_readers(map.yj) *
+                   (Scratch::bytes<real>(slope_row(anchor.width)) + Scratch::bytes<int>(1)) <=
+           scratch;
+  }
+
+  // Whether its gradients may too: the anchor's is added up over the views in its own dtype.
+  static bool serves_gradient(const SimilarityParams& p, const core::PixelMap& map, int k) {
+    return (std::is_same<T, real>::value || p.views == 1) && serves(p, map, k);
+  }
+
+  // The sums over channels [first, last).
+  void add_products(int n, int k, const core::PixelMap& map, int first, int last, double* out) {
+    const Sampled view = sample(map, n, k);
+    visit_planes(first, last, [&](auto planes, int c) { add_products<planes>(view, n, c, out); });
+  }
+
+  // The gradient of channels [first, last) of a view; adds what they give to that of the anchor. The
+  // derivatives by the products are `cross`, `own0` and `own1`.
+  void add_gradients(int n, int k, const core::PixelMap& map, real cross, real own0, real own1, int first,
+                     int last) {
+    const Map &anchor = p_.anchor, &map_k = p_.view[k];
+    const Sampled view = sample(map, n, k);
+    Scratch& s = scratch_;
+    Axis<real> rows(s, map_k.height, 2 * anchor.height), across(s, map_k.width, 2 * anchor.width);
+    rows.transpose(view.rows, 0, map_k.height), across.transpose(view.across, 0, map_k.width);
+    Columns<real> columns(s, map_k.width, parts(map_k.width, Columns<real>::chunk) * most_readers(map.xi));
+    columns.lay(across, anchor.width);
+    const int kept = most_kept(map.yj);
+    real *slopes = s.take<real>(kept * slope_row(anchor.width)),
+         *line = s.take<real>(line_size(anchor.width)), *values = s.take<real>(line_size(map_k.width));
+    int* holds = s.take<int>(kept);
+    const Gradient& g = p_.view_gradient[k];
+    visit_planes(first, last, [&](auto planes, int c) {
+      Slopes<planes> from{view, slopes, holds, kept, anchor.width, cross, own0, own1};
+      from.aim(p_, n, c);
+      const auto row = [&](int j) { return from.row(j); };
+      T* out = static_cast<T*>(g.data) + n * g.sn + c * g.sc;
+      for (int y = 0; y < map_k.height; ++y, out += g.sy) {
+        if (rows.count(y) == 0) {
+          for (int p = 0; p < planes; ++p) {
+            for (int x = 0; x < map_k.width; ++x) store(out[p * g.sc + x], real(0));
+          }
+          continue;
+        }
+        // the next row's too: what has just been written is slow to read
+        for (int e = rows.begin[y + 1]; y + 1 < map_k.height && e < rows.begin[y + 2]; ++e) row(rows.at[e]);
+        separable_row<planes, real>(rows, y, columns, row, line_size(anchor.width), line, values,
+                                    [&](int x, const Pack<16, real>(&v)[planes]) EQUIFAST_INLINE {
+                                      with_lanes(0, map_k.width - x, [&](auto lanes) EQUIFAST_INLINE {
+                                        for (int p = 0; p < planes; ++p) {
+                                          T* to = out + p * g.sc + x;
+                                          __builtin_prefetch(to + prefetched, 1), put(to, lanes, v[p]);
+                                        }
+                                      });
+                                    });
+      }
+    });
+  }
+
+ private:
+  const SimilarityParams& p_;
+  Scratch& scratch_;
+
+  // Positions that read a pixel of an axis; that read one of two neighbors.
+  static int most_readers(double slope) { return static_cast<int>(2 / std::fabs(slope)) + 3; }
+  static int most_kept(double slope) { return static_cast<int>(3 / std::fabs(slope)) + 4; }
+  static int64_t line_size(int width) { return width + Columns<real>::beyond; }
+  static int64_t line_bytes(int width) { return Scratch::bytes<real>(line_size(width)); }
+  static int64_t slope_row(int width) { return most_planes * line_size(width); }
+  static int64_t axis_bytes(int anchor, int view) {  // and of its transpose
+    return Axis<real>::scratch(anchor, 2 * anchor) + Axis<real>::scratch(view, 2 * anchor);
+  }
+  static int64_t columns_bytes(int width, int terms) {
+    return Columns<real>::scratch(width, parts(width, Columns<real>::chunk) * terms);
+  }
+
+  // Channels are gone through some at a time, which share what is known of the positions.
+  static constexpr int most_planes = wide<T> ? 4 : 1;
+  template <typename Work>
+  static void visit_planes(int first, int last, const Work& work) {
+    int c = first;
+    for (; c + most_planes <= last; c += most_planes) work(std::integral_constant<int, most_planes>(), c);
+    for (; c < last; ++c) work(std::integral_constant<int, 1>(), c);
+  }
+
+  // An image's view, read at rows of the anchor.
+  struct Sampled {
+    Axis<real> across, rows;
+    Columns<real> columns;
+    Range seen;  // columns of the anchor
+    const T* image;
+    const Map* map;
+    real *line, *values;
+
+    template <int planes, typename Visit>
+    void read(int row, int c, const Visit& visit) const {
+      const T* plane = image + c * map->sc;
+      separable_row<planes, T>(
+          rows, row, columns, [plane, this](int y) { return plane + y * map->sy; }, map->sc, line, values,
+          visit);
+    }
+  };
+
+  template <int planes>
+  void add_products(const Sampled& view, int n, int c, double* out) {
+    const Map& anchor = p_.anchor;
+    Pack<16, real> inner, square0, square1;
+    inner.zero(), square0.zero(), square1.zero();
+    const auto flush = [&] {  // in `real` over few rows, beyond in double
+      out[0] += inner.sum(), out[1] += square0.sum(), out[2] += square1.sum();
+      inner.zero(), square0.zero(), square1.zero();
+    };
+    const T* f0 = static_cast<const T*>(anchor.data) + n * anchor.sn + c * anchor.sc;
+    int added = 0;
+    for (int j = 0; j < anchor.height; ++j, f0 += anchor.sy) {
+      if (view.rows.count(j) == 0) continue;
+      view.template read<planes>(j, c, [&](int i, const Pack<16, real>(&v1)[planes]) EQUIFAST_INLINE {
+        with_lanes(view.seen.begin - i, view.seen.end - i, [&](auto lanes) EQUIFAST_INLINE {
+          for (int p = 0; p < planes; ++p) {
+            Pack<16, real> v0;
+            get(f0 + p * anchor.sc + i, lanes, v0);
+            inner.add_product(v0, v1[p]), square0.add_product(v0, v0), square1.add_product(v1[p], v1[p]);
+          }
+        });
+      });
+      added += planes * (view.seen.end - view.seen.begin);
+      if (added >= 2048) flush(), added = 0;
+    }
+    flush();
+  }
+
+  // The gradients of rows of positions, by the sample that each reads. Some rows are kept: those that read
+  // one row of the view follow each other. Adds to the anchor's gradient on the way.
+  template <int planes>
+  struct Slopes {
+    const Sampled& view;
+    real* slopes;
+    int *holds, kept, width;  // rows of the anchor that `slopes` has; how many it can have
+    real cross, own0, own1;
+    int c = 0;
+    const T* f0 = nullptr;
+    T* own = nullptr;
+    int64_t f0_sc = 0, f0_sy = 0, own_sc = 0, own_sy = 0;
+
+    void aim(const SimilarityParams& p, int n, int channel) {
+      c = channel;
+      for (int i = 0; i < kept; ++i) holds[i] = -1;
+      f0_sc = p.anchor.sc, f0_sy = p.anchor.sy, own_sc = p.anchor_gradient.sc, own_sy = p.anchor_gradient.sy;
+      f0 = static_cast<const T*>(p.anchor.data) + n * p.anchor.sn + c * f0_sc;
+      own = static_cast<T*>(p.anchor_gradient.data) + n * p.anchor_gradient.sn + c * own_sc;
+    }
+
+    const real* row(int j) {
+      real* to = slopes + j % kept * slope_row(width);
+      if (holds[j % kept] != j) {
+        holds[j % kept] = j;
+        compute(j, to);
+      }
+      return to;
+    }
+
+    void compute(int j, real* to) const {
+      const T* from = f0 + j * f0_sy;
+      T* sum = own + j * own_sy;
+      view.template read<planes>(j, c, [&](int i, const Pack<16, real>(&v1)[planes]) EQUIFAST_INLINE {
+        with_lanes(view.seen.begin - i, view.seen.end - i, [&](auto lanes) EQUIFAST_INLINE {
+          for (int p = 0; p < planes; ++p) {
+            Pack<16, real> v0, total, part;
+            get(from + p * f0_sc + i, lanes, v0), get(sum + p * own_sc + i, lanes, total);
+            part.combine(cross, v1[p], own0, v0), total.add(part), put(sum + p * own_sc + i, lanes, total);
+            part.combine(cross, v0, own1, v1[p]), part.put(to + p * line_size(width) + i);
+          }
+        });
+      });
+    }
+  };
+
+  Sampled sample(const core::PixelMap& map, int n, int k) {
+    const int width = p_.anchor.width, height = p_.anchor.height;
+    const Map& view = p_.view[k];
+    Scratch& s = scratch_.clear();
+    Sampled v{Axis<real>(s, width, 2 * width),
+              Axis<real>(s, height, 2 * height),
+              Columns<real>(s, width, parts(width, Columns<real>::chunk) * 2),
+              {0, 0},
+              static_cast<const T*>(view.data) + n * view.sn,
+              &view,
+              s.take<real>(view.width + Columns<real>::beyond),
+              s.take<real>(width + Columns<real>::beyond)};
+    v.across.sample(0, width, view.width, map.left, map.right, map.xi, map.x0);
+    v.rows.sample(0, height, view.height, map.top, map.bottom, map.yj, map.y0);
+    v.columns.lay(v.across, view.width);
+    Range& seen = v.seen = {0, width};
+    while (seen.begin < seen.end && v.across.count(seen.begin) == 0) ++seen.begin;
+    while (seen.begin < seen.end && v.across.count(seen.end - 1) == 0) --seen.end;
+    return v;
+  }
+};
+
+}  // namespace
+}  // namespace equifast::cpu

@@ -1,0 +1,211 @@
+// Vectors: a few numbers that are computed with at once, and how they get from memory and to it. Included by
+// kernels that are compiled once per instruction set, hence the unnamed namespace.
+#pragma once
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define EQUIFAST_WIDE 1
+#else
+#define EQUIFAST_WIDE 0
+#endif
+
+#if defined(__AVX2__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of registers that GCC 12's header leaves undefined
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#endif
+
+#include <cstring>
+#include <type_traits>
+
+#include "rows.h"
+
+// Vectors that functions pass to each other stay in registers only where these are inlined.
+#define EQUIFAST_INLINE __attribute__((always_inline))
+
+namespace equifast::cpu {
+namespace {
+
+// Whether 16 lanes are one register.
+template <typename T>
+constexpr bool wide = EQUIFAST_WIDE && !std::is_same<T, double>::value;
+
+// `lanes` numbers that are computed with at once: a vector, or one of 16 and a shorter one. As a type of its
+// own, since compilers unroll a loop over them before they think of vectors. Never passed by value: the
+// calling convention depends on the instruction set.
+template <int lanes, typename real>
+struct Pack {
+  static constexpr int head = lanes < 16 ? lanes : 16, tail = lanes - head;
+  typedef real Head __attribute__((vector_size(head * sizeof(real))));  // an alias would not take the
+  typedef real Tail __attribute__((vector_size((tail > 0 ? tail : 4) * sizeof(real))));  // attribute
+  Head h;
+  Tail t;
+
+  void zero() { h = Head{}, t = Tail{}; }
+  void get(const real* from) {
+    std::memcpy(&h, from, sizeof(h));
+    if constexpr (tail > 0) std::memcpy(&t, from + head, sizeof(t));
+  }
+  void put(real* to) const {
+    std::memcpy(to, &h, sizeof(h));
+    if constexpr (tail > 0) std::memcpy(to + head, &t, sizeof(t));
+  }
+  void add(const Pack& a) {
+    h += a.h;
+    if constexpr (tail > 0) t += a.t;
+  }
+  void subtract(const Pack& a) {
+    h -= a.h;
+    if constexpr (tail > 0) t -= a.t;
+  }
+  void scaled(real f, const Pack& a) {
+    h = f * a.h;
+    if constexpr (tail > 0) t = f * a.t;
+  }
+  void add_scaled(real f, const Pack& a) {
+    h += f * a.h;
+    if constexpr (tail > 0) t += f * a.t;
+  }
+  void add_product(const Pack& a, const Pack& b) {
+    h += a.h * b.h;
+    if constexpr (tail > 0) t += a.t * b.t;
+  }
+  // f a - g b
+  void combine(real f, const Pack& a, real g, const Pack& b) {
+    h = f * a.h - g * b.h;
+    if constexpr (tail > 0) t = f * a.t - g * b.t;
+  }
+  // a + f (b - a)
+  void between(real f, const Pack& a, const Pack& b) {
+    h = a.h + f * (b.h - a.h);
+    if constexpr (tail > 0) t = a.t + f * (b.t - a.t);
+  }
+  double sum() const {
+    double total = 0;
+    for (int i = 0; i < head; ++i) total += double(h[i]);
+    for (int i = 0; i < tail; ++i) total += double(t[i]);
+    return total;
+  }
+};
+
+#if EQUIFAST_WIDE
+inline __mmask16 first_of_16(int count) {
+  return static_cast<__mmask16>(count >= 16 ? 0xffff : (1 << count) - 1);
+}
+
+// Lanes [first, last) of 16, of which the latter may be anything.
+inline __mmask16 of_16(int first, int last) {
+  return static_cast<__mmask16>(last <= 0 || first > 15 ? 0 : first_of_16(last) & (0xffff << first));
+}
+
+inline __m512 load_16(const float* from, __mmask16 m) { return _mm512_maskz_loadu_ps(m, from); }
+inline __m512 load_16(const BFloat16* from, __mmask16 m) {
+  const __m512i words = _mm512_maskz_cvtepu16_epi32(m, _mm256_maskz_loadu_epi16(m, from));
+  return _mm512_castsi512_ps(_mm512_maskz_slli_epi32(m, words, 16));
+}
+inline __m512 load_16(const Half* from, __mmask16 m) {
+  return _mm512_maskz_cvtph_ps(m, _mm256_maskz_loadu_epi16(m, from));
+}
+
+inline void put_16(float* to, __m512 v) { _mm512_storeu_ps(to, v); }
+inline void put_16(Half* to, __m512 v) {
+  const __m256i words = _mm512_maskz_cvtps_ph(0xffff, v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), words);
+}
+inline void put_16(BFloat16* to, __m512 v) {  // as core::store
+  const __m512i bits = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_maskz_srli_epi32(0xffff, bits, 16), _mm512_set1_epi32(1));
+  __m512i words = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  words = _mm512_maskz_srli_epi32(0xffff, words, 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  words = _mm512_mask_mov_epi32(words, nan, _mm512_set1_epi32(0x7fc0));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_maskz_cvtepi32_epi16(0xffff, words));
+}
+// The first `count` of them.
+template <typename T>
+inline void put_16(T* to, int count, __m512 v) {
+  if (count >= 16) return put_16(to, v);
+  T values[16];
+  put_16(values, v);
+  std::memcpy(to, values, sizeof(T) * std::size_t(count));
+}
+inline void put_16(float* to, int count, __m512 v) { _mm512_mask_storeu_ps(to, first_of_16(count), v); }
+#endif
+
+// All lanes of 16, or those in [first, last).
+struct AllLanes {};
+struct SomeLanes {
+  int first, last;
+};
+
+// Calls work(lanes), of which more may be asked for than there are. Masks cost: most vectors need none.
+template <typename Work>
+EQUIFAST_INLINE inline void with_lanes(int first, int last, const Work& work) {
+  if (first <= 0 && last >= 16) {
+    work(AllLanes());
+  } else {
+    work(SomeLanes{first < 0 ? 0 : first, last > 16 ? 16 : last});
+  }
+}
+
+// Numbers of any type as real ones, and back. Where some lanes are asked for the others are 0, and are not
+// written.
+template <typename T>
+EQUIFAST_INLINE inline void get(const T* from, AllLanes, Pack<16, Real<T>>& v) {
+  if constexpr (std::is_same<T, Real<T>>::value) {
+    v.get(from);
+    return;
+  }
+#if EQUIFAST_WIDE
+  if constexpr (wide<T>) {
+    v.h = (typename Pack<16, Real<T>>::Head)load_16(from, 0xffff);
+    return;
+  }
+#endif
+  Real<T> numbers[16];
+  for (int i = 0; i < 16; ++i) numbers[i] = load(from[i]);
+  v.get(numbers);
+}
+
+template <typename T>
+EQUIFAST_INLINE inline void get(const T* from, SomeLanes lanes, Pack<16, Real<T>>& v) {
+#if EQUIFAST_WIDE
+  if constexpr (wide<T>) {
+    v.h = (typename Pack<16, Real<T>>::Head)load_16(from, of_16(lanes.first, lanes.last));
+    return;
+  }
+#endif
+  Real<T> numbers[16] = {};
+  for (int i = lanes.first; i < lanes.last; ++i) numbers[i] = load(from[i]);
+  v.get(numbers);
+}
+
+template <typename T>
+EQUIFAST_INLINE inline void put(T* to, AllLanes, const Pack<16, Real<T>>& v) {
+  if constexpr (std::is_same<T, Real<T>>::value) {
+    v.put(to);
+    return;
+  }
+#if EQUIFAST_WIDE
+  if constexpr (wide<T>) return put_16(to, (__m512)v.h);
+#endif
+  Real<T> numbers[16];
+  v.put(numbers);
+  for (int i = 0; i < 16; ++i) store(to[i], numbers[i]);
+}
+
+template <typename T>
+EQUIFAST_INLINE inline void put(T* to, SomeLanes lanes, const Pack<16, Real<T>>& v) {
+#if EQUIFAST_WIDE
+  if constexpr (std::is_same<T, float>::value) {
+    _mm512_mask_storeu_ps(to, of_16(lanes.first, lanes.last), (__m512)v.h);
+    return;
+  }
+#endif
+  T numbers[16];  // a masked store of words is slow
+  put(numbers, AllLanes(), v);
+  for (int i = lanes.first; i < lanes.last; ++i) to[i] = numbers[i];
+}
+
+}  // namespace
+}  // namespace equifast::cpu
