@@ -62,6 +62,10 @@ def _leaf(x: Tensor) -> Tensor:
     return x.detach().requires_grad_()
 
 
+def _plus(total: Tensor | None, part: Tensor) -> Tensor:
+    return part if total is None else total + part
+
+
 def _differentiate(value: Tensor, inputs: Sequence[Tensor], upstream: Tensor | None = None) -> tuple[Tensor, ...]:
     """The gradients of ``value`` (weighted by ``upstream`` where it is no scalar) with respect to ``inputs``."""
     gradients: Sequence[Tensor | None] = [None]
@@ -195,18 +199,18 @@ class Equivariance:
             anchor = _leaf(features)
             # Summed in the dtype of the features, as each view's part is rounded to it; a wider sum would take as much
             # memory again, and the network's own rounding in that dtype is larger.
-            upstream = torch.zeros_like(anchor)
-            values, total = [], torch.zeros_like(x)
+            values: list[Tensor] = []
+            total: Tensor | None = None
+            upstream: Tensor | None = None
             for view in sampled:
                 image = _leaf(x)
                 features_of_view = self.features(self.render(image, view))
                 s = ops.similarity(anchor, [features_of_view], view.theta[None], self._reduction)
                 g_image, g_anchor = _differentiate(s.sum(), [image, anchor])
-                total += g_image
-                upstream += g_anchor
+                total, upstream = _plus(total, g_image), _plus(upstream, g_anchor)
                 values.append(s.detach())
                 del image, features_of_view, s, g_image, g_anchor
-            total += _differentiate(features, [leaf], upstream)[0]
+            total = _plus(total, _differentiate(features, [leaf], upstream)[0])
         return torch.stack(torch.cat(values, 1).unbind(1)).sum(0), total
 
     def slope(self, x: Tensor, t: int) -> Tensor:

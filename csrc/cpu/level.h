@@ -235,5 +235,232 @@ class Level {
   }
 };
 
+// The same for interleaved maps of few channels: a row is one line of numbers, whatever their channels, until
+// columns are combined, and then a pixel is a vector. Where vectors are wide.
+template <typename T>
+class LevelPixels {
+ public:
+  using real = Real<T>;
+
+  static constexpr int64_t scratch = Level<T>::scratch;
+
+  LevelPixels(const SimilarityParams& p, Scratch& s) : p_(p), scratch_(s) {}
+
+  static bool serves(const SimilarityParams& p, const core::PixelMap& map, int k) {
+    if (!wide<T> || !p.interleaved || p.channels > 32 || map.xj != 0 || map.yi != 0) return false;
+    if (!(std::fabs(map.xi) >= least_level_slope && std::fabs(map.yj) >= least_level_slope)) return false;
+    const Map &anchor = p.anchor, &view = p.view[k];
+    return Axis<real>::scratch(anchor.width, 2 * anchor.width) +
+               Axis<real>::scratch(anchor.height, 2 * anchor.height) +
+               Axis<real>::scratch(view.width, 2 * anchor.width) +
+               Axis<real>::scratch(similarity_view_rows, 2 * anchor.height) +
+               (3 + most_kept(map.yj)) * line_bytes(anchor.width, p.channels) +
+               2 * line_bytes(view.width, p.channels) + Scratch::bytes<int>(most_kept(map.yj)) <=
+           scratch;
+  }
+
+  // Of a single view, whose tasks own the gradient of the anchor too.
+  static bool serves_gradient(const SimilarityParams& p, const core::PixelMap& map, int k) {
+    return p.views == 1 && serves(p, map, k);
+  }
+
+  // The sums over rows [top, bottom) of the anchor.
+  void add_products(int n, int k, const core::PixelMap& map, int top, int bottom, double* out) {
+    const Sampled view = sample(map, n, k, top, bottom);
+    real* own = line(p_.anchor.width);
+    for (int j = top; j < bottom; ++j) {
+      if (view.rows.count(j - top) == 0 || view.seen.begin == view.seen.end) continue;
+      view.read(j - top);
+      widen(image(p_.anchor, n) + j * p_.anchor.sy, view.seen, own);
+      Pack<16, real> inner, square0, square1;
+      inner.zero(), square0.zero(), square1.zero();
+      each_pixel(view, [&](int i, int c, auto lanes, const Pack<16, real>& v1) EQUIFAST_INLINE {
+        Pack<16, real> v0;
+        get(own + int64_t{i} * p_.channels + c, lanes, v0);
+        inner.add_product(v0, v1), square0.add_product(v0, v0), square1.add_product(v1, v1);
+      });
+      out[0] += inner.sum(), out[1] += square0.sum(), out[2] += square1.sum();
+    }
+  }
+
+  // Rows [first, last) of the gradient of the view, and those of the anchor that read them first. The
+  // derivatives by the products are `cross`, `own0` and `own1`.
+  void write_gradients(int n, int k, const core::PixelMap& map, real cross, real own0, real own1, int first,
+                       int last) {
+    const Map &anchor = p_.anchor, &map_k = p_.view[k];
+    const int channels = p_.channels, height = anchor.height;
+    int top = 0, bottom = height;
+    narrow(map.yj, map.y0, first - 1.0, last, top, bottom);  // others read other rows
+    const Sampled view = sample(map, n, k, top, bottom);
+    Axis<real> rows(scratch_, last - first, 2 * (bottom - top)),
+        across(scratch_, map_k.width, 2 * anchor.width);
+    rows.transpose(view.rows, first, last), across.transpose(view.across, 0, map_k.width);
+    const int kept = most_kept(map.yj);
+    real *own = line(anchor.width), *own_slopes = line(anchor.width), *sum = line(anchor.width),
+         *result = line(map_k.width), *slopes = scratch_.take<real>(kept * line_size(anchor.width, channels));
+    int* holds = scratch_.take<int>(kept);
+    for (int i = 0; i < kept; ++i) holds[i] = -1;
+    const Gradient &to_own = p_.anchor_gradient, &to_view = p_.view_gradient[k];
+    const int64_t begin = int64_t{view.seen.begin} * channels, end = int64_t{view.seen.end} * channels;
+
+    const auto slope = [&](int j) -> const real* {  // of the positions of row j, by what each reads
+      real* to = slopes + j % kept * line_size(anchor.width, channels);
+      if (holds[j % kept] == j) return to;
+      holds[j % kept] = j;
+      view.read(j);
+      widen(image(anchor, n) + (top + j) * anchor.sy, view.seen, own);
+      each_pixel(view, [&](int i, int c, auto lanes, const Pack<16, real>& v1) EQUIFAST_INLINE {
+        const int64_t at = int64_t{i} * channels + c;
+        Pack<16, real> v0, part;
+        get(own + at, lanes, v0);
+        part.combine(cross, v1, own0, v0), put(own_slopes + at, lanes, part);
+        part.combine(cross, v0, own1, v1), put(to + at, lanes, part);
+      });
+      const int read_first = view.rows.at[view.rows.begin[j]];
+      if (read_first >= first && read_first < last) {
+        narrow_to(own_slopes, begin, end, image(to_own, n) + (top + j) * to_own.sy);
+      }
+      return to;
+    };
+
+    for (int y = 0; y < last - first; ++y) {
+      const bool any = rows.count(y) > 0 && begin < end;
+      if (any) blend<real>(rows, y, slope, begin, end, sum);
+      for (int c = 0; c < channels; c += 16) {
+        with_lanes(0, channels - c, [&](auto lanes) EQUIFAST_INLINE {
+          for (int x = 0; x < map_k.width; ++x) {
+            Pack<16, real> total, part;
+            total.zero();
+            for (int e = across.begin[x]; any && e < across.begin[x + 1]; ++e) {
+              get(sum + int64_t{across.at[e]} * channels + c, lanes, part);
+              total.add_scaled(across.weight[e], part);
+            }
+            put(result + int64_t{x} * channels + c, lanes, total);
+          }
+        });
+      }
+      narrow_to(result, 0, int64_t{map_k.width} * channels, image(to_view, n) + (first + y) * to_view.sy);
+    }
+  }
+
+ private:
+  const SimilarityParams& p_;
+  Scratch& scratch_;
+
+  static int most_kept(double slope) { return static_cast<int>(2 / std::fabs(slope)) + 4; }
+  static int64_t line_size(int width, int channels) { return (int64_t{width} * channels + 31) / 16 * 16; }
+  static int64_t line_bytes(int width, int channels) {
+    return Scratch::bytes<real>(line_size(width, channels));
+  }
+  real* line(int width) { return scratch_.take<real>(line_size(width, p_.channels)); }
+
+  static const T* image(const Map& map, int n) { return static_cast<const T*>(map.data) + n * map.sn; }
+  static T* image(const Gradient& map, int n) { return static_cast<T*>(map.data) + n * map.sn; }
+
+  // Calls work(i, lanes) on numbers [begin, end), 16 at a time.
+  template <typename Work>
+  EQUIFAST_INLINE static inline void each_number(int64_t begin, int64_t end, const Work& work) {
+    int64_t i = begin;
+    for (; i + 16 <= end; i += 16) work(i, AllLanes());
+    if (i < end) work(i, SomeLanes{0, static_cast<int>(end - i)});
+  }
+
+  void widen(const T* from, const Range& columns, real* to) const {
+    each_number(int64_t{columns.begin} * p_.channels, int64_t{columns.end} * p_.channels,
+                [&](int64_t i, auto lanes) EQUIFAST_INLINE {
+                  Pack<16, real> v;
+                  __builtin_prefetch(from + i + prefetched);
+                  get(from + i, lanes, v), put(to + i, lanes, v);
+                });
+  }
+
+  static void narrow_to(const real* from, int64_t begin, int64_t end, T* to) {
+    each_number(begin, end, [&](int64_t i, auto lanes) EQUIFAST_INLINE {
+      Pack<16, real> v;
+      __builtin_prefetch(to + i + prefetched, 1);
+      get(from + i, lanes, v), put(to + i, lanes, v);
+    });
+  }
+
+  // Numbers [begin, end) of a sum of rows.
+  template <typename U, typename Row>
+  static void blend(const Axis<real>& rows, int i, const Row& row, int64_t begin, int64_t end, real* to) {
+    for (int e = rows.begin[i]; e < rows.begin[i + 1]; e += 2) {
+      const bool two = e + 1 < rows.begin[i + 1], before = e > rows.begin[i];
+      const U *a = row(rows.at[e]), *b = two ? row(rows.at[e + 1]) : a;
+      const real wa = rows.weight[e], wb = two ? rows.weight[e + 1] : real(0);
+      each_number(begin, end, [&](int64_t x, auto lanes) EQUIFAST_INLINE {
+        Pack<16, real> sum, part;
+        __builtin_prefetch(a + x + prefetched);
+        get(a + x, lanes, sum), sum.scaled(wa, sum);
+        if (two) __builtin_prefetch(b + x + prefetched), get(b + x, lanes, part), sum.add_scaled(wb, part);
+        if (before) get(to + x, lanes, part), sum.add(part);
+        put(to + x, lanes, sum);
+      });
+    }
+  }
+
+  struct Sampled {
+    Axis<real> across, rows;
+    Range seen;   // columns of the anchor
+    Range reads;  // columns of the view
+    const T* data;
+    const Map* map;
+    real* line;
+    int channels;
+
+    void read(int row) const {
+      blend<T>(
+          rows, row, [this](int y) { return data + y * map->sy; }, int64_t{reads.begin} * channels,
+          int64_t{reads.end} * channels, line);
+    }
+  };
+
+  Sampled sample(const core::PixelMap& map, int n, int k, int top, int bottom) {
+    const int width = p_.anchor.width, height = bottom - top;
+    const Map& view = p_.view[k];
+    Scratch& s = scratch_.clear();
+    Sampled v{Axis<real>(s, width, 2 * width),
+              Axis<real>(s, height, 2 * height),
+              {0, width},
+              {view.width, 0},
+              image(view, n),
+              &view,
+              line(view.width),
+              p_.channels};
+    v.across.sample(0, width, view.width, map.left, map.right, map.xi, map.x0);
+    v.rows.sample(top, height, view.height, map.top, map.bottom, map.yj, map.y0);
+    Range& seen = v.seen;
+    while (seen.begin < seen.end && v.across.count(seen.begin) == 0) ++seen.begin;
+    while (seen.begin < seen.end && v.across.count(seen.end - 1) == 0) --seen.end;
+    for (int e = 0; e < v.across.begin[width]; ++e) {
+      v.reads.begin = std::min(v.reads.begin, v.across.at[e]);
+      v.reads.end = std::max(v.reads.end, v.across.at[e] + 1);
+    }
+    return v;
+  }
+
+  // Calls work(column, channel, lanes, values) on what the columns that are seen read of the line.
+  template <typename Work>
+  EQUIFAST_INLINE inline void each_pixel(const Sampled& view, const Work& work) const {
+    const int channels = p_.channels;
+    for (int c = 0; c < channels; c += 16) {
+      with_lanes(0, channels - c, [&](auto lanes) EQUIFAST_INLINE {
+        for (int i = view.seen.begin; i < view.seen.end; ++i) {
+          const int e = view.across.begin[i];
+          Pack<16, real> v, other;
+          get(view.line + int64_t{view.across.at[e]} * channels + c, lanes, v);
+          v.scaled(view.across.weight[e], v);
+          if (e + 1 < view.across.begin[i + 1]) {
+            get(view.line + int64_t{view.across.at[e + 1]} * channels + c, lanes, other);
+            v.add_scaled(view.across.weight[e + 1], other);
+          }
+          work(i, c, lanes, v);
+        }
+      });
+    }
+  }
+};
+
 }  // namespace
 }  // namespace equifast::cpu

@@ -188,26 +188,34 @@ void run_similarity(const SimilarityParams& p, int64_t begin, int64_t end) {
   using real = Real<T>;
   const int64_t panels_need = Tile<T>::scratch(p.views, p.channels);
   Scratch scratch(panels_need > Level<T>::scratch ? panels_need : Level<T>::scratch);
-  const int blocks = similarity_blocks(p), panels = similarity_panel_blocks(p);
+  const int blocks = similarity_blocks(p), panels = similarity_panel_blocks(p),
+            bands = parts(p.anchor.height, similarity_anchor_rows);
   for (int64_t task = begin; task < end; ++task) {
     const int n = static_cast<int>(task / blocks), block = static_cast<int>(task % blocks);
     const bool by_rows = block >= panels;
-    const auto mine = [&](int k) { return Level<T>::serves(p, map_back(p, n, k), k) == by_rows; };
+    const Rect band = rows_of(p.anchor, block % bands, similarity_anchor_rows);
+    const auto mine = [&](int k) {
+      const PixelMap map = map_back(p, n, k);
+      return Level<T>::serves(p, map, k) == by_rows && !LevelPixels<T>::serves(p, map, k);
+    };
     const auto sums = [&](int k) { return p.partial + ((int64_t{n} * p.views + k) * blocks + block) * 3; };
-    const int bands = parts(p.anchor.height, similarity_anchor_rows);
     const int group = by_rows ? block - panels : block / bands;
     const int some = by_rows ? similarity_level_channels(p) : similarity_group, first = group * some;
     const int last = first + some < p.channels ? first + some : p.channels;
     bool any = false;
     for (int k = 0; k < p.views; ++k) {
       std::memset(sums(k), 0, 3 * sizeof(double));
+      const PixelMap map = map_back(p, n, k);
+      if (LevelPixels<T>::serves(p, map, k)) {
+        LevelPixels<T>(p, scratch).add_products(n, k, map, band.top, band.bottom, sums(k));
+      }
       if (!mine(k)) continue;
       any = true;
-      if (by_rows) Level<T>(p, scratch).add_products(n, k, map_back(p, n, k), first, last, sums(k));
+      if (by_rows) Level<T>(p, scratch).add_products(n, k, map, first, last, sums(k));
     }
     if (by_rows || !any) continue;
     Tile<T> tile(p, scratch.clear());
-    visit_band(rows_of(p.anchor, block % bands, similarity_anchor_rows), tile_rows, [&](const Rect& r) {
+    visit_band(band, tile_rows, [&](const Rect& r) {
       if (!tile.look(n, r, mine)) return false;
       tile.visit_views(
           n, r, first, last, [](auto) {},
@@ -493,7 +501,8 @@ template <typename T>
 void run_backward(const SimilarityParams& p, int64_t begin, int64_t end) {
   const int64_t for_anchor = AnchorGradient<T>::scratch(p.views, p.channels),
                 for_view = ViewGradient<T>::scratch(p.channels);
-  Scratch scratch(for_anchor > for_view ? for_anchor : for_view);
+  const int64_t for_panels = for_anchor > for_view ? for_anchor : for_view;
+  Scratch scratch(for_panels > LevelPixels<T>::scratch ? for_panels : LevelPixels<T>::scratch);
   const int groups = parts(p.channels, similarity_group),
             bands = p.views == 1 ? 0 : parts(p.anchor.height, similarity_anchor_rows);
   const int64_t per_group = similarity_group_tasks(p);
@@ -511,7 +520,20 @@ void run_backward(const SimilarityParams& p, int64_t begin, int64_t end) {
     int k = 0;
     for (; band >= parts(p.view[k].height, similarity_view_rows); ++k)
       band -= parts(p.view[k].height, similarity_view_rows);
-    ViewGradient<T>(p, scratch.clear()).run(n, k, band, first, last);
+    const PixelMap map = map_back(p, n, k);
+    if (!LevelPixels<T>::serves_gradient(p, map, k)) {
+      ViewGradient<T>(p, scratch.clear()).run(n, k, band, first, last);
+      continue;
+    }
+    const Rect rows = rows_of(p.view[k], band, similarity_view_rows);
+    const Weights<Real<T>> w(p, n, k);
+    if (w.zero()) {
+      const Gradient& to = p.view_gradient[k];
+      std::memset(image_of<T>(to, n, 0) + rows.top * to.sy, 0,
+                  sizeof(T) * std::size_t(rows.height() * to.sy));
+    } else {
+      LevelPixels<T>(p, scratch).write_gradients(n, k, map, w.cross, w.own0, w.own1, rows.top, rows.bottom);
+    }
   }
 }
 
