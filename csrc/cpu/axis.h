@@ -313,7 +313,7 @@ void combine(const Axis<Real<T>>& axis, int i, const Row& row, int first, int la
 // Result i of the rows' matrix and of the columns', of some planes that are `stride` apart, 16 columns at a
 // time: visit(first column, values of each plane). `line`, `values`: scratch, with Columns::beyond entries
 // behind the row that is read and the results. Several planes need wide vectors, chunks of at most most_span
-// entries and results of at most most_rows.
+// entries and results of at most most_rows_combined rows: whoever asks for several sees to it.
 constexpr int most_rows_combined = 16;
 template <int planes, typename T, typename Row, typename Visit>
 void separable_row(const Axis<Real<T>>& rows, int i, const Columns<Real<T>>& columns, const Row& row,

@@ -171,7 +171,7 @@ struct Kernels {
   void (*warp)(const WarpParams& p, int64_t begin, int64_t end);
   void (*warp_adjoint)(const WarpParams& p, int64_t begin, int64_t end);
   void (*similarity)(const SimilarityParams& p, int64_t begin, int64_t end);
-  // a single view's: the anchor's gradient must hold zeros where no position sees the view
+  // a single view's: the anchor's gradient must hold zeros
   void (*similarity_backward)(const SimilarityParams& p, int64_t begin, int64_t end);
   // after it
   void (*similarity_backward_level)(const SimilarityParams& p, int64_t begin, int64_t end);

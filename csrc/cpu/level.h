@@ -1,6 +1,6 @@
-// Similarity by rows, of planar maps under views without rotation and shear: features stay as they lie in
-// memory, where panels (panels.h) would turn every pixel round. Included by kernels that are compiled once
-// per instruction set, hence the unnamed namespace.
+// Similarity by rows, under views without rotation and shear: features stay as they lie in memory, where
+// panels (panels.h) would turn every pixel round, and a row of the view is one line for all positions that
+// read it. Included by kernels that are compiled once per instruction set, hence the unnamed namespace.
 #pragma once
 
 #include <cmath>
@@ -16,13 +16,17 @@ constexpr int least_level_width = 24;  // of an anchor: below, vectors are half 
 // Pixels of the view per position: fewer, and too many positions read one row or one vector of it; more, and
 // a vector of positions reads too many pixels.
 constexpr double least_level_slope = 0.27, most_level_slope = 3.9;
+constexpr int most_added = 128;             // numbers in float32 in one lane, beyond in float64
+constexpr int64_t level_scratch = 1 << 19;  // bytes of a thread; maps that need more go by panels
+
+// At most, positions that read a pixel of an axis; that read it or the next one.
+inline int most_readers(double slope) { return static_cast<int>(2 / std::fabs(slope)) + 3; }
+inline int most_kept(double slope) { return static_cast<int>(3 / std::fabs(slope)) + 4; }
 
 template <typename T>
 class Level {
  public:
   using real = Real<T>;
-
-  static constexpr int64_t scratch = 7 << 16;  // bytes, all of which are its own
 
   Level(const SimilarityParams& p, Scratch& s) : p_(p), scratch_(s) {}
 
@@ -33,12 +37,13 @@ class Level {
     if (!(across >= least_level_slope && across <= most_level_slope && down >= least_level_slope))
       return false;
     const Map &anchor = p.anchor, &view = p.view[k];
+    if (anchor.width > level_scratch || view.width > level_scratch) return false;  // and the sum overflows
     return 2 * line_bytes(anchor.width) + 2 * line_bytes(view.width) + axis_bytes(anchor.width, view.width) +
                axis_bytes(anchor.height, view.height) + columns_bytes(anchor.width, 2) +
                columns_bytes(view.width, most_readers(map.xi)) +
-               most_readers(map.yj) *
-                   (Scratch::bytes<real>(slope_row(anchor.width)) + Scratch::bytes<int>(1)) <=
-           scratch;
+               most_kept(map.yj) * Scratch::bytes<real>(slope_row(anchor.width)) +
+               Scratch::bytes<int>(most_kept(map.yj)) <=
+           level_scratch;
   }
 
   // Whether its gradients may too: the anchor's is added up over the views in its own dtype.
@@ -99,9 +104,6 @@ class Level {
   const SimilarityParams& p_;
   Scratch& scratch_;
 
-  // Positions that read a pixel of an axis; that read one of two neighbors.
-  static int most_readers(double slope) { return static_cast<int>(2 / std::fabs(slope)) + 3; }
-  static int most_kept(double slope) { return static_cast<int>(3 / std::fabs(slope)) + 4; }
   static int64_t line_size(int width) { return width + Columns<real>::beyond; }
   static int64_t line_bytes(int width) { return Scratch::bytes<real>(line_size(width)); }
   static int64_t slope_row(int width) { return most_planes * line_size(width); }
@@ -162,7 +164,7 @@ class Level {
         });
       });
       added += planes * (view.seen.end - view.seen.begin);
-      if (added >= 2048) flush(), added = 0;
+      if (added >= 16 * most_added) flush(), added = 0;
     }
     flush();
   }
@@ -242,21 +244,20 @@ class LevelPixels {
  public:
   using real = Real<T>;
 
-  static constexpr int64_t scratch = Level<T>::scratch;
-
   LevelPixels(const SimilarityParams& p, Scratch& s) : p_(p), scratch_(s) {}
 
   static bool serves(const SimilarityParams& p, const core::PixelMap& map, int k) {
     if (!wide<T> || !p.interleaved || p.channels > 32 || map.xj != 0 || map.yi != 0) return false;
     if (!(std::fabs(map.xi) >= least_level_slope && std::fabs(map.yj) >= least_level_slope)) return false;
     const Map &anchor = p.anchor, &view = p.view[k];
+    if (anchor.width > level_scratch || view.width > level_scratch) return false;  // and the sum overflows
     return Axis<real>::scratch(anchor.width, 2 * anchor.width) +
                Axis<real>::scratch(anchor.height, 2 * anchor.height) +
                Axis<real>::scratch(view.width, 2 * anchor.width) +
                Axis<real>::scratch(similarity_view_rows, 2 * anchor.height) +
                (3 + most_kept(map.yj)) * line_bytes(anchor.width, p.channels) +
                2 * line_bytes(view.width, p.channels) + Scratch::bytes<int>(most_kept(map.yj)) <=
-           scratch;
+           level_scratch;
   }
 
   // Of a single view, whose tasks own the gradient of the anchor too.
@@ -271,19 +272,22 @@ class LevelPixels {
     for (int j = top; j < bottom; ++j) {
       if (view.rows.count(j - top) == 0 || view.seen.begin == view.seen.end) continue;
       view.read(j - top);
-      widen(image(p_.anchor, n) + j * p_.anchor.sy, view.seen, own);
-      Pack<16, real> inner, square0, square1;
-      inner.zero(), square0.zero(), square1.zero();
-      each_pixel(view, [&](int i, int c, auto lanes, const Pack<16, real>& v1) EQUIFAST_INLINE {
-        Pack<16, real> v0;
-        get(own + int64_t{i} * p_.channels + c, lanes, v0);
-        inner.add_product(v0, v1), square0.add_product(v0, v0), square1.add_product(v1, v1);
-      });
-      out[0] += inner.sum(), out[1] += square0.sum(), out[2] += square1.sum();
+      load_line(image(p_.anchor, n) + j * p_.anchor.sy, view.seen, own);
+      for (int i = view.seen.begin; i < view.seen.end; i += most_added) {
+        const Range some{i, std::min(i + most_added, view.seen.end)};
+        Pack<16, real> inner, square0, square1;
+        inner.zero(), square0.zero(), square1.zero();
+        each_pixel(view, some, [&](int x, int c, auto lanes, const Pack<16, real>& v1) EQUIFAST_INLINE {
+          Pack<16, real> v0;
+          get(own + int64_t{x} * p_.channels + c, lanes, v0);
+          inner.add_product(v0, v1), square0.add_product(v0, v0), square1.add_product(v1, v1);
+        });
+        out[0] += inner.sum(), out[1] += square0.sum(), out[2] += square1.sum();
+      }
     }
   }
 
-  // Rows [first, last) of the gradient of the view, and those of the anchor that read them first. The
+  // Rows [first, last) of the gradient of the view, and those of the anchor's that read them first. The
   // derivatives by the products are `cross`, `own0` and `own1`.
   void write_gradients(int n, int k, const core::PixelMap& map, real cross, real own0, real own1, int first,
                        int last) {
@@ -308,8 +312,8 @@ class LevelPixels {
       if (holds[j % kept] == j) return to;
       holds[j % kept] = j;
       view.read(j);
-      widen(image(anchor, n) + (top + j) * anchor.sy, view.seen, own);
-      each_pixel(view, [&](int i, int c, auto lanes, const Pack<16, real>& v1) EQUIFAST_INLINE {
+      load_line(image(anchor, n) + (top + j) * anchor.sy, view.seen, own);
+      each_pixel(view, view.seen, [&](int i, int c, auto lanes, const Pack<16, real>& v1) EQUIFAST_INLINE {
         const int64_t at = int64_t{i} * channels + c;
         Pack<16, real> v0, part;
         get(own + at, lanes, v0);
@@ -318,7 +322,7 @@ class LevelPixels {
       });
       const int read_first = view.rows.at[view.rows.begin[j]];
       if (read_first >= first && read_first < last) {
-        narrow_to(own_slopes, begin, end, image(to_own, n) + (top + j) * to_own.sy);
+        store_line(own_slopes, begin, end, image(to_own, n) + (top + j) * to_own.sy);
       }
       return to;
     };
@@ -339,7 +343,7 @@ class LevelPixels {
           }
         });
       }
-      narrow_to(result, 0, int64_t{map_k.width} * channels, image(to_view, n) + (first + y) * to_view.sy);
+      store_line(result, 0, int64_t{map_k.width} * channels, image(to_view, n) + (first + y) * to_view.sy);
     }
   }
 
@@ -347,7 +351,6 @@ class LevelPixels {
   const SimilarityParams& p_;
   Scratch& scratch_;
 
-  static int most_kept(double slope) { return static_cast<int>(2 / std::fabs(slope)) + 4; }
   static int64_t line_size(int width, int channels) { return (int64_t{width} * channels + 31) / 16 * 16; }
   static int64_t line_bytes(int width, int channels) {
     return Scratch::bytes<real>(line_size(width, channels));
@@ -365,7 +368,7 @@ class LevelPixels {
     if (i < end) work(i, SomeLanes{0, static_cast<int>(end - i)});
   }
 
-  void widen(const T* from, const Range& columns, real* to) const {
+  void load_line(const T* from, const Range& columns, real* to) const {
     each_number(int64_t{columns.begin} * p_.channels, int64_t{columns.end} * p_.channels,
                 [&](int64_t i, auto lanes) EQUIFAST_INLINE {
                   Pack<16, real> v;
@@ -374,7 +377,7 @@ class LevelPixels {
                 });
   }
 
-  static void narrow_to(const real* from, int64_t begin, int64_t end, T* to) {
+  static void store_line(const real* from, int64_t begin, int64_t end, T* to) {
     each_number(begin, end, [&](int64_t i, auto lanes) EQUIFAST_INLINE {
       Pack<16, real> v;
       __builtin_prefetch(to + i + prefetched, 1);
@@ -440,13 +443,13 @@ class LevelPixels {
     return v;
   }
 
-  // Calls work(column, channel, lanes, values) on what the columns that are seen read of the line.
+  // Calls work(column, channel, lanes, values) on what columns that are seen read of the line.
   template <typename Work>
-  EQUIFAST_INLINE inline void each_pixel(const Sampled& view, const Work& work) const {
+  EQUIFAST_INLINE inline void each_pixel(const Sampled& view, const Range& columns, const Work& work) const {
     const int channels = p_.channels;
     for (int c = 0; c < channels; c += 16) {
       with_lanes(0, channels - c, [&](auto lanes) EQUIFAST_INLINE {
-        for (int i = view.seen.begin; i < view.seen.end; ++i) {
+        for (int i = columns.begin; i < columns.end; ++i) {
           const int e = view.across.begin[i];
           Pack<16, real> v, other;
           get(view.line + int64_t{view.across.at[e]} * channels + c, lanes, v);

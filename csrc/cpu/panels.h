@@ -395,12 +395,21 @@ void load_interleaved(const T* from, int64_t sx, int64_t ahead, int channels, in
   }
 }
 
+// Rows of which a vector holds more than one: where they lie side by side they are one.
+inline bool short_rows(int columns) { return columns < 16; }
+
 // Reads `channels` (at most lanes) of a window, or of each of its rows the given columns:
 // panel[pixel * lanes + channel]. The other lanes are 0. `image`: the first of the channels.
 template <int lanes, typename T>
 void load_panel(const Map& map, const T* image, int channels, bool interleaved, const Rect& w,
                 const Range* columns, Real<T>* panel, Real<T>* lines) {
   constexpr int rows_ahead = 2;
+  if (!interleaved && short_rows(w.width()) && w.left == 0 && w.right == map.width && map.sy == map.width &&
+      w.top >= 0 && w.bottom <= map.height &&
+      w.area() <= most_line) {  // whole rows, whatever is asked of them
+    load_planar<lanes>(image + w.top * map.sy, map.sc, 0, channels, static_cast<int>(w.area()), panel, lines);
+    return;
+  }
   for (int y = w.top; y < w.bottom; ++y) {
     const Range c = columns != nullptr ? columns[y - w.top] : Range{w.left, w.right};
     if (c.begin >= c.end) continue;
@@ -444,8 +453,12 @@ void fold_border(const Rect& w, int width, int height, real* panel) {
 template <int lanes, typename T>
 void store_panel(const Gradient& map, T* image, int channels, bool interleaved, const Rect& w, const Rect& r,
                  const Real<T>* panel, Real<T>* lines) {
-  const int columns = r.width();
-  for (int y = r.top; y < r.bottom; ++y) {
+  int columns = r.width(), bottom = r.bottom;
+  if (!interleaved && short_rows(columns) && columns == w.width() && map.sy == columns &&
+      r.area() <= most_line) {
+    columns = static_cast<int>(r.area()), bottom = r.top + 1;
+  }
+  for (int y = r.top; y < bottom; ++y) {
     const Real<T>* from = panel + (int64_t{y - w.top} * w.width() + (r.left - w.left)) * lanes;
     T* to = image + y * map.sy + r.left * map.sx;
     if (interleaved) {

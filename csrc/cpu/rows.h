@@ -40,7 +40,8 @@ void dispatch(Dtype dtype, F&& f) {
 // Scratch of one thread, cut into arrays.
 class Scratch {
  public:
-  explicit Scratch(int64_t bytes) : base_(static_cast<char*>(std::malloc(static_cast<std::size_t>(bytes)))) {
+  explicit Scratch(int64_t bytes)
+      : base_(static_cast<char*>(std::malloc(static_cast<std::size_t>(bytes)))), size_(bytes) {
     if (base_ == nullptr) std::abort();
   }
   ~Scratch() { std::free(base_); }
@@ -55,6 +56,7 @@ class Scratch {
   T* take(int64_t count) {
     T* array = reinterpret_cast<T*>(base_ + used_);
     used_ += bytes<T>(count);
+    if (used_ > size_) std::abort();  // whoever asked for it counted wrong
     return array;
   }
   template <typename T>
@@ -64,7 +66,7 @@ class Scratch {
 
  private:
   char* base_;
-  int64_t used_ = 0;
+  int64_t size_, used_ = 0;
 };
 
 // The positions of one row of `out` that lie inside `in`: an interval of columns, since the frame is convex.

@@ -187,7 +187,7 @@ template <typename T>
 void run_similarity(const SimilarityParams& p, int64_t begin, int64_t end) {
   using real = Real<T>;
   const int64_t panels_need = Tile<T>::scratch(p.views, p.channels);
-  Scratch scratch(panels_need > Level<T>::scratch ? panels_need : Level<T>::scratch);
+  Scratch scratch(panels_need > level_scratch ? panels_need : level_scratch);
   const int blocks = similarity_blocks(p), panels = similarity_panel_blocks(p),
             bands = parts(p.anchor.height, similarity_anchor_rows);
   for (int64_t task = begin; task < end; ++task) {
@@ -502,7 +502,7 @@ void run_backward(const SimilarityParams& p, int64_t begin, int64_t end) {
   const int64_t for_anchor = AnchorGradient<T>::scratch(p.views, p.channels),
                 for_view = ViewGradient<T>::scratch(p.channels);
   const int64_t for_panels = for_anchor > for_view ? for_anchor : for_view;
-  Scratch scratch(for_panels > LevelPixels<T>::scratch ? for_panels : LevelPixels<T>::scratch);
+  Scratch scratch(for_panels > level_scratch ? for_panels : level_scratch);
   const int groups = parts(p.channels, similarity_group),
             bands = p.views == 1 ? 0 : parts(p.anchor.height, similarity_anchor_rows);
   const int64_t per_group = similarity_group_tasks(p);
@@ -542,7 +542,7 @@ template <typename T>
 void run_backward_level(const SimilarityParams& p, int64_t begin, int64_t end) {
   if (p.interleaved) return;
   using real = Real<T>;
-  Scratch scratch(Level<T>::scratch);
+  Scratch scratch(level_scratch);
   Level<T> level(p, scratch);
   const int some = similarity_level_channels(p), groups = similarity_level_groups(p);
   const Gradient& own = p.anchor_gradient;
@@ -558,6 +558,13 @@ void run_backward_level(const SimilarityParams& p, int64_t begin, int64_t end) {
       const PixelMap map = map_back(p, n, k);
       if (!Level<T>::serves_gradient(p, map, k)) continue;
       const Weights<real> w(p, n, k);
+      if (w.zero()) {
+        const Gradient& to = p.view_gradient[k];
+        for (int c = first; c < last; ++c) {
+          std::memset(image_of<T>(to, n, c), 0, sizeof(T) * std::size_t(to.sy * p.view[k].height));
+        }
+        continue;
+      }
       level.add_gradients(n, k, map, w.cross, w.own0, w.own1, first, last);
     }
   }
