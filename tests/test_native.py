@@ -3,7 +3,7 @@
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import cases
 import pytest
@@ -182,6 +182,27 @@ def test_similarity(name: str, reduction: str, layout: str, dtype: torch.dtype, 
             close(a, e, dtype, least)
 
 
+def agrees_with_the_reference(maps: list[Tensor], theta: Tensor, alone: Iterable[int]) -> None:
+    """Similarity of an anchor and its views, into memory that held NaN; and that of some images alone, to the bit."""
+    dtype, device, views = maps[0].dtype, maps[0].device, len(maps) - 1
+    poison = [torch.full_like(f, torch.nan) for f in maps]
+    del poison
+    leaves, others = [f.requires_grad_() for f in maps], [plain(f) for f in maps]
+    actual = ops.similarity(leaves[0], leaves[1:], theta.to(device))
+    expected = reference.similarity(others[0], others[1:], theta)
+    close(actual, expected, torch.float64 if dtype == torch.float64 else torch.float32, 1e-2)
+    gradients = differentiate([actual], leaves)
+    for a, e in zip(gradients, differentiate([expected], others), strict=True):
+        close(a, e, dtype)
+    upstream = draw(len(maps[0]), views, seed=7, dtype=actual.dtype).to(device)  # that of `differentiate`
+    for n in alone:
+        some = [f.detach()[n : n + 1].requires_grad_() for f in leaves]
+        again = ops.similarity(some[0], some[1:], theta[:, n : n + 1].to(device))
+        assert torch.equal(again, actual[n : n + 1])
+        for a, b in zip(torch.autograd.grad(again, some, upstream[n : n + 1]), gradients, strict=True):
+            assert torch.equal(a, b[n : n + 1])
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("name", [*EXTREMES, *cases.THETAS])
@@ -193,21 +214,7 @@ def test_similarity_of_one_view(name: str, layout: str, dtype: torch.dtype, devi
     for channels, size in ((3, (37, 45)), (11, (67, 83)), (19, (130, 70)), (70, (9, 11))):
         f0 = lay(draw(3, channels, 67, 83, seed=1, dtype=dtype), layout).to(device)
         f1 = lay(draw(3, channels, *size, seed=2, dtype=dtype), layout).to(device)
-        poison = [torch.full_like(f, torch.nan) for f in (f0, f1)]
-        del poison
-        leaves, others = [f0.requires_grad_(), f1.requires_grad_()], [plain(f0), plain(f1)]
-        actual = ops.similarity(leaves[0], leaves[1:], theta.to(device))
-        expected = reference.similarity(others[0], others[1:], theta)
-        close(actual, expected, torch.float64 if dtype == torch.float64 else torch.float32, 1e-2)
-        gradients = differentiate([actual], leaves)
-        for a, e in zip(gradients, differentiate([expected], others), strict=True):
-            close(a, e, dtype)
-        last = [f.detach()[2:].requires_grad_() for f in leaves]
-        alone = ops.similarity(last[0], last[1:], theta[:, 2:].to(device))
-        assert torch.equal(alone, actual[2:])
-        upstream = draw(3, 1, seed=7, dtype=actual.dtype).to(device)[2:]
-        for a, b in zip(torch.autograd.grad(alone, last, upstream), gradients, strict=True):
-            assert torch.equal(a, b[2:])
+        agrees_with_the_reference([f0, f1], theta, [2])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -221,22 +228,7 @@ def test_similarity_of_mixed_views(channels: int, dtype: torch.dtype, device: to
     sizes = [(37, 45), (86, 170), (43, 85), (13, 26)]
     f0 = draw(4, channels, 43, 85, seed=1, dtype=dtype).to(device)
     views = [draw(4, channels, *size, seed=2 + k, dtype=dtype).to(device) for k, size in enumerate(sizes)]
-    poison = [torch.full_like(f, torch.nan) for f in (f0, *views)]
-    del poison
-    leaves, others = [f.requires_grad_() for f in (f0, *views)], [plain(f) for f in (f0, *views)]
-    actual = ops.similarity(leaves[0], leaves[1:], theta.to(device))
-    expected = reference.similarity(others[0], others[1:], theta)
-    close(actual, expected, torch.float64 if dtype == torch.float64 else torch.float32, 1e-2)
-    gradients = differentiate([actual], leaves)
-    for a, e in zip(gradients, differentiate([expected], others), strict=True):
-        close(a, e, dtype)
-    upstream = draw(4, 4, seed=7, dtype=actual.dtype).to(device)
-    for n in range(4):
-        alone = [f.detach()[n : n + 1].requires_grad_() for f in leaves]
-        again = ops.similarity(alone[0], alone[1:], theta[:, n : n + 1].to(device))
-        assert torch.equal(again, actual[n : n + 1])
-        for a, b in zip(torch.autograd.grad(again, alone, upstream[n : n + 1]), gradients, strict=True):
-            assert torch.equal(a, b[n : n + 1])
+    agrees_with_the_reference([f0, *views], theta, range(4))
 
 
 @pytest.mark.parametrize("reduction", ["image", "pixel"])

@@ -135,7 +135,7 @@ inline int64_t similarity_pixel_backward_tasks(const SimilarityParams& p) {
 // One cosine per image: a task owns some rows of a gradient, in a group of channels. The tasks of one image
 // and group follow each other, those of the anchor first: what they read is still in cache for those of the
 // views. With a single view there are none of the anchor: each position's gradient is written by the task
-// that owns the pixel which the position reads first.
+// that owns the pixel which the position reads first; where planes go by rows, by the tasks after these.
 inline int64_t similarity_group_tasks(const SimilarityParams& p) {
   int64_t tasks = p.views == 1 ? 0 : parts(p.anchor.height, similarity_anchor_rows);
   for (int k = 0; k < p.views; ++k) tasks += parts(p.view[k].height, similarity_view_rows);

@@ -16,26 +16,43 @@ constexpr int least_level_width = 24;  // of an anchor: below, vectors are half 
 // Pixels of the view per position: fewer, and too many positions read one row or one vector of it; more, and
 // a vector of positions reads too many pixels.
 constexpr double least_level_slope = 0.27, most_level_slope = 3.9;
-constexpr int most_added = 128;             // numbers in float32 in one lane, beyond in float64
-constexpr int64_t level_scratch = 1 << 19;  // bytes of a thread; maps that need more go by panels
+constexpr int most_added = 128;  // numbers in float32 in one lane, beyond in float64
+// Bytes of a thread; maps that need more go by panels. Two threads and the partial sums stay below a
+// megabyte.
+constexpr int64_t level_scratch = (1 << 19) - (1 << 13);
 
-// At most, positions that read a pixel of an axis; that read it or the next one.
-inline int most_readers(double slope) { return static_cast<int>(2 / std::fabs(slope)) + 3; }
-inline int most_kept(double slope) { return static_cast<int>(3 / std::fabs(slope)) + 4; }
+// Whether rows of positions read rows of a view, few enough of them.
+inline bool is_level(const core::PixelMap& map) {
+  return map.xj == 0 && map.yi == 0 && std::fabs(map.xi) >= least_level_slope &&
+         std::fabs(map.yj) >= least_level_slope;
+}
 
+// At most, positions that read a pixel of an axis, which lie within two pixels; that read it or the next one,
+// within three. One more for rounding.
+inline int most_readers(double slope) { return static_cast<int>(2 / std::fabs(slope)) + 2; }
+inline int most_kept(double slope) { return static_cast<int>(3 / std::fabs(slope)) + 2; }
+
+// The positions of an axis that are inside: they follow each other.
+template <typename real>
+Range inside(const Axis<real>& axis) {
+  Range seen{0, axis.size};
+  while (seen.begin < seen.end && axis.count(seen.begin) == 0) ++seen.begin;
+  while (seen.begin < seen.end && axis.count(seen.end - 1) == 0) --seen.end;
+  return seen;
+}
+
+// Of planar maps: some channels of a view at a time, which share what is known of the positions.
 template <typename T>
-class Level {
+class LevelPlanes {
  public:
   using real = Real<T>;
 
-  Level(const SimilarityParams& p, Scratch& s) : p_(p), scratch_(s) {}
+  LevelPlanes(const SimilarityParams& p, Scratch& s) : p_(p), scratch_(s) {}
 
   // Whether a view of that map may go by rows.
   static bool serves(const SimilarityParams& p, const core::PixelMap& map, int k) {
-    if (p.interleaved || map.xj != 0 || map.yi != 0 || p.anchor.width < least_level_width) return false;
-    const double across = std::fabs(map.xi), down = std::fabs(map.yj);
-    if (!(across >= least_level_slope && across <= most_level_slope && down >= least_level_slope))
-      return false;
+    if (p.interleaved || !is_level(map) || std::fabs(map.xi) > most_level_slope) return false;
+    if (p.anchor.width < least_level_width) return false;
     const Map &anchor = p.anchor, &view = p.view[k];
     if (anchor.width > level_scratch || view.width > level_scratch) return false;  // and the sum overflows
     return 2 * line_bytes(anchor.width) + 2 * line_bytes(view.width) + axis_bytes(anchor.width, view.width) +
@@ -114,7 +131,6 @@ class Level {
     return Columns<real>::scratch(width, parts(width, Columns<real>::chunk) * terms);
   }
 
-  // Channels are gone through some at a time, which share what is known of the positions.
   static constexpr int most_planes = wide<T> ? 4 : 1;
   template <typename Work>
   static void visit_planes(int first, int last, const Work& work) {
@@ -144,12 +160,7 @@ class Level {
   template <int planes>
   void add_products(const Sampled& view, int n, int c, double* out) {
     const Map& anchor = p_.anchor;
-    Pack<16, real> inner, square0, square1;
-    inner.zero(), square0.zero(), square1.zero();
-    const auto flush = [&] {  // in `real` over few rows, beyond in double
-      out[0] += inner.sum(), out[1] += square0.sum(), out[2] += square1.sum();
-      inner.zero(), square0.zero(), square1.zero();
-    };
+    Sums<16, real> sums;
     const T* f0 = static_cast<const T*>(anchor.data) + n * anchor.sn + c * anchor.sc;
     int added = 0;
     for (int j = 0; j < anchor.height; ++j, f0 += anchor.sy) {
@@ -159,14 +170,14 @@ class Level {
           for (int p = 0; p < planes; ++p) {
             Pack<16, real> v0;
             get(f0 + p * anchor.sc + i, lanes, v0);
-            inner.add_product(v0, v1[p]), square0.add_product(v0, v0), square1.add_product(v1[p], v1[p]);
+            sums.add(v0, v1[p]);
           }
         });
       });
       added += planes * (view.seen.end - view.seen.begin);
-      if (added >= 16 * most_added) flush(), added = 0;
+      if (added >= 16 * most_added) sums.give(out), added = 0;
     }
-    flush();
+    sums.give(out);
   }
 
   // The gradients of rows of positions, by the sample that each reads. Some rows are kept: those that read
@@ -230,9 +241,7 @@ class Level {
     v.across.sample(0, width, view.width, map.left, map.right, map.xi, map.x0);
     v.rows.sample(0, height, view.height, map.top, map.bottom, map.yj, map.y0);
     v.columns.lay(v.across, view.width);
-    Range& seen = v.seen = {0, width};
-    while (seen.begin < seen.end && v.across.count(seen.begin) == 0) ++seen.begin;
-    while (seen.begin < seen.end && v.across.count(seen.end - 1) == 0) --seen.end;
+    v.seen = inside(v.across);
     return v;
   }
 };
@@ -247,8 +256,7 @@ class LevelPixels {
   LevelPixels(const SimilarityParams& p, Scratch& s) : p_(p), scratch_(s) {}
 
   static bool serves(const SimilarityParams& p, const core::PixelMap& map, int k) {
-    if (!wide<T> || !p.interleaved || p.channels > 32 || map.xj != 0 || map.yi != 0) return false;
-    if (!(std::fabs(map.xi) >= least_level_slope && std::fabs(map.yj) >= least_level_slope)) return false;
+    if (!wide<T> || !p.interleaved || p.channels > 32 || !is_level(map)) return false;
     const Map &anchor = p.anchor, &view = p.view[k];
     if (anchor.width > level_scratch || view.width > level_scratch) return false;  // and the sum overflows
     return Axis<real>::scratch(anchor.width, 2 * anchor.width) +
@@ -275,14 +283,13 @@ class LevelPixels {
       load_line(image(p_.anchor, n) + j * p_.anchor.sy, view.seen, own);
       for (int i = view.seen.begin; i < view.seen.end; i += most_added) {
         const Range some{i, std::min(i + most_added, view.seen.end)};
-        Pack<16, real> inner, square0, square1;
-        inner.zero(), square0.zero(), square1.zero();
+        Sums<16, real> sums;
         each_pixel(view, some, [&](int x, int c, auto lanes, const Pack<16, real>& v1) EQUIFAST_INLINE {
           Pack<16, real> v0;
           get(own + int64_t{x} * p_.channels + c, lanes, v0);
-          inner.add_product(v0, v1), square0.add_product(v0, v0), square1.add_product(v1, v1);
+          sums.add(v0, v1);
         });
-        out[0] += inner.sum(), out[1] += square0.sum(), out[2] += square1.sum();
+        sums.give(out);
       }
     }
   }
@@ -425,7 +432,7 @@ class LevelPixels {
     Scratch& s = scratch_.clear();
     Sampled v{Axis<real>(s, width, 2 * width),
               Axis<real>(s, height, 2 * height),
-              {0, width},
+              {0, 0},
               {view.width, 0},
               image(view, n),
               &view,
@@ -433,9 +440,7 @@ class LevelPixels {
               p_.channels};
     v.across.sample(0, width, view.width, map.left, map.right, map.xi, map.x0);
     v.rows.sample(top, height, view.height, map.top, map.bottom, map.yj, map.y0);
-    Range& seen = v.seen;
-    while (seen.begin < seen.end && v.across.count(seen.begin) == 0) ++seen.begin;
-    while (seen.begin < seen.end && v.across.count(seen.end - 1) == 0) --seen.end;
+    v.seen = inside(v.across);
     for (int e = 0; e < v.across.begin[width]; ++e) {
       v.reads.begin = std::min(v.reads.begin, v.across.at[e]);
       v.reads.end = std::max(v.reads.end, v.across.at[e] + 1);

@@ -88,6 +88,23 @@ struct Pack {
   }
 };
 
+// The three sums of a cosine, over a few positions and channels: in `real`, and given away in double.
+template <int lanes, typename real>
+struct Sums {
+  Pack<lanes, real> inner, square0, square1;
+  Sums() { zero(); }
+  void add(const Pack<lanes, real>& v0, const Pack<lanes, real>& v1) {
+    inner.add_product(v0, v1), square0.add_product(v0, v0), square1.add_product(v1, v1);
+  }
+  void give(double* out) {
+    out[0] += inner.sum(), out[1] += square0.sum(), out[2] += square1.sum();
+    zero();
+  }
+
+ private:
+  void zero() { inner.zero(), square0.zero(), square1.zero(); }
+};
+
 #if EQUIFAST_WIDE
 inline __mmask16 first_of_16(int count) {
   return static_cast<__mmask16>(count >= 16 ? 0xffff : (1 << count) - 1);

@@ -108,14 +108,14 @@ void add_products(const Geometry<real>& g, const Rect& anchor, const real* panel
   for (int s = 0; s < g.spans; ++s) {
     const auto& span = g.span[s];
     const real* f0 = at<lanes>(panel0, anchor, span.begin, span.row);
-    Pack<lanes, real> inner, square0, square1, v0, v1;
-    inner.zero(), square0.zero(), square1.zero();
+    Sums<lanes, real> sums;
+    Pack<lanes, real> v0, v1;
     for (int i = span.first; i < span.first + span.end - span.begin; ++i, f0 += lanes) {
       v0.get(f0);
       sample(panel1 + int64_t{g.offset[i]} * lanes, pitch, g.fx[i], g.fy[i], v1);
-      inner.add_product(v0, v1), square0.add_product(v0, v0), square1.add_product(v1, v1);
+      sums.add(v0, v1);
     }
-    out[0] += inner.sum(), out[1] += square0.sum(), out[2] += square1.sum();
+    sums.give(out);
   }
 }
 
@@ -196,7 +196,7 @@ void run_similarity(const SimilarityParams& p, int64_t begin, int64_t end) {
     const Rect band = rows_of(p.anchor, block % bands, similarity_anchor_rows);
     const auto mine = [&](int k) {
       const PixelMap map = map_back(p, n, k);
-      return Level<T>::serves(p, map, k) == by_rows && !LevelPixels<T>::serves(p, map, k);
+      return LevelPlanes<T>::serves(p, map, k) == by_rows && !LevelPixels<T>::serves(p, map, k);
     };
     const auto sums = [&](int k) { return p.partial + ((int64_t{n} * p.views + k) * blocks + block) * 3; };
     const int group = by_rows ? block - panels : block / bands;
@@ -211,7 +211,7 @@ void run_similarity(const SimilarityParams& p, int64_t begin, int64_t end) {
       }
       if (!mine(k)) continue;
       any = true;
-      if (by_rows) Level<T>(p, scratch).add_products(n, k, map, first, last, sums(k));
+      if (by_rows) LevelPlanes<T>(p, scratch).add_products(n, k, map, first, last, sums(k));
     }
     if (by_rows || !any) continue;
     Tile<T> tile(p, scratch.clear());
@@ -263,7 +263,7 @@ void add_to_anchor(const Geometry<real>& g, const Rect& anchor, const Weights<re
 template <typename T>
 bool gradients_by_rows(const SimilarityParams& p, int n) {
   for (int k = 0; k < p.views; ++k) {
-    if (!Level<T>::serves_gradient(p, map_back(p, n, k), k)) return false;
+    if (!LevelPlanes<T>::serves_gradient(p, map_back(p, n, k), k)) return false;
   }
   return true;
 }
@@ -286,7 +286,7 @@ class AnchorGradient {
     if (gradients_by_rows<T>(p_, n)) return;
     const Gradient& to = p_.anchor_gradient;
     const auto seen = [&](int k) {
-      return !Weights<real>(p_, n, k).zero() && !Level<T>::serves_gradient(p_, map_back(p_, n, k), k);
+      return !Weights<real>(p_, n, k).zero() && !LevelPlanes<T>::serves_gradient(p_, map_back(p_, n, k), k);
     };
     visit_band(rows_of(p_.anchor, band, similarity_anchor_rows), tile_rows, [&](const Rect& r) {
       if (!tile_.look(n, r, seen)) return false;
@@ -405,7 +405,7 @@ class ViewGradient {
     const Map& view = p_.view[k];
     const Weights<real> w(p_, n, k);
     const PixelMap map = map_back(p_, n, k);
-    if (Level<T>::serves_gradient(p_, map, k)) return;
+    if (LevelPlanes<T>::serves_gradient(p_, map, k)) return;
     const core::Preimage preimage(map, p_.anchor.width, p_.anchor.height);
     visit_band(rows_of(view, band, similarity_view_rows), halo_rows, [&](const Rect& r) {
       Rect readers{0, 0, 0, 0};
@@ -493,8 +493,9 @@ class ViewGradient {
   }
 };
 
-// With eight views, half a megabyte for each thread: at most, over the numbers of channels, with 24 lanes.
-static_assert(AnchorGradient<float>::scratch(8, 24) <= 1 << 19 && ViewGradient<float>::scratch(24) <= 1 << 19,
+// With eight views panels take no more: at most, over the numbers of channels, with 24 lanes.
+static_assert(AnchorGradient<float>::scratch(8, 24) <= level_scratch &&
+                  ViewGradient<float>::scratch(24) <= level_scratch,
               "similarity takes more scratch memory than it may");
 
 template <typename T>
@@ -543,7 +544,7 @@ void run_backward_level(const SimilarityParams& p, int64_t begin, int64_t end) {
   if (p.interleaved) return;
   using real = Real<T>;
   Scratch scratch(level_scratch);
-  Level<T> level(p, scratch);
+  LevelPlanes<T> level(p, scratch);
   const int some = similarity_level_channels(p), groups = similarity_level_groups(p);
   const Gradient& own = p.anchor_gradient;
   for (int64_t task = begin; task < end; ++task) {
@@ -556,7 +557,7 @@ void run_backward_level(const SimilarityParams& p, int64_t begin, int64_t end) {
     }
     for (int k = 0; k < p.views; ++k) {
       const PixelMap map = map_back(p, n, k);
-      if (!Level<T>::serves_gradient(p, map, k)) continue;
+      if (!LevelPlanes<T>::serves_gradient(p, map, k)) continue;
       const Weights<real> w(p, n, k);
       if (w.zero()) {
         const Gradient& to = p.view_gradient[k];
