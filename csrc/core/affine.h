@@ -78,6 +78,11 @@ struct PixelMap {
             product(yi, i + 0.5) + product(yj, j + 0.5) + y0};
   }
 
+  bool operator==(const PixelMap& o) const {
+    return xi == o.xi && xj == o.xj && x0 == o.x0 && yi == o.yi && yj == o.yj && y0 == o.y0 && w == o.w &&
+           h == o.h;
+  }
+
   // Whether a position lies in the input frame. False for NaN.
   EQUIFAST_HD bool inside(const Position& p) const {
     return p.x >= left && p.x <= right && p.y >= top && p.y <= bottom;

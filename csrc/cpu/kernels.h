@@ -132,11 +132,29 @@ inline int64_t similarity_pixel_backward_tasks(const SimilarityParams& p) {
   return int64_t{p.images} * (p.views + parts(p.anchor.height, similarity_pixel_rows));
 }
 
-// One cosine per image: a task owns some rows of a gradient, in a group of channels. The tasks of one image
-// and group follow each other, those of the anchor first: what they read is still in cache for those of the
-// views. With a single view there are none of the anchor: each position's gradient is written by the task
+// With several views of small maps a task takes them whole, in a group of channels: what it reads it reads
+// once.
+constexpr int similarity_whole_anchor = 768,
+              similarity_whole_view = 1024;  // pixels; of a view with its border
+constexpr int similarity_whole_rows = 128;
+inline bool similarity_whole(const SimilarityParams& p) {
+  if (p.views == 1 || p.anchor.height > similarity_whole_rows ||
+      int64_t{p.anchor.height} * p.anchor.width > similarity_whole_anchor) {
+    return false;
+  }
+  for (int k = 0; k < p.views; ++k) {
+    if ((p.view[k].height + int64_t{2}) * (p.view[k].width + int64_t{2}) > similarity_whole_view)
+      return false;
+  }
+  return true;
+}
+
+// One cosine per image: else a task owns some rows of a gradient, in a group of channels. The tasks of one
+// image and group follow each other, those of the anchor first: what they read is still in cache for those of
+// the views. With a single view there are none of the anchor: each position's gradient is written by the task
 // that owns the pixel which the position reads first; where planes go by rows, by the tasks after these.
 inline int64_t similarity_group_tasks(const SimilarityParams& p) {
+  if (similarity_whole(p)) return 1;
   int64_t tasks = p.views == 1 ? 0 : parts(p.anchor.height, similarity_anchor_rows);
   for (int k = 0; k < p.views; ++k) tasks += parts(p.view[k].height, similarity_view_rows);
   return tasks;

@@ -33,6 +33,9 @@ struct Rect {
   int width() const { return right - left; }
   int height() const { return bottom - top; }
   int64_t area() const { return int64_t{width()} * height(); }
+  bool operator==(const Rect& o) const {
+    return left == o.left && right == o.right && top == o.top && bottom == o.bottom;
+  }
 };
 
 inline bool fits(const Rect& r, int pixels) {
@@ -82,7 +85,8 @@ class Geometry {
   // The positions of `r` in a map of `width` x `height`. False where they read more than `most_pixels`, which
   // one position never does.
   bool look(const core::PixelMap& map, const Rect& r, int width, int height, int most_pixels) {
-    spans = 0;
+    if (knows(map, r, {})) return true;
+    forget();
     Corners at(map, r);
     // coordinates grow along rows and columns or shrink, rounding included: extremes are at the corners
     const double left = least(at.x), right = most(at.x), top = least(at.y), bottom = most(at.y);
@@ -94,16 +98,34 @@ class Geometry {
     for (int y = window.top; y < window.bottom; ++y) {
       columns[y - window.top] = level ? Range{window.left, window.right} : at.read(y, window, width);
     }
+    remember(map, r, {});
     return true;
   }
 
   // Those positions of `r` that read a pixel of `touched`; the window is that rectangle and its neighbors.
   void look_at(const Rect& touched, const core::PixelMap& map, const Rect& r, int width, int height) {
+    if (knows(map, r, touched)) return;
     window = {touched.left - 1, touched.right + 1, touched.top - 1, touched.bottom + 1};
     find(map, r, width, height);
+    remember(map, r, touched);
   }
 
+  // No position.
+  void forget() { spans = 0, known_ = false; }
+
  private:
+  // What it was last looked at for: most views are the same for many images.
+  bool known_ = false;
+  core::PixelMap map_;
+  Rect positions_, touched_;
+
+  bool knows(const core::PixelMap& map, const Rect& r, const Rect& touched) const {
+    return known_ && map_ == map && positions_ == r && touched_ == touched;
+  }
+  void remember(const core::PixelMap& map, const Rect& r, const Rect& touched) {
+    known_ = true, map_ = map, positions_ = r, touched_ = touched;
+  }
+
   // The positions of a rectangle's corners, in turn.
   struct Corners {
     double x[4], y[4];
@@ -395,8 +417,8 @@ void load_interleaved(const T* from, int64_t sx, int64_t ahead, int channels, in
   }
 }
 
-// Rows of which a vector holds more than one: where they lie side by side they are one.
-inline bool short_rows(int columns) { return columns < 16; }
+// Rows that fill their vectors badly: where they lie side by side they are one.
+inline bool short_rows(int columns) { return columns < 48 && columns % 16 != 0; }
 
 // Reads `channels` (at most lanes) of a window, or of each of its rows the given columns:
 // panel[pixel * lanes + channel]. The other lanes are 0. `image`: the first of the channels.
@@ -429,6 +451,21 @@ void load_panel(const Map& map, const T* image, int channels, bool interleaved, 
       Real<T>* last = out + int64_t{count} * lanes;
       std::memcpy(last, last - lanes, sizeof(Real<T>) * lanes);
     }
+  }
+}
+
+// Moves the pixels of a panel of the map `all` into one of a window around it, continued by the border.
+template <int lanes, typename real>
+void frame(const real* from, const Rect& all, real* panel) {
+  const int pitch = all.width() + 2;
+  for (int y = -1; y <= all.height(); ++y) {
+    const int row = y < 0 ? 0 : (y < all.height() ? y : all.height() - 1);
+    const real* first = from + int64_t{row} * all.width() * lanes;
+    real* to = panel + (int64_t{y + 1} * pitch + 1) * lanes;
+    std::memcpy(to, first, sizeof(real) * std::size_t(all.width() * lanes));
+    std::memcpy(to - lanes, first, sizeof(real) * lanes);
+    real* last = to + int64_t{all.width()} * lanes;
+    std::memcpy(last, last - lanes, sizeof(real) * lanes);
   }
 }
 

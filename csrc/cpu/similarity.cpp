@@ -2,6 +2,7 @@
 // Warped features exist in registers only. Gradients gather: a task owns the pixels that it writes, and goes
 // through the positions that read them. Compiled once per instruction set.
 #include <new>
+#include <optional>
 
 #include "../core/cosine.h"
 #include "level.h"
@@ -146,9 +147,11 @@ class Tile {
     const int most_pixels = most_window / most_lanes(p_.channels);
     for (int k = 0; k < p_.views; ++k) {
       const Map& view = p_.view[k];
-      seen_[k].spans = 0;
-      if (seen(k) && !seen_[k].look(map_back(p_, n, k), r, view.width, view.height, most_pixels))
+      if (!seen(k)) {
+        seen_[k].forget();
+      } else if (!seen_[k].look(map_back(p_, n, k), r, view.width, view.height, most_pixels)) {
         return false;
+      }
     }
     return true;
   }
@@ -190,6 +193,7 @@ void run_similarity(const SimilarityParams& p, int64_t begin, int64_t end) {
   Scratch scratch(panels_need > level_scratch ? panels_need : level_scratch);
   const int blocks = similarity_blocks(p), panels = similarity_panel_blocks(p),
             bands = parts(p.anchor.height, similarity_anchor_rows);
+  std::optional<Tile<T>> tile;  // until rows need the memory
   for (int64_t task = begin; task < end; ++task) {
     const int n = static_cast<int>(task / blocks), block = static_cast<int>(task % blocks);
     const bool by_rows = block >= panels;
@@ -207,17 +211,18 @@ void run_similarity(const SimilarityParams& p, int64_t begin, int64_t end) {
       std::memset(sums(k), 0, 3 * sizeof(double));
       const PixelMap map = map_back(p, n, k);
       if (LevelPixels<T>::serves(p, map, k)) {
+        tile.reset();
         LevelPixels<T>(p, scratch).add_products(n, k, map, band.top, band.bottom, sums(k));
       }
       if (!mine(k)) continue;
       any = true;
-      if (by_rows) LevelPlanes<T>(p, scratch).add_products(n, k, map, first, last, sums(k));
+      if (by_rows) tile.reset(), LevelPlanes<T>(p, scratch).add_products(n, k, map, first, last, sums(k));
     }
     if (by_rows || !any) continue;
-    Tile<T> tile(p, scratch.clear());
+    if (!tile) tile.emplace(p, scratch.clear());
     visit_band(band, tile_rows, [&](const Rect& r) {
-      if (!tile.look(n, r, mine)) return false;
-      tile.visit_views(
+      if (!tile->look(n, r, mine)) return false;
+      tile->visit_views(
           n, r, first, last, [](auto) {},
           [&](auto lanes, int k, const Geometry<real>& g, const real* panel0, const real* panel1) {
             add_products<lanes>(g, r, panel0, panel1, sums(k));
@@ -357,20 +362,25 @@ class Scatter {
   }
 };
 
-// Where `own`, also leaves the gradients of the anchor's positions in its panel.
-template <int lanes, bool own, typename real>
-void add_to_view(const Geometry<real>& g, const Rect& anchor, const Weights<real>& w, real* panel0,
-                 const real* panel1, real* gradient) {
+// What becomes of the gradients of the anchor's positions: left alone, put into a panel (its own may be), or
+// added.
+enum class Own { none, put, add };
+
+template <int lanes, Own own, typename real>
+void add_to_view(const Geometry<real>& g, const Rect& anchor, const Weights<real>& w, const real* panel0,
+                 const real* panel1, real* gradient, real* own_gradient = nullptr) {
   const int64_t pitch = int64_t{g.window.width()} * lanes;
   for (int s = 0; s < g.spans; ++s) {
     const auto& span = g.span[s];
-    real* f0 = at<lanes>(panel0, anchor, span.begin, span.row);
+    int64_t from = at<lanes>(panel0, anchor, span.begin, span.row) - panel0;
     Scatter<lanes, real> scatter(gradient, pitch, g.offset[span.first]);
     Pack<lanes, real> v0, v1, slope;
-    for (int i = span.first; i < span.first + span.end - span.begin; ++i, f0 += lanes) {
-      v0.get(f0);
+    for (int i = span.first; i < span.first + span.end - span.begin; ++i, from += lanes) {
+      v0.get(panel0 + from);
       sample(panel1 + int64_t{g.offset[i]} * lanes, pitch, g.fx[i], g.fy[i], v1);
-      if constexpr (own) slope.combine(w.cross, v1, w.own0, v0), slope.put(f0);
+      if constexpr (own != Own::none) slope.combine(w.cross, v1, w.own0, v0);
+      if constexpr (own == Own::put) slope.put(own_gradient + from);
+      if constexpr (own == Own::add) add(own_gradient + from, slope);
       slope.combine(w.cross, v0, w.own1, v1);
       scatter.add(g.offset[i], g.fx[i], g.fy[i], slope);
     }
@@ -451,10 +461,10 @@ class ViewGradient {
         load_panel<lanes>(p_.anchor, image_of<T>(p_.anchor, n, c), count, p_.interleaved, part, seen_,
                           panel0_, lines_);
         if (p_.views > 1) {
-          add_to_view<lanes, false>(g_, part, w, panel0_, panel1_, gradient_);
+          add_to_view<lanes, Own::none>(g_, part, w, panel0_, panel1_, gradient_);
           return true;
         }
-        add_to_view<lanes, true>(g_, part, w, panel0_, panel1_, gradient_);
+        add_to_view<lanes, Own::put>(g_, part, w, panel0_, panel1_, gradient_, panel0_);
         const Gradient& to = p_.anchor_gradient;
         for (int s = 0; s < g_.spans; ++s) {
           const Range mine = owned(s, r);
@@ -493,25 +503,117 @@ class ViewGradient {
   }
 };
 
+// Both gradients of whole maps, small ones: what goes by panels of an image in a group of channels.
+template <typename T>
+class WholeGradient {
+ public:
+  using real = Real<T>;
+
+  static constexpr int64_t scratch(int views, int channels) {
+    const int lanes = most_lanes(channels);
+    return views * (Geometry<real>::scratch(similarity_whole_anchor) + Scratch::bytes<Geometry<real>>(1)) +
+           lines_scratch<real>() + 2 * Scratch::bytes<real>(similarity_whole_anchor * lanes) +
+           2 * Scratch::bytes<real>(similarity_whole_view * lanes);
+  }
+
+  WholeGradient(const SimilarityParams& p, Scratch& s)
+      : p_(p),
+        seen_(s.take<Geometry<real>>(p.views)),
+        lines_(s.take<real>(4 * most_line)),
+        panel0_(s.take<real>(similarity_whole_anchor * most_lanes(p.channels))),
+        gradient0_(s.take<real>(similarity_whole_anchor * most_lanes(p.channels))),
+        panel1_(s.take<real>(similarity_whole_view * most_lanes(p.channels))),
+        gradient1_(s.take<real>(similarity_whole_view * most_lanes(p.channels))) {
+    for (int k = 0; k < p.views; ++k) new (seen_ + k) Geometry<real>(s, similarity_whole_anchor);
+  }
+
+  // Channels [first, last) of image n.
+  void run(int n, int first, int last) {
+    if (gradients_by_rows<T>(p_, n)) return;
+    const Rect anchor = all_of(p_.anchor);
+    for (int k = 0; k < p_.views; ++k) {
+      const Map& view = p_.view[k];
+      if (mine(n, k)) seen_[k].look_at(all_of(view), map_back(p_, n, k), anchor, view.width, view.height);
+    }
+    const Gradient& to = p_.anchor_gradient;
+    visit_channels(first, last, [&](auto lanes, int c, int count) {
+      load_panel<lanes>(p_.anchor, image_of<T>(p_.anchor, n, c), count, p_.interleaved, anchor, nullptr,
+                        panel0_, lines_);
+      std::memset(gradient0_, 0, sizeof(real) * std::size_t(anchor.area() * lanes));
+      for (int k = 0; k < p_.views; ++k) {
+        if (mine(n, k)) add<lanes>(n, k, c, count);
+      }
+      store_panel<lanes>(to, image_of<T>(to, n, c), count, p_.interleaved, anchor, anchor, gradient0_,
+                         lines_);
+    });
+  }
+
+ private:
+  const SimilarityParams& p_;
+  Geometry<real>* seen_;  // by view
+  real *lines_, *panel0_, *gradient0_, *panel1_, *gradient1_;
+
+  static Rect all_of(const Map& map) { return {0, map.width, 0, map.height}; }
+  bool mine(int n, int k) const { return !LevelPlanes<T>::serves_gradient(p_, map_back(p_, n, k), k); }
+
+  template <int lanes>
+  void add(int n, int k, int c, int count) {
+    const Map& view = p_.view[k];
+    const Gradient& to = p_.view_gradient[k];
+    const Rect all = all_of(view);
+    const Geometry<real>& g = seen_[k];
+    const Weights<real> w(p_, n, k);
+    if (w.zero() || g.spans == 0) {
+      std::memset(gradient1_, 0, sizeof(real) * std::size_t(all.area() * lanes));
+    } else {
+      load_panel<lanes>(view, image_of<T>(view, n, c), count, p_.interleaved, all, nullptr, gradient1_,
+                        lines_);
+      frame<lanes>(gradient1_, all, panel1_);
+      std::memset(gradient1_, 0, sizeof(real) * std::size_t(g.window.area() * lanes));
+      add_to_view<lanes, Own::add>(g, all_of(p_.anchor), w, panel0_, panel1_, gradient1_, gradient0_);
+      fold_border<lanes>(g.window, view.width, view.height, gradient1_);
+      for (int y = 0; y < view.height; ++y) {
+        std::memmove(gradient1_ + int64_t{y} * view.width * lanes,
+                     gradient1_ + (int64_t{y + 1} * g.window.width() + 1) * lanes,
+                     sizeof(real) * std::size_t(view.width * lanes));
+      }
+    }
+    store_panel<lanes>(to, image_of<T>(to, n, c), count, p_.interleaved, all, all, gradient1_, lines_);
+  }
+};
+
 // With eight views panels take no more: at most, over the numbers of channels, with 24 lanes.
 static_assert(AnchorGradient<float>::scratch(8, 24) <= level_scratch &&
-                  ViewGradient<float>::scratch(24) <= level_scratch,
+                  ViewGradient<float>::scratch(24) <= level_scratch &&
+                  WholeGradient<float>::scratch(8, 24) <= level_scratch,
               "similarity takes more scratch memory than it may");
+static_assert(similarity_whole_rows <= most_rows, "a whole map has more rows than a panel");
 
 template <typename T>
 void run_backward(const SimilarityParams& p, int64_t begin, int64_t end) {
+  const int groups = parts(p.channels, similarity_group);
+  const auto last_of = [&](int group) {
+    return (group + 1) * similarity_group < p.channels ? (group + 1) * similarity_group : p.channels;
+  };
+  if (similarity_whole(p)) {
+    Scratch scratch(WholeGradient<T>::scratch(p.views, p.channels));
+    WholeGradient<T> whole(p, scratch);
+    for (int64_t task = begin; task < end; ++task) {
+      const int group = static_cast<int>(task % groups);
+      whole.run(static_cast<int>(task / groups), group * similarity_group, last_of(group));
+    }
+    return;
+  }
   const int64_t for_anchor = AnchorGradient<T>::scratch(p.views, p.channels),
                 for_view = ViewGradient<T>::scratch(p.channels);
   const int64_t for_panels = for_anchor > for_view ? for_anchor : for_view;
   Scratch scratch(for_panels > level_scratch ? for_panels : level_scratch);
-  const int groups = parts(p.channels, similarity_group),
-            bands = p.views == 1 ? 0 : parts(p.anchor.height, similarity_anchor_rows);
+  const int bands = p.views == 1 ? 0 : parts(p.anchor.height, similarity_anchor_rows);
   const int64_t per_group = similarity_group_tasks(p);
   for (int64_t task = begin; task < end; ++task) {
     const int group = static_cast<int>(task / per_group % groups),
               n = static_cast<int>(task / per_group / groups);
-    const int first = group * similarity_group;
-    const int last = first + similarity_group < p.channels ? first + similarity_group : p.channels;
+    const int first = group * similarity_group, last = last_of(group);
     int band = static_cast<int>(task % per_group);
     if (band < bands) {
       AnchorGradient<T>(p, scratch.clear()).run(n, band, first, last);
