@@ -316,8 +316,9 @@ void combine(const Axis<Real<T>>& axis, int i, const Row& row, int first, int la
 // entries and results of at most most_rows_combined rows: whoever asks for several sees to it.
 constexpr int most_rows_combined = 16;
 template <int planes, typename T, typename Row, typename Visit>
-void separable_row(const Axis<Real<T>>& rows, int i, const Columns<Real<T>>& columns, const Row& row,
-                   [[maybe_unused]] int64_t stride, Real<T>* line, Real<T>* values, const Visit& visit) {
+EQUIFAST_INLINE inline void separable_row(const Axis<Real<T>>& rows, int i, const Columns<Real<T>>& columns,
+                                          const Row& row, [[maybe_unused]] int64_t stride, Real<T>* line,
+                                          Real<T>* values, const Visit& visit) {
   using real = Real<T>;
 #if EQUIFAST_WIDE
   if constexpr (wide<T>) {
@@ -327,7 +328,17 @@ void separable_row(const Axis<Real<T>>& rows, int i, const Columns<Real<T>>& col
       const real* weight = rows.weight + e;
       const T* from[most_rows_combined];
       for (int j = 0; j < count; ++j) from[j] = row(rows.at[e + j]);
-      if (count == 2) {
+      if (count == 1) {
+        const T* first = from[0];
+        const real wa = weight[0];
+        columns.template visit<planes>(
+            [=](int p, int x, auto lanes, Pack<16, real>& v) EQUIFAST_INLINE {
+              const T* a = first + p * stride + x;
+              __builtin_prefetch(a + ahead);
+              get(a, lanes, v), v.scaled(wa, v);
+            },
+            visit);
+      } else if (count == 2) {
         const T *first = from[0], *second = from[1];
         const real wa = weight[0], wb = weight[1];
         columns.template visit<planes>(
@@ -346,6 +357,7 @@ void separable_row(const Axis<Real<T>>& rows, int i, const Columns<Real<T>>& col
               __builtin_prefetch(from[0] + offset + ahead);
               Pack<16, real> other;
               get(from[0] + offset, lanes, v), v.scaled(weight[0], v);
+#pragma GCC unroll 1
               for (int j = 1; j < count; ++j) {
                 get(from[j] + offset, lanes, other), v.add_scaled(weight[j], other);
               }

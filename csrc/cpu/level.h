@@ -104,12 +104,16 @@ class LevelPlanes {
         }
         // the next row's too: what has just been written is slow to read
         for (int e = rows.begin[y + 1]; y + 1 < map_k.height && e < rows.begin[y + 2]; ++e) row(rows.at[e]);
+        T* const to = out;  // copies: what is written could be these
+        const int64_t to_sc = g.sc;
+        const int width = map_k.width;
         separable_row<planes, real>(rows, y, columns, row, line_size(anchor.width), line, values,
-                                    [&](int x, const Pack<16, real>(&v)[planes]) EQUIFAST_INLINE {
-                                      with_lanes(0, map_k.width - x, [&](auto lanes) EQUIFAST_INLINE {
+                                    [=](int x, const Pack<16, real>(&v)[planes]) EQUIFAST_INLINE {
+                                      with_lanes(0, width - x, [&](auto lanes) EQUIFAST_INLINE {
                                         for (int p = 0; p < planes; ++p) {
-                                          T* to = out + p * g.sc + x;
-                                          __builtin_prefetch(to + prefetched, 1), put(to, lanes, v[p]);
+                                          T* pixels = to + p * to_sc + x;
+                                          __builtin_prefetch(pixels + prefetched, 1),
+                                              put(pixels, lanes, v[p]);
                                         }
                                       });
                                     });
@@ -136,6 +140,7 @@ class LevelPlanes {
   static void visit_planes(int first, int last, const Work& work) {
     int c = first;
     for (; c + most_planes <= last; c += most_planes) work(std::integral_constant<int, most_planes>(), c);
+    if (most_planes > 2 && c + 2 <= last) work(std::integral_constant<int, 2>(), c), c += 2;
     for (; c < last; ++c) work(std::integral_constant<int, 1>(), c);
   }
 
@@ -149,7 +154,7 @@ class LevelPlanes {
     real *line, *values;
 
     template <int planes, typename Visit>
-    void read(int row, int c, const Visit& visit) const {
+    EQUIFAST_INLINE inline void read(int row, int c, const Visit& visit) const {
       const T* plane = image + c * map->sc;
       separable_row<planes, T>(
           rows, row, columns, [plane, this](int y) { return plane + y * map->sy; }, map->sc, line, values,
@@ -213,13 +218,17 @@ class LevelPlanes {
     void compute(int j, real* to) const {
       const T* from = f0 + j * f0_sy;
       T* sum = own + j * own_sy;
-      view.template read<planes>(j, c, [&](int i, const Pack<16, real>(&v1)[planes]) EQUIFAST_INLINE {
-        with_lanes(view.seen.begin - i, view.seen.end - i, [&](auto lanes) EQUIFAST_INLINE {
+      // copies: what is written could be these, as far as the compiler knows
+      const real across = cross, self0 = own0, self1 = own1;
+      const int64_t from_sc = f0_sc, sum_sc = own_sc, to_sc = line_size(width);
+      const Range seen = view.seen;
+      view.template read<planes>(j, c, [=](int i, const Pack<16, real>(&v1)[planes]) EQUIFAST_INLINE {
+        with_lanes(seen.begin - i, seen.end - i, [&](auto lanes) EQUIFAST_INLINE {
           for (int p = 0; p < planes; ++p) {
             Pack<16, real> v0, total, part;
-            get(from + p * f0_sc + i, lanes, v0), get(sum + p * own_sc + i, lanes, total);
-            part.combine(cross, v1[p], own0, v0), total.add(part), put(sum + p * own_sc + i, lanes, total);
-            part.combine(cross, v0, own1, v1[p]), part.put(to + p * line_size(width) + i);
+            get(from + p * from_sc + i, lanes, v0), get(sum + p * sum_sc + i, lanes, total);
+            part.combine(across, v1[p], self0, v0), total.add(part), put(sum + p * sum_sc + i, lanes, total);
+            part.combine(across, v0, self1, v1[p]), part.put(to + p * to_sc + i);
           }
         });
       });
