@@ -11,6 +11,10 @@ STABLE_TORCH_LIBRARY(equifast, m) {
       "similarity_backward(Tensor upstream, Tensor sums, Tensor anchor, Tensor[] views, Tensor theta, bool "
       "pixel)"
       " -> Tensor[]");
+  // Of a single view, with one cosine per image: returns the similarity (N, 1) and its gradient with respect
+  // to the view, and adds that with respect to the anchor to `total`.
+  m.def(
+      "similarity_gradient(Tensor(a!) total, Tensor anchor, Tensor view, Tensor theta) -> (Tensor, Tensor)");
   m.def(
       "signed_step(Tensor x, Tensor gradient, Tensor origin, float eps, float step, float sigma, int seed, "
       "Tensor ids, int draw, int t) -> Tensor");

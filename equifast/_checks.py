@@ -139,15 +139,25 @@ def theta(value: object, n: int | None = None, k: int | None = None) -> Tensor:
     if matrices.shape[0] == 0:
         raise ValueError("theta has shape " + shape(matrices) + "; there must be at least one view")
     if _has_values(matrices):
-        # numpy: on so few numbers torch's operations take several times as long, and every step checks its views
-        t = matrices.detach().numpy().astype(np.float64, copy=False)
-        if not np.isfinite(t).all():
+        finite, invertible = _finite_and_invertible(matrices.detach())
+        if not finite:
             raise ValueError("theta has values that are NaN or infinite; they must be finite")
-        with np.errstate(over="ignore", invalid="ignore"):
-            determinant = np.abs(t[..., 0, 0] * t[..., 1, 1] - t[..., 0, 1] * t[..., 1, 0])
-        if determinant.min() < 1e-12:
+        if not invertible:
             raise ValueError("theta has a singular matrix; every matrix must be invertible")
     return matrices
+
+
+def _finite_and_invertible(matrices: Tensor) -> tuple[bool, bool]:
+    # Every step checks its views, after passes of the network that leave nothing in the caches: on so few numbers
+    # numpy's operations take several times as long as these, and torch's many times.
+    if matrices.numel() <= 6 * 64:
+        rows = matrices.flatten(0, 1).tolist()
+        finite = all(math.isfinite(v) for row in rows for side in row for v in side)
+        return finite, finite and all(abs(a * d - b * c) >= 1e-12 for (a, b, _), (c, d, _) in rows)
+    t = matrices.numpy().astype(np.float64, copy=False)
+    with np.errstate(over="ignore", invalid="ignore"):
+        determinant = np.abs(t[..., 0, 0] * t[..., 1, 1] - t[..., 0, 1] * t[..., 1, 0])
+    return bool(np.isfinite(t).all()), bool(determinant.min() >= 1e-12)
 
 
 def size(name: str, value: object) -> tuple[int, int]:
@@ -186,6 +196,18 @@ def similarity(anchor: object, views: Sequence[Tensor], theta_given: object, red
             raise TypeError(f"{name} has dtype {view.dtype}; it must have that of anchor, {f0.dtype}")
         if view.shape[:2] != f0.shape[:2]:
             raise ValueError(f"{name} has shape {shape(view)}; it must be ({n}, {channels}, h, w) as anchor")
+
+
+def total(value: object, anchor: Tensor) -> None:
+    """What gradients are added to."""
+    given = tensor("total", value, 4, "(N, C, H, W)")
+    same_device("total", given, "anchor", anchor)
+    if given.dtype != anchor.dtype:
+        raise TypeError(f"total has dtype {given.dtype}; it must have that of anchor, {anchor.dtype}")
+    if given.shape != anchor.shape:
+        raise ValueError(f"total has shape {shape(given)}; it must be that of anchor, {shape(anchor)}")
+    if given.requires_grad:
+        raise ValueError("total requires a gradient; it must not")
 
 
 def color_jitter(images_given: object, parameters: object) -> None:

@@ -29,7 +29,7 @@ PAIRINGS = ("anchor", "all")
 
 def rendered(x: Tensor, view: Sampled) -> Tensor:
     """Images (N, C, H, W) under a view, (N, C, h, w)."""
-    return ops.warp(view.color(x), view.theta[None], [view.size])[0]
+    return ops.warp_sampled(view.color(x), view.theta[None], [view.size])[0]
 
 
 def number_of_pairs(pairing: str, views: int) -> int:
@@ -60,10 +60,6 @@ class Objective(Protocol):
 
 def _leaf(x: Tensor) -> Tensor:
     return x.detach().requires_grad_()
-
-
-def _plus(total: Tensor | None, part: Tensor) -> Tensor:
-    return part if total is None else total + part
 
 
 def _differentiate(value: Tensor, inputs: Sequence[Tensor], upstream: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -196,21 +192,22 @@ class Equivariance:
             # One view at a time, its graph freed before the next: memory is that of the image and the largest view.
             leaf = _leaf(x)
             features = self.anchor(leaf)
-            anchor = _leaf(features)
+            anchor = features.detach()
             # Summed in the dtype of the features, as each view's part is rounded to it; a wider sum would take as much
             # memory again, and the network's own rounding in that dtype is larger.
+            upstream, total = torch.zeros_like(anchor), torch.zeros_like(x)
             values: list[Tensor] = []
-            total: Tensor | None = None
-            upstream: Tensor | None = None
             for view in sampled:
                 image = _leaf(x)
                 features_of_view = self.features(self.render(image, view))
-                s = ops.similarity(anchor, [features_of_view], view.theta[None], self._reduction)
-                g_image, g_anchor = _differentiate(s.sum(), [image, anchor])
-                total, upstream = _plus(total, g_image), _plus(upstream, g_anchor)
-                values.append(s.detach())
-                del image, features_of_view, s, g_image, g_anchor
-            total = _plus(total, _differentiate(features, [leaf], upstream)[0])
+                s, g_view = ops.similarity_gradient(
+                    anchor, features_of_view, view.theta[None], upstream, self._reduction
+                )
+                if features_of_view.requires_grad:
+                    total += _differentiate(features_of_view, [image], g_view)[0]
+                values.append(s)
+                del image, features_of_view, g_view
+            total += _differentiate(features, [leaf], upstream)[0]
         return torch.stack(torch.cat(values, 1).unbind(1)).sum(0), total
 
     def slope(self, x: Tensor, t: int) -> Tensor:

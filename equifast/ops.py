@@ -153,6 +153,8 @@ def _constant(argument: str, value: Tensor, operator: str) -> Tensor:
     """An argument without derivative, as the native operators take it: float64 and contiguous."""
     if value.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{argument} requires a gradient; it must not, or use equifast.reference.{operator}")
+    if value.dtype == torch.float64 and value.is_contiguous() and not value.requires_grad:
+        return value
     return value.detach().to(torch.float64).contiguous()
 
 
@@ -162,7 +164,11 @@ def warp(images: Tensor, theta: Tensor, sizes: Sequence[tuple[int, int]]) -> lis
     All views in one call. Differentiable, twice and more, with respect to ``images``; a ``theta`` that requires a
     gradient is refused by the native backend.
     """
-    sizes = _checks.warp(images, theta, sizes)
+    return warp_sampled(images, theta, _checks.warp(images, theta, sizes))
+
+
+def warp_sampled(images: Tensor, theta: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """:func:`warp` of matrices that :func:`equifast.views.sample` gave, which has checked them."""
     if not _native(images):
         return reference.warp(images, theta, sizes)
     heights, widths = [h for h, _ in sizes], [w for _, w in sizes]
@@ -182,6 +188,38 @@ def similarity(anchor: Tensor, views: Sequence[Tensor], theta: Tensor, reduction
     matrices = _constant("theta", theta, "similarity")
     result: Tensor = torch.ops.equifast.similarity(anchor, list(views), matrices, reduction == "pixel")[0]
     return result
+
+
+def similarity_gradient(
+    anchor: Tensor, view: Tensor, theta: Tensor, total: Tensor, reduction: str = "image"
+) -> tuple[Tensor, Tensor]:
+    """Similarity of a single view and its gradients, in one call and with no graph: what a step of an ascent wants.
+
+    Args:
+        anchor: (N, C, H, W).
+        view: (N, C, h, w).
+        theta: (1, N, 2, 3), as :func:`equifast.views.sample` gives it: its values are not checked again.
+        total: in the shape and dtype of ``anchor``; the gradient with respect to ``anchor`` is added to it.
+        reduction: as in :func:`similarity`.
+
+    Returns:
+        The similarity (N, 1), and its gradient with respect to ``view``, (N, C, h, w).
+
+    Raises:
+        ValueError, TypeError: if ``total`` is not as ``anchor``.
+    """
+    _checks.total(total, anchor)
+    anchor, view = anchor.detach(), view.detach()
+    if anchor.device.type == "cpu" and reduction == "image" and _native(anchor) and _alike(total, anchor):
+        matrices = _constant("theta", theta, "similarity")
+        added: tuple[Tensor, Tensor] = torch.ops.equifast.similarity_gradient(total, anchor, view, matrices)
+        return added
+    with torch.enable_grad():
+        leaves = (anchor.requires_grad_(), view.requires_grad_())
+        s = similarity(leaves[0], [leaves[1]], theta, reduction)
+        for_anchor, for_view = torch.autograd.grad(s.sum(), leaves)
+    total += for_anchor
+    return s.detach(), for_view
 
 
 def signed_step(
@@ -239,6 +277,12 @@ def _interleaved(t: Tensor) -> bool:
     return channels == 1 and width == t.shape[1] and (t.shape[2] == 1 or height >= t.shape[1] * t.shape[3])
 
 
+def _alike(total: Tensor, anchor: Tensor) -> bool:
+    """Whether the kernels can add to ``total`` as they read ``anchor``."""
+    interleaved = _interleaved(anchor)
+    return total.is_contiguous(memory_format=torch.channels_last if interleaved else torch.contiguous_format)
+
+
 def _map(like: Tensor, height: int, width: int, interleaved: bool, dtype: torch.dtype) -> Tensor:
     layout = torch.channels_last if interleaved else torch.contiguous_format
     return torch.empty(
@@ -266,6 +310,13 @@ def _fake_similarity_backward(
 ) -> list[Tensor]:
     layout = _interleaved(anchor)
     return [_map(f, f.shape[2], f.shape[3], layout, anchor.dtype) for f in (anchor, *views)]
+
+
+def _fake_similarity_gradient(total: Tensor, anchor: Tensor, view: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if anchor.dtype == torch.float64 else torch.float32
+    return anchor.new_empty((anchor.shape[0], 1), dtype=dtype), _map(
+        view, view.shape[2], view.shape[3], _interleaved(anchor), anchor.dtype
+    )
 
 
 def _fake_signed_step(x: Tensor, *rest: Any) -> Tensor:
@@ -357,6 +408,7 @@ def _register() -> None:
         _fake_warp_adjoint,
         _fake_similarity,
         _fake_similarity_backward,
+        _fake_similarity_gradient,
         _fake_signed_step,
         _fake_color_jitter,
         _fake_color_jitter_backward,

@@ -298,6 +298,9 @@ def sample(
         size: (H, W) of the images.
         seed, draw, step: as in :mod:`equifast.rng`. Choice and sizes are those of all images, the rest of each.
         ids: (N,) int64 image ids; the result is on their device.
+
+    Raises:
+        ValueError: if a view gives a theta that is not (N, 2, 3), not finite or singular, or no size.
     """
     # All numbers at once: the cost of drawing is in the number of operations, not in that of numbers.
     k = range(len(views))
@@ -313,5 +316,12 @@ def sample(
     for i in chosen:
         view, u = views[i], image[i, :, : views[i].image]
         theta, target = view.geometry(size, shared[i, : view.shared], u)
-        sampled.append(Sampled(view, theta.to(ids.device), target, u))
-    return sampled
+        name = type(view).__name__
+        if theta.shape != (len(ids), 2, 3):
+            shape = _checks.shape(theta)
+            raise ValueError(f"{name}.geometry gives a theta of shape {shape}; it must be ({len(ids)}, 2, 3)")
+        target = _checks.size(f"the size that {name}.geometry gives", target)
+        sampled.append(Sampled(view, theta.to(torch.float64), target, u))
+    # here and for all of them at once; whoever renders them need not look again
+    matrices = _checks.theta(torch.stack([view.theta for view in sampled])).to(ids.device)
+    return [Sampled(s.view, theta, s.size, s.u) for s, theta in zip(sampled, matrices.unbind(0), strict=True)]

@@ -218,6 +218,41 @@ def test_similarity_of_one_view(name: str, layout: str, dtype: torch.dtype, devi
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("name", [*EXTREMES, *cases.THETAS])
+def test_similarity_gradient(name: str, layout: str, dtype: torch.dtype, device: torch.device) -> None:
+    """One call for the value and both gradients: those of two, the anchor's added to what there was."""
+    one = torch.tensor([EXTREMES[name]]).double() if name in EXTREMES else cases.theta(name, 2).double()
+    theta = one.expand(1, 2, 2, 3).contiguous().to(device)
+    for channels, reduction in ((3, "image"), (11, "image"), (19, "image"), (40, "image"), (5, "pixel")):
+        anchor = lay(draw(2, channels, 35, 52, seed=1, dtype=dtype), layout).to(device)
+        view = lay(draw(2, channels, 37, 45, seed=2, dtype=dtype), layout).to(device)
+        leaves = [anchor.requires_grad_(), view.requires_grad_()]
+        expected = ops.similarity(anchor, [view], theta, reduction)
+        for_anchor, for_view = torch.autograd.grad(expected.sum(), leaves)
+        before = torch.randn_like(anchor) * for_anchor.abs().amax()
+        # where it lies as the anchor does, and where not
+        for total in (before.clone(), before.flip(3).contiguous().flip(3), before[..., :1].expand_as(before).clone()):
+            kept = total.clone()
+            actual, gradient = ops.similarity_gradient(anchor, view, theta, total, reduction)
+            assert torch.equal(actual, expected)
+            assert torch.equal(gradient, for_view)
+            assert not actual.requires_grad
+            close(total.cpu(), (kept.double() + for_anchor.double()).cpu().to(dtype), dtype, 1e-12)
+
+
+def test_similarity_gradient_refuses(device: torch.device) -> None:
+    anchor, theta = torch.rand(1, 2, 4, 5, device=device), cases.theta("identity").to(device).double()
+    for total, message in (
+        (torch.zeros(1, 2, 4, 6), r"total has shape \(1, 2, 4, 6\); it must be that of anchor, \(1, 2, 4, 5\)"),
+        (torch.zeros(1, 2, 4, 5).double(), "total has dtype torch.float64; it must have that of anchor"),
+        (torch.zeros(1, 2, 4, 5).requires_grad_(), "total requires a gradient; it must not"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            ops.similarity_gradient(anchor, anchor, theta, total.to(device))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("channels", [3, 19])
 def test_similarity_of_mixed_views(channels: int, dtype: torch.dtype, device: torch.device) -> None:
     """Some of an image's views turned, others level, or all of one kind: each goes another way through the kernels."""
@@ -283,6 +318,8 @@ def test_opcheck(layout: str, dtype: torch.dtype, device: torch.device) -> None:
         arguments = (upstream, sums, detached[0], detached[1:], theta, pixel)
         torch.library.opcheck(library.similarity_backward.default, arguments)
     if device.type == "cpu":
+        one = (torch.zeros_like(detached[0]), detached[0], detached[1], theta[:1].contiguous())
+        torch.library.opcheck(library.similarity_gradient.default, one)
         step = (detached[0], detached[0], detached[0], 0.1, 0.1, 0.5, 1, torch.arange(2), 0, 3)
         torch.library.opcheck(library.signed_step.default, step)
 

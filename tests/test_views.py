@@ -179,3 +179,25 @@ def test_streams_of_views_are_apart() -> None:
     a, b = (rng.Stream.IMAGE.of(k) for k in (0, 1))
     ids = torch.zeros(1, dtype=torch.int64)
     assert not torch.equal(rng.uniform(0, a, ids, 0, 0, 4), rng.uniform(0, b, ids, 0, 0, 4))
+
+
+@pytest.mark.parametrize(
+    ("theta", "size", "message"),
+    [
+        (
+            torch.eye(2, 3)[None].double(),
+            (4, 4),
+            r"Bad.geometry gives a theta of shape \(1, 2, 3\); it must be \(2, 2, 3\)",
+        ),
+        (torch.zeros(2, 2, 3), (4, 4), "theta has a singular matrix"),
+        (torch.full((2, 2, 3), torch.nan), (4, 4), "theta has values that are NaN or infinite"),
+        (torch.eye(2, 3).repeat(2, 1, 1), (0, 4), r"the size that Bad.geometry gives is \(0, 4\)"),
+    ],
+)
+def test_a_view_of_ones_own_that_is_wrong_is_refused(theta: torch.Tensor, size: tuple[int, int], message: str) -> None:
+    class Bad(views.View):
+        def geometry(self, *_: object) -> tuple[torch.Tensor, tuple[int, int]]:
+            return theta, size
+
+    with pytest.raises(ValueError, match=message):
+        views.sample([Bad()], (4, 4), seed=0, ids=torch.arange(2))

@@ -49,7 +49,8 @@ struct SimilarityParams {
   double* partial;              // (N, K, blocks, 3): sums of a task; see similarity_blocks
   double* sums;            // (N, K, 3): <f0,fk>, |f0|^2, |fk|^2; or for "pixel" sum of cosines, positions, 0
   const double* upstream;  // (N, K)
-  Gradient anchor_gradient;       // (N, C, H, W)
+  Gradient anchor_gradient;  // (N, C, H, W)
+  bool add;  // to what the anchor's gradient holds; for one cosine per image, of a single view
   const Gradient* view_gradient;  // K times (N, C, h, w)
 };
 
@@ -189,7 +190,7 @@ struct Kernels {
   void (*warp)(const WarpParams& p, int64_t begin, int64_t end);
   void (*warp_adjoint)(const WarpParams& p, int64_t begin, int64_t end);
   void (*similarity)(const SimilarityParams& p, int64_t begin, int64_t end);
-  // a single view's: the anchor's gradient must hold zeros
+  // a single view's: the anchor's gradient must hold zeros, or what is added to
   void (*similarity_backward)(const SimilarityParams& p, int64_t begin, int64_t end);
   // after it
   void (*similarity_backward_level)(const SimilarityParams& p, int64_t begin, int64_t end);

@@ -272,7 +272,7 @@ class LevelPixels {
                Axis<real>::scratch(anchor.height, 2 * anchor.height) +
                Axis<real>::scratch(view.width, 2 * anchor.width) +
                Axis<real>::scratch(similarity_view_rows, 2 * anchor.height) +
-               (3 + most_kept(map.yj)) * line_bytes(anchor.width, p.channels) +
+               (2 + most_kept(map.yj)) * line_bytes(anchor.width, p.channels) +
                2 * line_bytes(view.width, p.channels) + Scratch::bytes<int>(most_kept(map.yj)) <=
            level_scratch;
   }
@@ -285,17 +285,17 @@ class LevelPixels {
   // The sums over rows [top, bottom) of the anchor.
   void add_products(int n, int k, const core::PixelMap& map, int top, int bottom, double* out) {
     const Sampled view = sample(map, n, k, top, bottom);
-    real* own = line(p_.anchor.width);
+    const int64_t begin = int64_t{view.seen.begin} * p_.channels, end = int64_t{view.seen.end} * p_.channels;
     for (int j = top; j < bottom; ++j) {
-      if (view.rows.count(j - top) == 0 || view.seen.begin == view.seen.end) continue;
+      if (view.rows.count(j - top) == 0 || begin == end) continue;
       view.read(j - top);
-      load_line(image(p_.anchor, n) + j * p_.anchor.sy, view.seen, own);
-      for (int i = view.seen.begin; i < view.seen.end; i += most_added) {
-        const Range some{i, std::min(i + most_added, view.seen.end)};
+      const T* f0 = image(p_.anchor, n) + j * p_.anchor.sy;
+      for (int64_t i = begin; i < end; i += 16 * most_added) {
         Sums<16, real> sums;
-        each_pixel(view, some, [&](int x, int c, auto lanes, const Pack<16, real>& v1) EQUIFAST_INLINE {
-          Pack<16, real> v0;
-          get(own + int64_t{x} * p_.channels + c, lanes, v0);
+        each_number(i, std::min(i + 16 * most_added, end), [&](int64_t x, auto lanes) EQUIFAST_INLINE {
+          Pack<16, real> v0, v1;
+          __builtin_prefetch(f0 + x + prefetched);
+          get(f0 + x, lanes, v0), get(view.values + x, lanes, v1);
           sums.add(v0, v1);
         });
         sums.give(out);
@@ -316,8 +316,8 @@ class LevelPixels {
         across(scratch_, map_k.width, 2 * anchor.width);
     rows.transpose(view.rows, first, last), across.transpose(view.across, 0, map_k.width);
     const int kept = most_kept(map.yj);
-    real *own = line(anchor.width), *own_slopes = line(anchor.width), *sum = line(anchor.width),
-         *result = line(map_k.width), *slopes = scratch_.take<real>(kept * line_size(anchor.width, channels));
+    real *sum = line(anchor.width), *result = line(map_k.width),
+         *slopes = scratch_.take<real>(kept * line_size(anchor.width, channels));
     int* holds = scratch_.take<int>(kept);
     for (int i = 0; i < kept; ++i) holds[i] = -1;
     const Gradient &to_own = p_.anchor_gradient, &to_view = p_.view_gradient[k];
@@ -328,17 +328,30 @@ class LevelPixels {
       if (holds[j % kept] == j) return to;
       holds[j % kept] = j;
       view.read(j);
-      load_line(image(anchor, n) + (top + j) * anchor.sy, view.seen, own);
-      each_pixel(view, view.seen, [&](int i, int c, auto lanes, const Pack<16, real>& v1) EQUIFAST_INLINE {
-        const int64_t at = int64_t{i} * channels + c;
-        Pack<16, real> v0, part;
-        get(own + at, lanes, v0);
-        part.combine(cross, v1, own0, v0), put(own_slopes + at, lanes, part);
-        part.combine(cross, v0, own1, v1), put(to + at, lanes, part);
-      });
+      const T* const f0 = image(anchor, n) + (top + j) * anchor.sy;
+      const real* const f1 = view.values;
+      T* const own = image(to_own, n) + (top + j) * to_own.sy;
+      const auto combine = [=](auto mine, auto add) EQUIFAST_INLINE {
+        each_number(begin, end, [=](int64_t i, auto lanes) EQUIFAST_INLINE {
+          Pack<16, real> v0, v1, part, total;
+          __builtin_prefetch(f0 + i + prefetched);
+          get(f0 + i, lanes, v0), get(f1 + i, lanes, v1);
+          part.combine(cross, v0, own1, v1), put(to + i, lanes, part);
+          if constexpr (mine) {
+            __builtin_prefetch(own + i + prefetched, 1);
+            part.combine(cross, v1, own0, v0);
+            if constexpr (add) get(own + i, lanes, total), part.add(total);
+            put(own + i, lanes, part);
+          }
+        });
+      };
       const int read_first = view.rows.at[view.rows.begin[j]];
-      if (read_first >= first && read_first < last) {
-        store_line(own_slopes, begin, end, image(to_own, n) + (top + j) * to_own.sy);
+      if (read_first < first || read_first >= last) {
+        combine(std::false_type(), std::false_type());
+      } else if (p_.add) {
+        combine(std::true_type(), std::true_type());
+      } else {
+        combine(std::true_type(), std::false_type());
       }
       return to;
     };
@@ -384,15 +397,6 @@ class LevelPixels {
     if (i < end) work(i, SomeLanes{0, static_cast<int>(end - i)});
   }
 
-  void load_line(const T* from, const Range& columns, real* to) const {
-    each_number(int64_t{columns.begin} * p_.channels, int64_t{columns.end} * p_.channels,
-                [&](int64_t i, auto lanes) EQUIFAST_INLINE {
-                  Pack<16, real> v;
-                  __builtin_prefetch(from + i + prefetched);
-                  get(from + i, lanes, v), put(to + i, lanes, v);
-                });
-  }
-
   static void store_line(const real* from, int64_t begin, int64_t end, T* to) {
     each_number(begin, end, [&](int64_t i, auto lanes) EQUIFAST_INLINE {
       Pack<16, real> v;
@@ -425,13 +429,40 @@ class LevelPixels {
     Range reads;  // columns of the view
     const T* data;
     const Map* map;
-    real* line;
+    real* line;    // of the view
+    real* values;  // of the anchor: what its columns read of that line
     int channels;
 
     void read(int row) const {
       blend<T>(
           rows, row, [this](int y) { return data + y * map->sy; }, int64_t{reads.begin} * channels,
           int64_t{reads.end} * channels, line);
+      for (int c = 0; c < channels; c += 16) {
+        if (c + 16 > channels && c > 0) {
+          columns(c, SomeLanes{0, channels - c});
+        } else {  // the next pixel overwrites what is too much, and lines are longer than their pixels
+          columns(c, AllLanes());
+        }
+      }
+    }
+
+    template <typename Lanes>
+    void columns(int c, Lanes lanes) const {
+      const int* const at = across.at;
+      const real* const weight = across.weight;
+      const real* const from = line + c;
+      real* const to = values + c;
+      const int pitch = channels;
+      for (int i = seen.begin, e = across.begin[i]; i < seen.end; ++i) {
+        const int next = across.begin[i + 1];
+        Pack<16, real> v, other;
+        get(from + int64_t{at[e]} * pitch, lanes, v), v.scaled(weight[e], v);
+        if (++e < next) {
+          get(from + int64_t{at[e]} * pitch, lanes, other), v.add_scaled(weight[e], other);
+          ++e;
+        }
+        put(to + int64_t{i} * pitch, lanes, v);
+      }
     }
   };
 
@@ -446,6 +477,7 @@ class LevelPixels {
               image(view, n),
               &view,
               line(view.width),
+              line(width),
               p_.channels};
     v.across.sample(0, width, view.width, map.left, map.right, map.xi, map.x0);
     v.rows.sample(top, height, view.height, map.top, map.bottom, map.yj, map.y0);
@@ -455,27 +487,6 @@ class LevelPixels {
       v.reads.end = std::max(v.reads.end, v.across.at[e] + 1);
     }
     return v;
-  }
-
-  // Calls work(column, channel, lanes, values) on what columns that are seen read of the line.
-  template <typename Work>
-  EQUIFAST_INLINE inline void each_pixel(const Sampled& view, const Range& columns, const Work& work) const {
-    const int channels = p_.channels;
-    for (int c = 0; c < channels; c += 16) {
-      with_lanes(0, channels - c, [&](auto lanes) EQUIFAST_INLINE {
-        for (int i = columns.begin; i < columns.end; ++i) {
-          const int e = view.across.begin[i];
-          Pack<16, real> v, other;
-          get(view.line + int64_t{view.across.at[e]} * channels + c, lanes, v);
-          v.scaled(view.across.weight[e], v);
-          if (e + 1 < view.across.begin[i + 1]) {
-            get(view.line + int64_t{view.across.at[e + 1]} * channels + c, lanes, other);
-            v.add_scaled(view.across.weight[e + 1], other);
-          }
-          work(i, c, lanes, v);
-        }
-      });
-    }
   }
 };
 

@@ -176,6 +176,13 @@ std::tuple<Tensor, Tensor> similarity(Tensor anchor, std::vector<Tensor> views, 
   return {result, sums};
 }
 
+// With one cosine per image.
+void backward(const SimilarityArguments& a) {
+  run(kernels().similarity_backward, a.p, similarity_backward_tasks(a.p), a.elements);
+  const int64_t tasks = similarity_backward_level_tasks(a.p);
+  if (tasks > 0) run(kernels().similarity_backward_level, a.p, tasks, a.elements);
+}
+
 std::vector<Tensor> similarity_backward(Tensor upstream, Tensor sums, Tensor anchor,
                                         std::vector<Tensor> views, Tensor theta, bool pixel) {
   SimilarityArguments a(anchor, views, theta, pixel);
@@ -201,13 +208,35 @@ std::vector<Tensor> similarity_backward(Tensor upstream, Tensor sums, Tensor anc
       run(kernels().similarity_pixel_backward, p, similarity_pixel_backward_tasks(p), a.elements);
     } else {
       if (p.views == 1) torch::stable::zero_(gradients[0]);
-      run(kernels().similarity_backward, p, similarity_backward_tasks(p), a.elements);
-      const int64_t tasks = similarity_backward_level_tasks(p);
-      if (tasks > 0) run(kernels().similarity_backward_level, p, tasks, a.elements);
+      backward(a);
     }
   }
   for (Tensor& gradient : gradients) gradient = narrowed(gradient, a.anchor.scalar_type());
   return gradients;
+}
+
+std::tuple<Tensor, Tensor> similarity_gradient(Tensor total, Tensor anchor, Tensor view, Tensor theta) {
+  auto [result, sums] = similarity(anchor, {view}, theta, false);
+  SimilarityArguments a(anchor, {view}, theta, false);
+  SimilarityParams& p = a.p;
+  check_features(total, "total");
+  check_same(total, anchor, "total", "anchor");
+  STD_TORCH_CHECK(total.sizes().equals(anchor.sizes()), "total must have the shape of anchor");
+  STD_TORCH_CHECK(p.interleaved ? is_interleaved(total) : is_planar(total),
+                  "total must have the layout of anchor");
+  const Tensor& like = a.views[0];
+  Tensor gradient =
+      new_map(like, like.size(1), like.size(2), like.size(3), like.scalar_type(), p.interleaved);
+  if (a.empty()) return {result, torch::stable::zero_(gradient)};
+  const std::vector<double> upstream(static_cast<std::size_t>(p.images), 1.0);
+  a.gradients = {gradient_of(gradient)};
+  p.anchor_gradient = gradient_of(total);
+  p.add = true;
+  p.view_gradient = a.gradients.data();
+  p.upstream = upstream.data();
+  p.sums = static_cast<double*>(sums.mutable_data_ptr());
+  backward(a);
+  return {result, gradient};
 }
 
 Tensor signed_step(Tensor x, Tensor gradient, Tensor origin, double eps, double step, double sigma,
@@ -329,6 +358,7 @@ STABLE_TORCH_LIBRARY_IMPL(equifast, CPU, m) {
   m.impl("warp_adjoint", TORCH_BOX(&warp_adjoint));
   m.impl("similarity", TORCH_BOX(&similarity));
   m.impl("similarity_backward", TORCH_BOX(&similarity_backward));
+  m.impl("similarity_gradient", TORCH_BOX(&similarity_gradient));
   m.impl("signed_step", TORCH_BOX(&signed_step));
   m.impl("color_jitter", TORCH_BOX(&color_jitter));
   m.impl("color_jitter_backward", TORCH_BOX(&color_jitter_backward));

@@ -124,27 +124,41 @@ inline __m512 load_16(const Half* from, __mmask16 m) {
   return _mm512_maskz_cvtph_ps(m, _mm256_maskz_loadu_epi16(m, from));
 }
 
-inline void put_16(float* to, __m512 v) { _mm512_storeu_ps(to, v); }
-inline void put_16(Half* to, __m512 v) {
-  const __m256i words = _mm512_maskz_cvtps_ph(0xffff, v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), words);
+inline __m256i words_of(__m512 v, Half) {
+  return _mm512_maskz_cvtps_ph(0xffff, v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-inline void put_16(BFloat16* to, __m512 v) {  // as core::store
+inline __m256i words_of(__m512 v, BFloat16) {  // as core::store
   const __m512i bits = _mm512_castps_si512(v);
   const __m512i odd = _mm512_and_si512(_mm512_maskz_srli_epi32(0xffff, bits, 16), _mm512_set1_epi32(1));
   __m512i words = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   words = _mm512_maskz_srli_epi32(0xffff, words, 16);
   const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
   words = _mm512_mask_mov_epi32(words, nan, _mm512_set1_epi32(0x7fc0));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_maskz_cvtepi32_epi16(0xffff, words));
+  return _mm512_maskz_cvtepi32_epi16(0xffff, words);
 }
-// The first `count` of them.
+
+inline void put_16(float* to, __m512 v) { _mm512_storeu_ps(to, v); }
+template <typename T>
+inline void put_16(T* to, __m512 v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), words_of(v, T{}));
+}
+
+// The first `count` of them. Eight or more in two stores that overlap: a masked one of words is slow.
 template <typename T>
 inline void put_16(T* to, int count, __m512 v) {
   if (count >= 16) return put_16(to, v);
+  const __m256i words = words_of(v, T{});
+  if (count >= 8) {
+    const __m256i last = _mm256_add_epi16(_mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 0, 0, 0, 0, 0, 0, 0, 0),
+                                          _mm256_set1_epi16(static_cast<short>(count - 8)));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(words));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + count - 8),
+                     _mm256_castsi256_si128(_mm256_maskz_permutexvar_epi16(0xffff, last, words)));
+    return;
+  }
   T values[16];
-  put_16(values, v);
-  std::memcpy(to, values, sizeof(T) * std::size_t(count));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(values), words);
+  for (int i = 0; i < count; ++i) to[i] = values[i];
 }
 inline void put_16(float* to, int count, __m512 v) { _mm512_mask_storeu_ps(to, first_of_16(count), v); }
 #endif
@@ -217,6 +231,11 @@ EQUIFAST_INLINE inline void put(T* to, SomeLanes lanes, const Pack<16, Real<T>>&
   if constexpr (std::is_same<T, float>::value) {
     _mm512_mask_storeu_ps(to, of_16(lanes.first, lanes.last), (__m512)v.h);
     return;
+  }
+#endif
+#if EQUIFAST_WIDE
+  if constexpr (wide<T>) {
+    if (lanes.first == 0) return put_16(to, lanes.last, (__m512)v.h);
   }
 #endif
   T numbers[16];  // a masked store of words is slow

@@ -458,6 +458,16 @@ class ViewGradient {
         if (!fits(part, most_positions)) return false;
         if (!once) see(map, part, view, r);
         if (g_.spans == 0) return true;
+        if constexpr (wide<T> && lanes == 16) {
+          if (p_.views == 1 && p_.interleaved) {
+            if (p_.add) {
+              add_directly<true>(n, c, count, w, r);
+            } else {
+              add_directly<false>(n, c, count, w, r);
+            }
+            return true;
+          }
+        }
         load_panel<lanes>(p_.anchor, image_of<T>(p_.anchor, n, c), count, p_.interleaved, part, seen_,
                           panel0_, lines_);
         if (p_.views > 1) {
@@ -468,8 +478,12 @@ class ViewGradient {
         const Gradient& to = p_.anchor_gradient;
         for (int s = 0; s < g_.spans; ++s) {
           const Range mine = owned(s, r);
-          store_panel<lanes>(to, image_of<T>(to, n, c), count, p_.interleaved, part,
-                             {mine.begin, mine.end, g_.span[s].row, g_.span[s].row + 1}, panel0_, lines_);
+          const Rect row{mine.begin, mine.end, g_.span[s].row, g_.span[s].row + 1};
+          if (p_.add) {
+            add_row<lanes>(image_of<T>(to, n, c), count, part, row);
+          } else {
+            store_panel<lanes>(to, image_of<T>(to, n, c), count, p_.interleaved, part, row, panel0_, lines_);
+          }
         }
         return true;
       });
@@ -477,6 +491,59 @@ class ViewGradient {
       const Gradient& to = p_.view_gradient[k];
       store_panel<lanes>(to, image_of<T>(to, n, c), count, p_.interleaved, window, r, gradient_, lines_);
     });
+  }
+
+  // As add_to_view of a single view, where the channels of a pixel lie in memory as in a vector: no panel of
+  // the anchor or of its gradient. Where `adds`, to what that gradient holds.
+  template <bool adds>
+  void add_directly(int n, int c, int count, const Weights<real>& weights, const Rect& r) {
+    const Weights<real> w = weights;
+    const Gradient& own = p_.anchor_gradient;
+    const int64_t pitch = int64_t{g_.window.width()} * 16, step = p_.anchor.sx, own_step = own.sx;
+    const SomeLanes lanes{0, count};
+    constexpr int rows_ahead = 2;  // pieces of rows are too short for the hardware to see a stream
+    const int64_t ahead = rows_ahead * p_.anchor.sy, own_ahead = rows_ahead * own.sy;
+    for (int s = 0; s < g_.spans; ++s) {
+      const auto& span = g_.span[s];
+      const Range mine = owned(s, r);
+      const T* f0 = image_of<T>(p_.anchor, n, c) + span.row * p_.anchor.sy + span.begin * step;
+      T* to = image_of<T>(own, n, c) + span.row * own.sy + span.begin * own_step;
+      const int* const offset = g_.offset + span.first;
+      const real *const fx = g_.fx + span.first, *const fy = g_.fy + span.first;
+      const int positions = span.end - span.begin, from = mine.begin - span.begin,
+                until = mine.end - span.begin;
+      Scatter<16, real> scatter(gradient_, pitch, offset[0]);
+      Pack<16, real> v0, v1, slope, total;
+      for (int i = 0; i < positions; ++i, f0 += step, to += own_step) {
+        __builtin_prefetch(f0 + ahead), __builtin_prefetch(to + own_ahead, 1);
+        get(f0, lanes, v0);
+        sample(panel1_ + int64_t{offset[i]} * 16, pitch, fx[i], fy[i], v1);
+        if (i >= from && i < until) {
+          slope.combine(w.cross, v1, w.own0, v0);
+          if constexpr (adds) get(to, lanes, total), slope.add(total);
+          put(to, lanes, slope);
+        }
+        slope.combine(w.cross, v0, w.own1, v1);
+        scatter.add(offset[i], fx[i], fy[i], slope);
+      }
+      scatter.flush();
+    }
+  }
+
+  // Adds a row of `panel0_`, which is of the positions `part`, to the anchor's gradient.
+  template <int lanes>
+  void add_row(T* image, int channels, const Rect& part, const Rect& row) {
+    constexpr int some = 64;
+    const Gradient& to = p_.anchor_gradient;
+    const Map held{image, to.sn, to.sc, to.sy, p_.anchor.height, p_.anchor.width, to.sx};
+    real sums[some * lanes];
+    for (int x = row.left; x < row.right; x += some) {
+      const Rect r{x, x + some < row.right ? x + some : row.right, row.top, row.bottom};
+      load_panel<lanes>(held, image, channels, p_.interleaved, r, nullptr, sums, lines_);
+      const real* more = at<lanes>(panel0_, part, x, row.top);
+      for (int i = 0; i < r.width() * lanes; ++i) sums[i] += more[i];
+      store_panel<lanes>(to, image, channels, p_.interleaved, r, r, sums, lines_);
+    }
   }
 
   // Of the positions of a span those whose first tap is among the pixels `r`; before the map's edge, its
