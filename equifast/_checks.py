@@ -185,9 +185,14 @@ def similarity(anchor: object, views: Sequence[Tensor], theta_given: object, red
     """The arguments of ``similarity``, on every backend."""
     f0 = tensor("anchor", anchor, 4, "(N, C, H, W)")
     choice("reduction", reduction, ("image", "pixel"))
-    n, channels = f0.shape[:2]
-    matrices = theta(theta_given, n=n, k=len(views))
+    matrices = theta(theta_given, n=f0.shape[0], k=len(views))
     same_device("theta", matrices, "anchor", f0)
+    features(f0, views)
+
+
+def features(f0: Tensor, views: Sequence[Tensor]) -> None:
+    """The features of views beside those of the image."""
+    n, channels = f0.shape[:2]
     for k, view in enumerate(views):
         name = f"views[{k}]"
         tensor(name, view, 4, "(N, C, h, w)")

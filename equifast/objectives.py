@@ -203,10 +203,13 @@ class Equivariance:
                 s, g_view = ops.similarity_gradient(
                     anchor, features_of_view, view.theta[None], upstream, self._reduction
                 )
+                g_image: Tensor | None = None
                 if features_of_view.requires_grad:
-                    total += _differentiate(features_of_view, [image], g_view)[0]
+                    (g_image,) = torch.autograd.grad(features_of_view, [image], g_view, allow_unused=True)
+                if g_image is not None:  # a view's features may not depend on the image
+                    total += g_image
                 values.append(s)
-                del image, features_of_view, g_view
+                del image, features_of_view, g_view, g_image
             total += _differentiate(features, [leaf], upstream)[0]
         return torch.stack(torch.cat(values, 1).unbind(1)).sum(0), total
 

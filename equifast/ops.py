@@ -169,11 +169,15 @@ def warp(images: Tensor, theta: Tensor, sizes: Sequence[tuple[int, int]]) -> lis
 
 def warp_sampled(images: Tensor, theta: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
     """:func:`warp` of matrices that :func:`equifast.views.sample` gave, which has checked them."""
+    if images.shape[0] != theta.shape[1]:
+        raise ValueError(
+            f"images has {images.shape[0]} images, theta matrices of {theta.shape[1]}; they must be as many"
+        )
     if not _native(images):
         return reference.warp(images, theta, sizes)
     heights, widths = [h for h, _ in sizes], [w for _, w in sizes]
-    warped: list[Tensor] = torch.ops.equifast.warp(images, _constant("theta", theta, "warp"), heights, widths)
-    return warped
+    arguments = (images, _constant("theta", theta, "warp"), heights, widths)
+    return list(_Warp.apply(*arguments) if _eager(images) else torch.ops.equifast.warp(*arguments))
 
 
 def similarity(anchor: Tensor, views: Sequence[Tensor], theta: Tensor, reduction: str = "image") -> Tensor:
@@ -185,8 +189,12 @@ def similarity(anchor: Tensor, views: Sequence[Tensor], theta: Tensor, reduction
     _checks.similarity(anchor, views, theta, reduction)
     if not _native(anchor):
         return reference.similarity(anchor, views, theta, reduction)
-    matrices = _constant("theta", theta, "similarity")
-    result: Tensor = torch.ops.equifast.similarity(anchor, list(views), matrices, reduction == "pixel")[0]
+    matrices, pixel = _constant("theta", theta, "similarity"), reduction == "pixel"
+    result: Tensor
+    if _eager(anchor, *views):
+        result = _Similarity.apply(anchor, matrices, pixel, *views)
+    else:
+        result = torch.ops.equifast.similarity(anchor, list(views), matrices, pixel)[0]
     return result
 
 
@@ -206,13 +214,19 @@ def similarity_gradient(
         The similarity (N, 1), and its gradient with respect to ``view``, (N, C, h, w).
 
     Raises:
-        ValueError, TypeError: if ``total`` is not as ``anchor``.
+        ValueError, TypeError: if ``view`` or ``total`` is not as ``anchor``.
     """
+    _checks.tensor("anchor", anchor, 4, "(N, C, H, W)")
+    _checks.features(anchor, [view])
     _checks.total(total, anchor)
     anchor, view = anchor.detach(), view.detach()
-    if anchor.device.type == "cpu" and reduction == "image" and _native(anchor) and _alike(total, anchor):
+    if anchor.numel() == 0 or view.numel() == 0:
+        return anchor.new_zeros((len(anchor), 1), dtype=_accumulator(anchor)), torch.zeros_like(view)
+    alone = all(total.untyped_storage().data_ptr() != f.untyped_storage().data_ptr() for f in (anchor, view))
+    if anchor.device.type == "cpu" and reduction == "image" and _native(anchor) and alone and _alike(total, anchor):
         matrices = _constant("theta", theta, "similarity")
         added: tuple[Tensor, Tensor] = torch.ops.equifast.similarity_gradient(total, anchor, view, matrices)
+        torch.autograd.graph.increment_version(total)
         return added
     with torch.enable_grad():
         leaves = (anchor.requires_grad_(), view.requires_grad_())
@@ -262,7 +276,9 @@ def color_jitter(images: Tensor, parameters: Tensor) -> Tensor:
     _checks.color_jitter(images, parameters)
     if images.device.type == "cuda" or not _native(images):
         return reference.color_jitter(images, parameters)
-    result: Tensor = torch.ops.equifast.color_jitter(images, _constant("parameters", parameters, "color_jitter"))[0]
+    arguments = (images, _constant("parameters", parameters, "color_jitter"))
+    result: Tensor
+    result = _ColorJitter.apply(*arguments) if _eager(images) else torch.ops.equifast.color_jitter(*arguments)[0]
     return result
 
 
@@ -275,6 +291,10 @@ def _interleaved(t: Tensor) -> bool:
     if width == 1 or t.shape[3] == 1:
         return False
     return channels == 1 and width == t.shape[1] and (t.shape[2] == 1 or height >= t.shape[1] * t.shape[3])
+
+
+def _accumulator(features: Tensor) -> torch.dtype:
+    return torch.float64 if features.dtype == torch.float64 else torch.float32
 
 
 def _alike(total: Tensor, anchor: Tensor) -> bool:
@@ -301,8 +321,7 @@ def _fake_warp_adjoint(gradients: Sequence[Tensor], theta: Tensor, height: int, 
 
 def _fake_similarity(anchor: Tensor, views: Sequence[Tensor], theta: Tensor, pixel: bool) -> tuple[Tensor, Tensor]:
     n, k = anchor.shape[0], len(views)
-    dtype = torch.float64 if anchor.dtype == torch.float64 else torch.float32
-    return anchor.new_empty((n, k), dtype=dtype), anchor.new_empty((n, k, 3), dtype=torch.float64)
+    return anchor.new_empty((n, k), dtype=_accumulator(anchor)), anchor.new_empty((n, k, 3), dtype=torch.float64)
 
 
 def _fake_similarity_backward(
@@ -313,8 +332,7 @@ def _fake_similarity_backward(
 
 
 def _fake_similarity_gradient(total: Tensor, anchor: Tensor, view: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = torch.float64 if anchor.dtype == torch.float64 else torch.float32
-    return anchor.new_empty((anchor.shape[0], 1), dtype=dtype), _map(
+    return anchor.new_empty((anchor.shape[0], 1), dtype=_accumulator(anchor)), _map(
         view, view.shape[2], view.shape[3], _interleaved(anchor), anchor.dtype
     )
 
@@ -341,9 +359,11 @@ def _warp_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.like, ctx.size = images.new_empty(0), images.shape
 
 
-def _warp_backward(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Tensor, None, None, None]:
+def _warp_backward(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, None, None, None]:
     (theta,) = ctx.saved_tensors
     n, channels, height, width = ctx.size
+    if all(g is None for g in gradients):
+        return None, None, None, None
     given = [
         ctx.like.new_zeros(n, channels, h, w) if g is None else g
         for g, h, w in zip(gradients, ctx.heights, ctx.widths, strict=True)
@@ -389,6 +409,60 @@ def _color_jitter_backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) 
     if upstream is None:
         return None, None
     return torch.ops.equifast.color_jitter_backward(upstream, *ctx.saved_tensors), None
+
+
+# The same derivatives for eager mode. Those that torch.library registers serve whoever traces or transforms, and
+# callers of torch.ops; their way through Python takes several times as long, which is most of a call on small maps.
+
+
+def _eager(*tensors: Tensor) -> bool:
+    """Whether a derivative will be wanted, and nobody but autograd looks on."""
+    return (
+        torch.is_grad_enabled()
+        and any(t.requires_grad for t in tensors)
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+class _Warp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, theta: Tensor, heights: list[int], widths: list[int]) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        _warp_context(ctx, (images, theta, heights, widths), None)
+        return tuple(torch.ops.equifast.warp(images, theta, heights, widths))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+        return _warp_backward(ctx, gradients)
+
+
+class _Similarity(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, theta: Tensor, pixel: bool, *views: Tensor) -> Tensor:
+        result, sums = torch.ops.equifast.similarity(anchor, views, theta, pixel)
+        ctx.pixel = pixel
+        ctx.save_for_backward(sums, anchor, theta, *views)
+        found: Tensor = result
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        for_anchor, for_views, *_ = _similarity_backward(ctx, upstream, None)
+        return for_anchor, None, None, *for_views
+
+
+class _ColorJitter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, parameters: Tensor) -> Tensor:
+        result, mean = torch.ops.equifast.color_jitter(images, parameters)
+        ctx.save_for_backward(mean, images, parameters)
+        jittered: Tensor = result
+        return jittered
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None]:
+        return _color_jitter_backward(ctx, upstream, None)
 
 
 def _no_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -321,7 +321,9 @@ def sample(
             shape = _checks.shape(theta)
             raise ValueError(f"{name}.geometry gives a theta of shape {shape}; it must be ({len(ids)}, 2, 3)")
         target = _checks.size(f"the size that {name}.geometry gives", target)
-        sampled.append(Sampled(view, theta.to(torch.float64), target, u))
+        sampled.append(Sampled(view, theta.detach().to("cpu", torch.float64), target, u))
+    if not sampled:
+        return []
     # here and for all of them at once; whoever renders them need not look again
     matrices = _checks.theta(torch.stack([view.theta for view in sampled])).to(ids.device)
     return [Sampled(s.view, theta, s.size, s.u) for s, theta in zip(sampled, matrices.unbind(0), strict=True)]

@@ -241,6 +241,33 @@ def test_similarity_gradient(name: str, layout: str, dtype: torch.dtype, device:
             close(total.cpu(), (kept.double() + for_anchor.double()).cpu().to(dtype), dtype, 1e-12)
 
 
+def test_similarity_gradient_of_what_is_its_own_sum(device: torch.device) -> None:
+    """A sum that lies where the features do, and one that autograd has kept for a derivative; nothing at all."""
+    theta = torch.tensor([[[[0.9, -0.2, 0], [0.2, 0.9, 0]]]]).double().expand(1, 2, 2, 3).contiguous().to(device)
+    f0, f1 = (draw(2, 5, 40, 40, seed=seed, dtype=torch.float32).to(device) for seed in (1, 2))
+    expected = torch.zeros_like(f0)
+    value, gradient = ops.similarity_gradient(f0, f1, theta, expected)
+    for which in (0, 1):
+        own = [f0.clone(), f1.clone()]
+        total = own[which]
+        before = total.clone()
+        again = ops.similarity_gradient(own[0], own[1], theta, total)
+        close(again[0].cpu(), value.cpu(), torch.float32)
+        close(again[1].cpu(), gradient.cpu(), torch.float32)
+        close((total - before).cpu(), expected.cpu(), torch.float32, 1.0)
+    weight = torch.ones((), device=device, requires_grad=True)
+    total = torch.zeros_like(f0)
+    kept = (weight * total).sum()
+    ops.similarity_gradient(f0, f1, theta, total)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        kept.backward()
+    for shape in ((0, 5, 4, 4), (2, 0, 4, 4)):
+        empty = torch.empty(shape, device=device).transpose(2, 3)
+        value, gradient = ops.similarity_gradient(empty, empty, theta[:, : len(empty)], torch.zeros_like(empty))
+        assert value.shape == (len(empty), 1)
+        assert gradient.shape == empty.shape
+
+
 def test_similarity_gradient_refuses(device: torch.device) -> None:
     anchor, theta = torch.rand(1, 2, 4, 5, device=device), cases.theta("identity").to(device).double()
     for total, message in (
@@ -250,6 +277,12 @@ def test_similarity_gradient_refuses(device: torch.device) -> None:
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             ops.similarity_gradient(anchor, anchor, theta, total.to(device))
+    for view, message in (
+        (torch.rand(1, 3, 4, 5), "must be .1, 2, h, w. as anchor"),
+        (torch.rand(1, 2, 4, 5).double(), "it must have that of anchor, torch.float32"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            ops.similarity_gradient(anchor, view.to(device), theta, torch.zeros_like(anchor))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
