@@ -120,6 +120,68 @@ void add_products(const Geometry<real>& g, const Rect& anchor, const real* panel
   }
 }
 
+// The sums over rows [top, bottom) of the anchor and channels [first, last), where the channels of a pixel
+// lie in memory as in a vector: straight from there. What positions read is known long before it is used:
+// numbers that were stored as vectors just now are slow to read one by one.
+template <typename T>
+void add_products_directly(const SimilarityParams& p, int n, int k, const PixelMap& map, int top, int bottom,
+                           int first, int last, double* out) {
+  using real = Real<T>;
+  const Map &anchor = p.anchor, &view = p.view[k];
+  constexpr int most = 1024, some = 64;  // positions that are known; that are added up in float32
+  Positions at;
+  int tap[most], right[most], down[most];  // elements
+  real fx[most], fy[most];
+  const int step = static_cast<int>(view.sx), row = static_cast<int>(view.sy);
+  const int width = view.width, height = view.height;
+  for (int j = top; j < bottom; ++j) {
+    Range c{0, anchor.width};
+    narrow(map.xi, map.xj * (j + 0.5) + map.x0, map.left, map.right, c.begin, c.end);
+    narrow(map.yi, map.yj * (j + 0.5) + map.y0, map.top, map.bottom, c.begin, c.end);
+    while (c.begin < c.end && !map.inside(map.at(c.begin, j))) ++c.begin;
+    while (c.begin < c.end && !map.inside(map.at(c.end - 1, j))) --c.end;
+    for (int begin = c.begin; begin < c.end; begin += most) {
+      const int known = begin + most < c.end ? most : c.end - begin;
+      for (int i = 0; i < known; i += Positions::most) {
+        const int count = i + Positions::most < known ? Positions::most : known - i;
+        at.look(map, j, begin + i, count);
+#pragma omp simd
+        for (int l = 0; l < count; ++l) {
+          const auto x = core::lower<real>(at.x[l], width);
+          const auto y = core::lower<real>(at.y[l], height);
+          const int x0 = x.pixel < 0 ? 0 : x.pixel, x1 = x.pixel + 1 < width ? x.pixel + 1 : width - 1;
+          const int y0 = y.pixel < 0 ? 0 : y.pixel, y1 = y.pixel + 1 < height ? y.pixel + 1 : height - 1;
+          tap[i + l] = y0 * row + x0 * step;
+          right[i + l] = (x1 - x0) * step, down[i + l] = (y1 - y0) * row;
+          fx[i + l] = x.fraction, fy[i + l] = y.fraction;
+        }
+      }
+      for (int channel = first; channel < last; channel += 16) {
+        const T *f0 = image_of<T>(anchor, n, channel) + j * anchor.sy + begin * anchor.sx, *const f1 =
+                                                                                               image_of<T>(
+                                                                                                   view, n,
+                                                                                                   channel);
+        for (int i = 0; i < known; i += some) {
+          Sums<16, real> sums;
+          with_lanes(0, last - channel, [&](auto lanes) EQUIFAST_INLINE {
+            for (int l = i; l < i + some && l < known; ++l, f0 += anchor.sx) {
+              const T* from = f1 + tap[l];
+              Pack<16, real> v0, v1, a, b, low, high;
+              __builtin_prefetch(f0 + prefetched);
+              get(from, lanes, a), get(from + right[l], lanes, b), low.between(fx[l], a, b);
+              from += down[l];
+              get(from, lanes, a), get(from + right[l], lanes, b), high.between(fx[l], a, b);
+              v1.between(fy[l], low, high), get(f0, lanes, v0);
+              sums.add(v0, v1);
+            }
+          });
+          sums.give(out);
+        }
+      }
+    }
+  }
+}
+
 // What all views read at a tile of the anchor, and the features there.
 template <typename T>
 class Tile {
@@ -193,14 +255,15 @@ void run_similarity(const SimilarityParams& p, int64_t begin, int64_t end) {
   Scratch scratch(panels_need > level_scratch ? panels_need : level_scratch);
   const int blocks = similarity_blocks(p), panels = similarity_panel_blocks(p),
             bands = parts(p.anchor.height, similarity_anchor_rows);
-  std::optional<Tile<T>> tile;  // until rows need the memory
+  const bool direct = wide<T> && p.interleaved;  // then nothing goes by panels
+  std::optional<Tile<T>> tile;                   // until rows need the memory
   for (int64_t task = begin; task < end; ++task) {
     const int n = static_cast<int>(task / blocks), block = static_cast<int>(task % blocks);
     const bool by_rows = block >= panels;
     const Rect band = rows_of(p.anchor, block % bands, similarity_anchor_rows);
     const auto mine = [&](int k) {
       const PixelMap map = map_back(p, n, k);
-      return LevelPlanes<T>::serves(p, map, k) == by_rows && !LevelPixels<T>::serves(p, map, k);
+      return !direct && LevelPlanes<T>::serves(p, map, k) == by_rows;
     };
     const auto sums = [&](int k) { return p.partial + ((int64_t{n} * p.views + k) * blocks + block) * 3; };
     const int group = by_rows ? block - panels : block / bands;
@@ -211,8 +274,9 @@ void run_similarity(const SimilarityParams& p, int64_t begin, int64_t end) {
       std::memset(sums(k), 0, 3 * sizeof(double));
       const PixelMap map = map_back(p, n, k);
       if (LevelPixels<T>::serves(p, map, k)) {
-        tile.reset();
         LevelPixels<T>(p, scratch).add_products(n, k, map, band.top, band.bottom, sums(k));
+      } else if (direct) {
+        add_products_directly<T>(p, n, k, map, band.top, band.bottom, first, last, sums(k));
       }
       if (!mine(k)) continue;
       any = true;
