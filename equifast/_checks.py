@@ -139,25 +139,15 @@ def theta(value: object, n: int | None = None, k: int | None = None) -> Tensor:
     if matrices.shape[0] == 0:
         raise ValueError("theta has shape " + shape(matrices) + "; there must be at least one view")
     if _has_values(matrices):
-        finite, invertible = _finite_and_invertible(matrices.detach())
-        if not finite:
+        # numpy: on so few numbers torch's operations take several times as long, and every step checks its views
+        t = matrices.detach().numpy().astype(np.float64, copy=False)
+        if not np.isfinite(t).all():
             raise ValueError("theta has values that are NaN or infinite; they must be finite")
-        if not invertible:
+        with np.errstate(over="ignore", invalid="ignore"):
+            determinant = np.abs(t[..., 0, 0] * t[..., 1, 1] - t[..., 0, 1] * t[..., 1, 0])
+        if not determinant.min() >= 1e-12:  # NaN where products overflow
             raise ValueError("theta has a singular matrix; every matrix must be invertible")
     return matrices
-
-
-def _finite_and_invertible(matrices: Tensor) -> tuple[bool, bool]:
-    # Every step checks its views, after passes of the network that leave nothing in the caches: on so few numbers
-    # numpy's operations take several times as long as these, and torch's many times.
-    if matrices.numel() <= 6 * 64:
-        rows = matrices.flatten(0, 1).tolist()
-        finite = all(math.isfinite(v) for row in rows for side in row for v in side)
-        return finite, finite and all(abs(a * d - b * c) >= 1e-12 for (a, b, _), (c, d, _) in rows)
-    t = matrices.numpy().astype(np.float64, copy=False)
-    with np.errstate(over="ignore", invalid="ignore"):
-        determinant = np.abs(t[..., 0, 0] * t[..., 1, 1] - t[..., 0, 1] * t[..., 1, 0])
-    return bool(np.isfinite(t).all()), bool(determinant.min() >= 1e-12)
 
 
 def size(name: str, value: object) -> tuple[int, int]:
