@@ -78,7 +78,7 @@ struct PixelMap {
             product(yi, i + 0.5) + product(yj, j + 0.5) + y0};
   }
 
-  bool operator==(const PixelMap& o) const {
+  EQUIFAST_HD bool operator==(const PixelMap& o) const {
     return xi == o.xi && xj == o.xj && x0 == o.x0 && yi == o.yi && yj == o.yj && y0 == o.y0 && w == o.w &&
            h == o.h;
   }

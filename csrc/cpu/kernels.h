@@ -50,7 +50,7 @@ struct SimilarityParams {
   double* sums;            // (N, K, 3): <f0,fk>, |f0|^2, |fk|^2; or for "pixel" sum of cosines, positions, 0
   const double* upstream;  // (N, K)
   Gradient anchor_gradient;  // (N, C, H, W)
-  bool add;  // to what the anchor's gradient holds; for one cosine per image, of a single view
+  bool add;  // to what the anchor's gradient holds: of a single view, with one cosine per image
   const Gradient* view_gradient;  // K times (N, C, h, w)
 };
 

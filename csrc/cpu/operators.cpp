@@ -159,8 +159,8 @@ struct SimilarityArguments {
   }
 };
 
-std::tuple<Tensor, Tensor> similarity(Tensor anchor, std::vector<Tensor> views, Tensor theta, bool pixel) {
-  SimilarityArguments a(anchor, views, theta, pixel);
+// Returns the similarities and the sums that the backward pass wants.
+std::tuple<Tensor, Tensor> forward(SimilarityArguments& a) {
   SimilarityParams& p = a.p;
   const std::int64_t n = p.images, k = p.views;
   const std::int64_t result_size[] = {n, k}, sums_size[] = {n, k, 3};
@@ -171,9 +171,14 @@ std::tuple<Tensor, Tensor> similarity(Tensor anchor, std::vector<Tensor> views, 
   std::vector<double> partial(static_cast<std::size_t>(n * k * blocks * 3));
   p.partial = partial.data();
   p.sums = static_cast<double*>(sums.mutable_data_ptr());
-  run(pixel ? kernels().similarity_pixel : kernels().similarity, p, similarity_tasks(p), a.elements);
+  run(p.pixel ? kernels().similarity_pixel : kernels().similarity, p, similarity_tasks(p), a.elements);
   similarity_finish(p, result.mutable_data_ptr());
   return {result, sums};
+}
+
+std::tuple<Tensor, Tensor> similarity(Tensor anchor, std::vector<Tensor> views, Tensor theta, bool pixel) {
+  SimilarityArguments a(anchor, views, theta, pixel);
+  return forward(a);
 }
 
 // With one cosine per image.
@@ -216,7 +221,6 @@ std::vector<Tensor> similarity_backward(Tensor upstream, Tensor sums, Tensor anc
 }
 
 std::tuple<Tensor, Tensor> similarity_gradient(Tensor total, Tensor anchor, Tensor view, Tensor theta) {
-  auto [result, sums] = similarity(anchor, {view}, theta, false);
   SimilarityArguments a(anchor, {view}, theta, false);
   SimilarityParams& p = a.p;
   check_features(total, "total");
@@ -224,6 +228,7 @@ std::tuple<Tensor, Tensor> similarity_gradient(Tensor total, Tensor anchor, Tens
   STD_TORCH_CHECK(total.sizes().equals(anchor.sizes()), "total must have the shape of anchor");
   STD_TORCH_CHECK(p.interleaved ? is_interleaved(total) : is_planar(total),
                   "total must have the layout of anchor");
+  auto [result, sums] = forward(a);
   const Tensor& like = a.views[0];
   Tensor gradient =
       new_map(like, like.size(1), like.size(2), like.size(3), like.scalar_type(), p.interleaved);

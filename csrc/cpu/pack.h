@@ -244,8 +244,6 @@ EQUIFAST_INLINE inline void put(T* to, SomeLanes lanes, const Pack<16, Real<T>>&
     _mm512_mask_storeu_ps(to, of_16(lanes.first, lanes.last), (__m512)v.h);
     return;
   }
-#endif
-#if EQUIFAST_WIDE
   if constexpr (wide<T>) {
     if (lanes.first == 0) return put_16(to, lanes.last, (__m512)v.h);
   }

@@ -136,10 +136,7 @@ void add_products_directly(const SimilarityParams& p, int n, int k, const PixelM
   const int width = view.width, height = view.height;
   for (int j = top; j < bottom; ++j) {
     Range c{0, anchor.width};
-    narrow(map.xi, map.xj * (j + 0.5) + map.x0, map.left, map.right, c.begin, c.end);
-    narrow(map.yi, map.yj * (j + 0.5) + map.y0, map.top, map.bottom, c.begin, c.end);
-    while (c.begin < c.end && !map.inside(map.at(c.begin, j))) ++c.begin;
-    while (c.begin < c.end && !map.inside(map.at(c.end - 1, j))) --c.end;
+    inside(map, j, c.begin, c.end);
     for (int begin = c.begin; begin < c.end; begin += most) {
       const int known = begin + most < c.end ? most : c.end - begin;
       for (int i = 0; i < known; i += Positions::most) {
@@ -147,20 +144,16 @@ void add_products_directly(const SimilarityParams& p, int n, int k, const PixelM
         at.look(map, j, begin + i, count);
 #pragma omp simd
         for (int l = 0; l < count; ++l) {
-          const auto x = core::lower<real>(at.x[l], width);
-          const auto y = core::lower<real>(at.y[l], height);
-          const int x0 = x.pixel < 0 ? 0 : x.pixel, x1 = x.pixel + 1 < width ? x.pixel + 1 : width - 1;
-          const int y0 = y.pixel < 0 ? 0 : y.pixel, y1 = y.pixel + 1 < height ? y.pixel + 1 : height - 1;
-          tap[i + l] = y0 * row + x0 * step;
-          right[i + l] = (x1 - x0) * step, down[i + l] = (y1 - y0) * row;
+          const auto x = core::tap<real>(at.x[l], width);
+          const auto y = core::tap<real>(at.y[l], height);
+          tap[i + l] = y.low * row + x.low * step;
+          right[i + l] = (x.high - x.low) * step, down[i + l] = (y.high - y.low) * row;
           fx[i + l] = x.fraction, fy[i + l] = y.fraction;
         }
       }
       for (int channel = first; channel < last; channel += 16) {
-        const T *f0 = image_of<T>(anchor, n, channel) + j * anchor.sy + begin * anchor.sx, *const f1 =
-                                                                                               image_of<T>(
-                                                                                                   view, n,
-                                                                                                   channel);
+        const T* f0 = image_of<T>(anchor, n, channel) + j * anchor.sy + begin * anchor.sx;
+        const T* const f1 = image_of<T>(view, n, channel);
         for (int i = 0; i < known; i += some) {
           Sums<16, real> sums;
           with_lanes(0, last - channel, [&](auto lanes) EQUIFAST_INLINE {
@@ -246,8 +239,8 @@ class Tile {
   real *lines_, *panel0_, *panel1_;
 };
 
-// Task: of an image, some rows of the anchor in a group of channels, with all views that go by panels; or
-// some channels with those that go by rows.
+// Task: of an image, some rows of the anchor in a group of channels, with all views that go by panels, or
+// straight from memory; or some channels with those whose planes go by rows.
 template <typename T>
 void run_similarity(const SimilarityParams& p, int64_t begin, int64_t end) {
   using real = Real<T>;
