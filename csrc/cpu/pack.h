@@ -81,22 +81,10 @@ struct Pack {
     if constexpr (tail > 0) t = a.t + f * (b.t - a.t);
   }
   double sum() const {
-    double total = added(h);
-    if constexpr (tail > 0) total += added(t);
+    double total = 0;
+    for (int i = 0; i < head; ++i) total += double(h[i]);
+    for (int i = 0; i < tail; ++i) total += double(t[i]);
     return total;
-  }
-
- private:
-  // In pairs, which does not wait for one addition after the other.
-  template <typename Vector>
-  static double added(const Vector& v) {
-    constexpr int count = int{sizeof(Vector) / sizeof(real)};
-    double part[count];
-    for (int i = 0; i < count; ++i) part[i] = double(v[i]);
-    for (int some = count / 2; some > 0; some /= 2) {
-      for (int i = 0; i < some; ++i) part[i] += part[i + some];
-    }
-    return part[0];
   }
 };
 

@@ -120,9 +120,9 @@ void add_products(const Geometry<real>& g, const Rect& anchor, const real* panel
   }
 }
 
-// The sums over rows [top, bottom) of the anchor and channels [first, last), where the channels of a pixel
-// lie in memory as in a vector: straight from there. What positions read is known long before it is used:
-// numbers that were stored as vectors just now are slow to read one by one.
+// The sums of a single view over rows [top, bottom) of the anchor and channels [first, last), where the
+// channels of a pixel lie in memory as in a vector: straight from there. What positions read is known long
+// before it is used: numbers that were stored as vectors just now are slow to read one by one.
 template <typename T>
 void add_products_directly(const SimilarityParams& p, int n, int k, const PixelMap& map, int top, int bottom,
                            int first, int last, double* out) {
@@ -239,8 +239,8 @@ class Tile {
   real *lines_, *panel0_, *panel1_;
 };
 
-// Task: of an image, some rows of the anchor in a group of channels, with all views that go by panels, or
-// straight from memory; or some channels with those whose planes go by rows.
+// Task: of an image, some rows of the anchor in a group of channels, with all views that go by panels, or the
+// single one straight from memory; or some channels with those whose planes go by rows.
 template <typename T>
 void run_similarity(const SimilarityParams& p, int64_t begin, int64_t end) {
   using real = Real<T>;
@@ -248,15 +248,15 @@ void run_similarity(const SimilarityParams& p, int64_t begin, int64_t end) {
   Scratch scratch(panels_need > level_scratch ? panels_need : level_scratch);
   const int blocks = similarity_blocks(p), panels = similarity_panel_blocks(p),
             bands = parts(p.anchor.height, similarity_anchor_rows);
-  const bool direct = wide<T> && p.interleaved;  // then nothing goes by panels
-  std::optional<Tile<T>> tile;                   // until rows need the memory
+  const bool direct = wide<T> && p.interleaved && p.views == 1;  // several share a panel of the anchor
+  std::optional<Tile<T>> tile;                                   // until rows need the memory
   for (int64_t task = begin; task < end; ++task) {
     const int n = static_cast<int>(task / blocks), block = static_cast<int>(task % blocks);
     const bool by_rows = block >= panels;
     const Rect band = rows_of(p.anchor, block % bands, similarity_anchor_rows);
     const auto mine = [&](int k) {
       const PixelMap map = map_back(p, n, k);
-      return !direct && LevelPlanes<T>::serves(p, map, k) == by_rows;
+      return !direct && LevelPlanes<T>::serves(p, map, k) == by_rows && !LevelPixels<T>::serves(p, map, k);
     };
     const auto sums = [&](int k) { return p.partial + ((int64_t{n} * p.views + k) * blocks + block) * 3; };
     const int group = by_rows ? block - panels : block / bands;
@@ -267,6 +267,7 @@ void run_similarity(const SimilarityParams& p, int64_t begin, int64_t end) {
       std::memset(sums(k), 0, 3 * sizeof(double));
       const PixelMap map = map_back(p, n, k);
       if (LevelPixels<T>::serves(p, map, k)) {
+        tile.reset();
         LevelPixels<T>(p, scratch).add_products(n, k, map, band.top, band.bottom, sums(k));
       } else if (direct) {
         add_products_directly<T>(p, n, k, map, band.top, band.bottom, first, last, sums(k));
@@ -516,7 +517,7 @@ class ViewGradient {
         if (!once) see(map, part, view, r);
         if (g_.spans == 0) return true;
         if constexpr (wide<T> && lanes == 16) {
-          if (p_.views == 1 && p_.interleaved) {
+          if (p_.views == 1 && p_.interleaved && p_.channels <= 16) {  // more: pixels too far apart
             if (p_.add) {
               add_directly<true>(n, c, count, w, r);
             } else {
