@@ -1,8 +1,11 @@
-// equifast._C: build information, and what the machine it runs on can execute. No torch in here, so that
-// `equifast doctor` can report even where an operator library does not load.
+// equifast._C: build information, what the machine it runs on can execute, and a check that every call of an
+// operator makes. No torch in here, so that `equifast doctor` can report even where an operator library does
+// not load.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cmath>
 #include <cstdint>
 #include <sstream>
 #include <string>
@@ -73,6 +76,19 @@ std::vector<std::string> instruction_sets() {
   return found;
 }
 
+// What is wrong with matrices (..., 2, 3), or nothing. In C++, for in numpy it takes a tenth of a millisecond
+// when caches are cold, as they are after every kernel.
+std::string matrices_problem(const pybind11::array_t<double, pybind11::array::c_style>& matrices) {
+  const double *t = matrices.data(), *end = t + matrices.size();
+  for (const double* value = t; value != end; ++value) {
+    if (!std::isfinite(*value)) return "nonfinite";
+  }
+  for (; t != end; t += 6) {  // NaN where products overflow
+    if (!(std::fabs(t[0] * t[4] - t[1] * t[3]) >= 1e-12)) return "singular";
+  }
+  return "";
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -89,4 +105,6 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "instruction_sets", [] { return py::tuple(py::cast(instruction_sets())); },
       "Which of avx2, fma, f16c, avx512f, avx512_bf16, amx_bf16 this machine can run, now.");
+  m.def("matrices_problem", &matrices_problem,
+        "'nonfinite' or 'singular' where one of the matrices (..., 2, 3) is, else ''.");
 }

@@ -1,5 +1,9 @@
 """Build information: what this build of equifast was compiled from, by and for."""
 
+from typing import Any
+
+from numpy.typing import NDArray
+
 version: str
 """Version of the sources that were compiled; equals `equifast.__version__` unless the build is stale."""
 
@@ -23,3 +27,6 @@ def instruction_sets() -> tuple[str, ...]:
 
     Counts an extension only where the processor has it and the operating system saves its registers.
     """
+
+def matrices_problem(matrices: NDArray[Any]) -> str:
+    """'nonfinite' or 'singular' where one of the matrices (..., 2, 3) is, else ''."""

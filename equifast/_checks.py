@@ -3,9 +3,10 @@
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from equifast import _C
 
 TOLERANCE = 1e-6  # by how much an image may leave [0, 1] through rounding; it is clamped
 
@@ -139,13 +140,10 @@ def theta(value: object, n: int | None = None, k: int | None = None) -> Tensor:
     if matrices.shape[0] == 0:
         raise ValueError("theta has shape " + shape(matrices) + "; there must be at least one view")
     if _has_values(matrices):
-        # numpy: on so few numbers torch's operations take several times as long, and every step checks its views
-        t = matrices.detach().numpy().astype(np.float64, copy=False)
-        if not np.isfinite(t).all():
+        problem = _C.matrices_problem(matrices.detach().numpy())
+        if problem == "nonfinite":
             raise ValueError("theta has values that are NaN or infinite; they must be finite")
-        with np.errstate(over="ignore", invalid="ignore"):
-            determinant = np.abs(t[..., 0, 0] * t[..., 1, 1] - t[..., 0, 1] * t[..., 1, 0])
-        if not determinant.min() >= 1e-12:  # NaN where products overflow
+        if problem == "singular":
             raise ValueError("theta has a singular matrix; every matrix must be invertible")
     return matrices
 
