@@ -72,6 +72,7 @@ class Study:
     eot: int = 1
     features: str | None = None
     stand_in: bool = False
+    attack_dtype: str = "float32"
 
     def settings(self) -> dict[str, object]:
         """What determines the results, as values that JSON can hold."""
@@ -169,7 +170,8 @@ class Runner:
 
         def compute() -> dict[str, Tensor]:
             steps = study.steps if victim == "none" else study.bpda_steps
-            attack = PGD(study.model, eps=study.eps, step_size=study.step_size, steps=steps, seed=ATTACK_SEED)
+            settings: dict[str, Any] = {"eps": study.eps, "step_size": study.step_size, "seed": ATTACK_SEED}
+            attack = PGD(study.model, steps=steps, dtype=study.attack_dtype, **settings)
             task = self._progress.add_task(f"  attacking {victim}", total=steps)
 
             def advance(done: int, total: int) -> None:

@@ -8,9 +8,10 @@
 time and goes on where it stopped. The attacks on each candidate: plain PGD on the model; the attack through averaging,
 which anyone who fears averaging would run; BPDA through the candidate itself, with expectation over its draws; and with
 `--last K` the same with a gradient through the last K steps of its ascent, which the published code, what purifies at
-half the size and what has no ascent lack. The worst case takes, image by image, the
-one that leaves fewest labels right. Settings are chosen on `val` (CIFAR-10: on images of its test set that no table
-uses) and reported on `test`.
+half the size and what has no ascent lack. The worst case takes, image by image, the one that leaves fewest labels right.
+Attacks take their gradients from a folded copy in bfloat16, where the hardware has it, which is as strong
+(`bench/equivalence.py`); unrolled gradients through steps are float32. Settings are chosen on `val` (CIFAR-10: on images
+of its test set that no table uses) and reported on `test`.
 
 `seconds` times all candidates in turns, in one process. Nothing else should run beside it.
 """
@@ -146,6 +147,8 @@ CANDIDATES: dict[str, Candidate] = {
     "noise, 8 draws": (noise, {"draws": 8}),
     "averaging, flip": (averaging, {"sets": "flip"}),
     "averaging, same size": (averaging, {"sets": "same size"}),
+    "averaging, enlarged": (averaging, {"sets": "enlarged"}),
+    "averaging, 4 x enlarged": (averaging, {"sets": "enlarged", "times": 4}),
     "averaging, six": (averaging, {"sets": "six"}),
     "averaging, eight": (averaging, {"sets": "eight"}),
     "averaging, 3 x six": (averaging, {"sets": "six", "times": 3}),
@@ -165,6 +168,19 @@ CANDIDATES: dict[str, Candidate] = {
     "8 steps, 1 of six": steps(8, 0.25, views_per_step=1),
     "8 steps, 1 of the same size": steps(8, 0.25, sets="same size", views_per_step=1),
     "8 steps, 1 of eight, from the image": steps(8, 0.25, sets="eight", views_per_step=1, start="origin"),
+    "8 steps, 1 of eight, from the image, radius x 4/3": steps(
+        8, 0.25, sets="eight", views_per_step=1, start="origin", radius=4 / 3
+    ),
+    "8 steps, enlarged, from the image": steps(8, 0.25, sets="enlarged", start="origin"),
+    "8 steps, enlarged less, from the image": steps(8, 0.25, sets="enlarged less", start="origin"),
+    "16 steps of 1/8, 1 of eight, from the image": steps(16, 0.125, sets="eight", views_per_step=1, start="origin"),
+    "8 steps, 1 of eight, from the image, averaging": steps(
+        8, 0.25, sets="eight", views_per_step=1, start="origin", average=True
+    ),
+    "4 steps, 1 of six": steps(views_per_step=1),
+    "4 steps, 2 of six": steps(views_per_step=2),
+    "4 steps, 2 of six, momentum 1": steps(views_per_step=2, momentum=1.0),
+    "8 steps, 1 of six, momentum 1": steps(8, 0.25, views_per_step=1, momentum=1.0),
     "8 steps, 1 of eight, momentum 0.5": steps(8, 0.25, sets="eight", views_per_step=1, momentum=0.5),
     "8 steps, 1 of eight, radius x 2/3": steps(8, 0.25, sets="eight", views_per_step=1, radius=2 / 3),
     "8 steps, 1 of eight, radius x 4/3": steps(8, 0.25, sets="eight", views_per_step=1, radius=4 / 3),
@@ -323,7 +339,8 @@ def cifar(data: Path, training: str, split: str, images: int | None) -> dict[str
 
 def study_of(data_set: str, data: Path, training: str, split: str, images: int | None, **attacks: int) -> Study:
     parts = {"camvid": camvid, "cifar": cifar}[data_set](data, training, split, images)
-    return Study(name=f"front-{data_set}-{training}-{split}", slow_images=0, **parts, **attacks)
+    name = f"front-{data_set}-{training}-{split}"
+    return Study(name=name, slow_images=0, attack_dtype="auto", **parts, **attacks)
 
 
 def worst(cells: Sequence[Cell]) -> Cell:

@@ -121,8 +121,9 @@ def ids(value: object, n: int, device: torch.device) -> Tensor:
 
 
 def _has_values(value: Tensor) -> bool:
-    """Whether values can be looked at: in host memory, and not while torch.compile traces."""
-    return value.device.type == "cpu" and not torch.compiler.is_compiling() and bool(value.numel())
+    """Whether values can be looked at: in host memory, and not while torch.compile traces or torch.func transforms."""
+    transformed = torch._C._are_functorch_transforms_active()
+    return value.device.type == "cpu" and not (transformed or torch.compiler.is_compiling()) and bool(value.numel())
 
 
 def theta(value: object, n: int | None = None, k: int | None = None) -> Tensor:

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from equifast import _C, __version__, ops
 from equifast._allocator import keep_freed_memory
+from equifast._cheap import has_fast_bfloat16
 from equifast.demo import report
 from equifast.evaluate import PARTS, profile_step
 from equifast.features import Features, evaluating, suggest
 from equifast.models import find_images, first_line, load_model, read_image, write_image
-from equifast.purifier import PRESETS, Purifier, has_fast_bfloat16
+from equifast.purifier import PRESETS, Purifier
 
 __all__ = ["app"]
 

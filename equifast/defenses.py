@@ -66,4 +66,4 @@ class Averaging(DefendedModel):
         x = _checks.images("x", x, channels=3)
         _checks.integer("draw", draw, 0, rng.MAX_DRAW)
         with evaluating(x, self.model):
-            return average(self.model, x, self.views, self.seed, ids, draw)
+            return average(self.predict, x, self.views, self.seed, ids, draw)

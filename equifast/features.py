@@ -236,6 +236,24 @@ class _FrozenNorm(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+_ACTIVE = threading.local()
+
+
+@contextlib.contextmanager
+def _once(mode: type[TorchFunctionMode]) -> Iterator[None]:
+    """A mode, unless this thread is in it: every operation goes through all of them, and an attack runs a purifier."""
+    active: set[type[TorchFunctionMode]] = _ACTIVE.__dict__.setdefault("modes", set())
+    if mode in active:
+        yield
+        return
+    active.add(mode)
+    try:
+        with mode():
+            yield
+    finally:
+        active.discard(mode)
+
+
 _LOCK = threading.Lock()
 # Flags of modules and parameters that are turned off, and by how many uses at once, of threads too: the last one turns
 # them on again. By id: (id, name) -> [object, as it was, uses].
@@ -291,9 +309,9 @@ def evaluating(x: Tensor, *models: Model, lean: bool = False) -> Iterator[None]:
                     _hold(parameter, "requires_grad", held)
         with modes:
             if lean:
-                modes.enter_context(_FrozenNorm())
+                modes.enter_context(_once(_FrozenNorm))
             if x.device.type == "cpu":
-                modes.enter_context(_Batchless())
+                modes.enter_context(_once(_Batchless))
             yield
     finally:
         with _LOCK:

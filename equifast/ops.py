@@ -142,8 +142,10 @@ def _chosen(device: torch.device) -> bool:
 
 
 def _native(tensor: Tensor) -> bool:
-    # a fake or a meta tensor of torch.compile says the device that it stands for
-    return _chosen(tensor.device) and tensor.dtype in _DTYPES
+    # A fake or a meta tensor of torch.compile says the device that it stands for. The derivatives that torch.library
+    # registers are none that torch.func could transform.
+    transformed = torch._C._are_functorch_transforms_active()
+    return not transformed and tensor.dtype in _DTYPES and _chosen(tensor.device)
 
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -411,18 +413,13 @@ def _color_jitter_backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) 
     return torch.ops.equifast.color_jitter_backward(upstream, *ctx.saved_tensors), None
 
 
-# The same derivatives for eager mode. Those that torch.library registers serve whoever traces or transforms, and
-# callers of torch.ops; their way through Python takes several times as long, which is most of a call on small maps.
+# The same derivatives for eager mode. Those that torch.library registers serve whoever traces, and callers of
+# torch.ops; their way through Python takes several times as long, which is most of a call on small maps.
 
 
 def _eager(*tensors: Tensor) -> bool:
     """Whether a derivative will be wanted, and nobody but autograd looks on."""
-    return (
-        torch.is_grad_enabled()
-        and any(t.requires_grad for t in tensors)
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-    )
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors) and not torch.compiler.is_compiling()
 
 
 class _Warp(torch.autograd.Function):

@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from equifast import _C, _checks, rng
+from equifast import _checks, rng
+from equifast._cheap import DTYPES, autocast
 from equifast._folded import Folded
 from equifast.ascent import Ascent, Progress
 from equifast.balls import STARTS, make
@@ -149,7 +150,7 @@ class Purifier:
         base = PRESETS[_checks.choice("preset", preset, tuple(PRESETS))]
         ball = make(norm, eps)
         _checks.seed(seed)
-        _checks.choice("dtype", dtype, ("auto", "float32", "bfloat16"))
+        _checks.choice("dtype", dtype, DTYPES)
         _checks.choice("pairing", pairing, PAIRINGS)
         _checks.choice("reduction", reduction, ("image", "pixel"))
         if pairing == "all" and reduction == "pixel":
@@ -336,25 +337,9 @@ class Purifier:
                     seed=seed,
                     ids=numbers,
                     draw=draw,
-                    autocast=_autocast(self.dtype, x),
+                    autocast=autocast(self.dtype, x),
                 )
                 yield x, objective, seed, numbers
-
-
-def _autocast(dtype: str, x: Tensor) -> torch.dtype | None:
-    if dtype == "auto":
-        # a model of another dtype has been made cheaper, or exact, by its user
-        return torch.bfloat16 if x.dtype == torch.float32 and has_fast_bfloat16(x.device) else None
-    return torch.bfloat16 if dtype == "bfloat16" else None
-
-
-def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bfloat16: CUDA 8.0 and later; on the CPU AMX or AVX-512 BF16."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type == "cpu":
-        return bool({"amx_bf16", "avx512_bf16"} & set(_C.instruction_sets()))
-    return False
 
 
 def purify(model: Callable[[Tensor], Any], x: Tensor, **settings: Any) -> Tensor:
@@ -375,8 +360,11 @@ def purify(model: Callable[[Tensor], Any], x: Tensor, **settings: Any) -> Tensor
 class DefendedModel(nn.Module):
     """The base of models with a defense inside: ``(x, ids=None, draw=0) -> logits``.
 
-    An attacker who knows (:class:`equifast.attacks.BPDA`) follows their own gradient.
+    An attacker who knows (:class:`equifast.attacks.BPDA`) follows their own gradient; ``predictor``, where it is set,
+    stands in for the model's logits then (``dtype`` of an attack).
     """
+
+    predictor: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -386,6 +374,10 @@ class DefendedModel(nn.Module):
         if next(model.parameters(), None) is None:
             # attack libraries find the device by looking at a parameter
             self.anchor = nn.Parameter(torch.zeros(()), requires_grad=False)
+
+    def predict(self, x: Tensor) -> Tensor:
+        """The logits of the undefended model."""
+        return output(self.model(x)) if self.predictor is None else self.predictor(x)
 
 
 class Defended(DefendedModel):
@@ -440,16 +432,21 @@ class Defended(DefendedModel):
     def _predict(self, x: Tensor, purified: Tensor, ids: Tensor | None, draw: int) -> Tensor:
         with evaluating(x, self.model):
             if isinstance(self.purifier, Purifier) and self.purifier.average:
-                return average(self.model, purified, self.purifier.views, self.purifier.seed, ids, draw)
-            return output(self.model(purified))
+                return average(self.predict, purified, self.purifier.views, self.purifier.seed, ids, draw)
+            return self.predict(purified)
 
 
 def average(
-    model: nn.Module, x: Tensor, chosen: Sequence[View], seed: int | None, ids: Tensor | None, draw: int
+    predict: Callable[[Tensor], Tensor],
+    x: Tensor,
+    chosen: Sequence[View],
+    seed: int | None,
+    ids: Tensor | None,
+    draw: int,
 ) -> Tensor:
-    """The mean of a model's predictions over an image and views drawn for it (see ``average_predictions``)."""
+    """The mean of predictions over an image and views drawn for it (see ``average_predictions``)."""
     numbers = _checks.ids(ids, len(x), x.device)
     drawn = rng.fresh_seed() if seed is None else seed
     # the last step's number: the ascent before it drew its views from the first ones
     sampled = sample(chosen, (x.shape[2], x.shape[3]), seed=drawn, ids=numbers, draw=draw, step=rng.MAX_STEP)
-    return average_predictions(lambda images: output(model(images)), x, sampled)
+    return average_predictions(predict, x, sampled)

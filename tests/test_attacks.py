@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from equifast import Defended, Purifier, attacks, defenses
 from equifast.objectives import cross_entropy
+from equifast.purifier import DefendedModel
 
 
 def labels(model: nn.Module, x: Tensor, void: bool = True) -> Tensor:
@@ -259,3 +260,60 @@ def test_inference_mode() -> None:
         x = cases.images()
         y = torch.zeros(2, 20, 28, dtype=torch.int64)
         assert attacks.PGD(model, steps=2)(x, y).shape == x.shape
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+@pytest.mark.parametrize("kind", ["plain", *cases.DEFENDED])
+def test_gradients_of_a_cheaper_copy_are_those_of_the_model(kind: str, dtype: str) -> None:
+    """By the signs of a step, which rounding turns where the gradient is next to nothing."""
+    model, x = cases.dense().eval(), cases.images(2)
+    y = labels(model, x)
+    defended = None if kind == "plain" else cases.DEFENDED[kind](model)
+    found = []
+    for chosen in ("float32", dtype):
+        attack: attacks.Attack | attacks.BPDA = attacks.FGSM(model, dtype=chosen)
+        if defended is not None:
+            attack = attacks.BPDA(attack, defended)  # type: ignore[arg-type]
+        found.append(attack(x, y))
+    assert ((found[0] - found[1]).abs() < 1e-6).float().mean() > 0.9
+    assert not torch.equal(*found)
+    if isinstance(defended, DefendedModel):
+        assert defended.predictor is None
+
+
+def test_a_cheaper_copy_is_folded_and_follows_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = cases.dense().eval(), cases.images(2)
+    y = labels(model, x)
+    monkeypatch.setattr("equifast._cheap.has_fast_bfloat16", lambda device: False)
+    attack = attacks.PGD(model, steps=2, dtype="auto")
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert norms
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    reference = attacks.PGD(model, steps=2)(x, y)
+    assert ((attack(x, y) - reference).abs() < 1e-6).float().mean() > 0.99
+    with torch.no_grad():
+        for norm in norms:
+            norm.weight.neg_()
+    changed = attacks.PGD(model, steps=2)(x, y)
+    assert ((attack(x, y) - changed).abs() < 1e-6).float().mean() > 0.99
+    assert not torch.equal(changed, reference)
+    for norm in norms:
+        norm.forward = count  # type: ignore[method-assign, assignment]
+    attack(x, y)
+    assert calls == 0
+
+
+def test_dtypes_of_an_attack() -> None:
+    with pytest.raises(ValueError, match="dtype is 'float16'; it must be one of 'auto', 'float32', 'bfloat16'"):
+        attacks.PGD(cases.dense(), dtype="float16")
+    double = cases.dense().double().eval()
+    x = cases.images(2).double()
+    assert attacks.FGSM(double, dtype="auto")(x, labels(double, x)).dtype == torch.float64
+    function = attacks.FGSM(cases.dense().eval().forward, dtype="auto")  # runs as it is
+    x = x.float()
+    assert function(x, labels(cases.dense(), x)).shape == x.shape

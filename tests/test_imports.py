@@ -6,14 +6,15 @@ from pathlib import Path
 import equifast
 
 ORDER = [
-    {"_version", "_C", "_checks", "_allocator"},
+    {"_version", "_C"},
+    {"_checks", "_allocator"},
     {"rng"},
     {"reference"},
     {"_step_triton"},
     {"ops"},
     {"views", "balls"},
     {"objectives", "features", "_folded"},
-    {"ascent"},
+    {"ascent", "_cheap"},
     {"purifier"},
     {"attacks"},
     {"defenses"},

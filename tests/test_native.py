@@ -748,3 +748,17 @@ def test_one_step_has_the_gradient_of_the_reference(preset: str, dtype: torch.dt
     assert scale > 0
     tolerance = 1e-4 if dtype == torch.float32 else 1e-11
     torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=tolerance * scale)
+
+
+def test_functorch_transforms_the_reference() -> None:
+    """`torch.func` cannot transform derivatives that torch.library registers."""
+    x, theta = cases.images(2), cases.theta("rotation", 2)
+    f0, f1 = torch.randn(2, 3, 20, 28), torch.randn(2, 3, 20, 28)
+    with ops.use("native"):
+        warped = torch.func.grad(lambda images: ops.warp(images, theta, [(9, 7)])[0].square().sum())(x)
+        alike = torch.func.grad(lambda anchor: ops.similarity(anchor, [f1], theta).sum())(f0)
+    leaves = x.clone().requires_grad_(), f0.clone().requires_grad_()
+    expected = reference.warp(leaves[0], theta, [(9, 7)])[0].square().sum()
+    expected = expected + reference.similarity(leaves[1], [f1], theta).sum()
+    for actual, wanted in zip((warped, alike), torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(actual, wanted, atol=1e-5, rtol=1e-4)

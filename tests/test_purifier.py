@@ -2,6 +2,7 @@ import copy
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,29 @@ def test_gradient_of_the_objective_is_autograds() -> None:
     torch.testing.assert_close(value, expected.detach())
     torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), leaf)[0])
     torch.testing.assert_close(objective.value(x), objective.gradient(x, 0)[0])
+
+
+def test_a_view_whose_features_ignore_the_image_adds_no_gradient() -> None:
+    """As of a model that answers images below some size with a constant."""
+    model, x = cases.dense().double().eval(), cases.images(2).double()
+
+    def objective(chosen: Sequence[views.View]) -> Equivariance:
+        return Equivariance(
+            lambda images: model(images) if images.shape[2] >= 20 else torch.ones(len(images), 5, 4, 4).double(),
+            chosen, count=None, pairing="anchor", reduction="image",
+            seed=0, ids=torch.arange(2), draw=0, autocast=None,
+        )  # fmt: skip
+
+    small = views.Resize(0.5)
+    leaf = x.clone().requires_grad_()
+    mixed = objective([views.Flip(), small])
+    sampled = mixed.sample(leaf, 0, None)
+    theta = torch.stack([view.theta for view in sampled])
+    features = [mixed.features(mixed.render(leaf, view)) for view in sampled]
+    expected = equifast.reference.similarity(model(leaf), features, theta).sum(1)
+    value, gradient = mixed.gradient(x, 0)
+    torch.testing.assert_close(value, expected.detach())
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), leaf)[0])
 
 
 def test_all_pairs_against_the_quadratic_sum() -> None:
