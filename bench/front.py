@@ -8,10 +8,10 @@
 time and goes on where it stopped. The attacks on each candidate: plain PGD on the model; the attack through averaging,
 which anyone who fears averaging would run; BPDA through the candidate itself, with expectation over its draws; and with
 `--last K` the same with a gradient through the last K steps of its ascent, which the published code, what purifies at
-half the size and what has no ascent lack. The worst case takes, image by image, the one that leaves fewest labels right.
-Attacks take their gradients from a folded copy in bfloat16, where the hardware has it, which is as strong
-(`bench/equivalence.py`); unrolled gradients through steps are float32. Settings are chosen on `val` (CIFAR-10: on images
-of its test set that no table uses) and reported on `test`.
+half the size and what has no ascent lack. The worst case takes, image by image, the attack that leaves fewest labels
+right. Attacks take their gradients from a folded copy in bfloat16, where the hardware has it, which is as strong
+(`bench/equivalence.py`); unrolled gradients through steps are float32. Settings are chosen on `val` (CIFAR-10: on
+images of its test set that no table uses) and reported on `test`.
 
 `seconds` times all candidates in turns, in one process. Nothing else should run beside it.
 """

@@ -4,7 +4,7 @@ import contextlib
 import difflib
 import threading
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -182,13 +182,58 @@ def _affine(
     return (x * scale.view(shape)).add_(shift.view(shape))
 
 
+class _PairwiseBackward(torch.autograd.Function):
+    """A convolution in two dimensions whose gradient runs two images at a time; its weight has none."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple[Any, ...]) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.settings = settings
+        return torch.conv2d(x, weight, bias, *settings)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:
+        x, weight = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.settings
+        rest = (None, stride, padding, dilation, False, (0, 0), groups, (True, False, False))
+        found = []
+        for given, images in zip(upstream[0].split(2), x.split(2), strict=True):
+            if len(images) == 1:
+                given, images = torch.cat((given, given)), torch.cat((images, images))
+            found.append(torch.ops.aten.convolution_backward(given, images, weight, *rest)[0])
+        return torch.cat(found)[: len(x)], None, None, None
+
+
+def _pairwise(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor | None:
+    """``torch.conv2d``, called alike, with that backward pass; None where it is not for it."""
+    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+    if isinstance(padding, str) or trained or torch.compiler.is_compiling():
+        return None
+    sides = [side if isinstance(side, Sequence) else (side, side) for side in (stride, padding, dilation)]
+    if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:  # on the way back it is off
+        lowered = torch.get_autocast_dtype("cpu")
+        x, weight = x.to(lowered), weight.to(lowered)
+        bias = None if bias is None else bias.to(lowered)
+    convolved: Tensor = _PairwiseBackward.apply(x, weight, bias, (*map(tuple, sides), groups))
+    return convolved
+
+
 class _Batchless(TorchFunctionMode):
     """Makes a convolution give an image the same bits whatever its batch, on the CPU.
 
     Two things depend on the number of images otherwise. PyTorch sends float32 convolutions of a single small map to
     another algorithm than those of several: here they run as one of two. And oneDNN cuts the gradient of a strided
-    convolution into blocks by a rule that weighs images against threads: here these run two images at a time. A lone
-    image of large maps is left out, where a second copy would cost memory: its last bits may be others than in a batch.
+    convolution into blocks by a rule that weighs images against threads: here these run two images at a time, in one
+    and three dimensions, and transposed ones, forward too. A lone image of large maps is left out, where a second copy
+    would cost memory: its last bits may be others than in a batch.
     """
 
     # positions of the input and of the stride are those of all six
@@ -212,6 +257,11 @@ class _Batchless(TorchFunctionMode):
             x, rest = args[0], args[1:]
             stride = args[3] if len(args) > 3 else kwargs.get("stride", 1)
             strided = stride not in (1, (1,), (1, 1), (1, 1, 1))
+            if strided and func is torch.conv2d and len(x) > 1:
+                if not (torch.is_grad_enabled() and x.requires_grad):
+                    return func(*args, **kwargs)
+                if (convolved := _pairwise(*args, **kwargs)) is not None:
+                    return convolved
             if strided and (len(x) > 1 or x.numel() <= self._HEAVY):
                 pairs = x.split(2)
                 results = [func(pair if len(pair) == 2 else torch.cat((pair, pair)), *rest, **kwargs) for pair in pairs]

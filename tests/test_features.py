@@ -91,3 +91,67 @@ def test_features_follow_the_model_they_are_of() -> None:
     features = Features(model, "features.1")
     assert torch.equal(features(x), model.features[:2](x))
     assert not model.features[1]._forward_hooks
+
+
+CONVOLUTIONS = {
+    "plain": {"kernel_size": 3, "padding": 1},
+    "strided": {"kernel_size": 3, "stride": 2, "padding": 1},
+    "strided, small": {"kernel_size": 1, "stride": (2, 1), "bias": False},
+    "strided, dilated, groups": {"kernel_size": 3, "stride": (1, 2), "dilation": 2, "groups": 2},
+    "strided, padding named": {"kernel_size": 2, "stride": 2, "padding": "valid"},
+}
+
+
+@pytest.mark.parametrize("lowered", [False, True])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_a_convolution_gives_an_image_the_same_bits_in_any_batch(name: str, lowered: bool) -> None:
+    """Forward and backward; with three threads oneDNN cuts strided gradients by the number of images."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(32, 48, **CONVOLUTIONS[name]), nn.ReLU())  # type: ignore[arg-type]
+    x = torch.randn(7, 32, 44, 60)
+
+    def both(images: Tensor) -> tuple[Tensor, Tensor]:
+        leaf = images.clone().requires_grad_()
+        with evaluating(images, model), torch.autocast("cpu", torch.bfloat16, enabled=lowered):
+            out = model(leaf)
+            return out.detach(), torch.autograd.grad(out.float().square().sum(), leaf)[0]
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        out, gradient = both(x)
+        for rows in (slice(0, 2), slice(2, 5), slice(5, 7), slice(1, 6)):
+            part, part_gradient = both(x[rows])
+            assert torch.equal(part, out[rows])
+            assert torch.equal(part_gradient, gradient[rows])
+        with evaluating(x, model), torch.autocast("cpu", torch.bfloat16, enabled=lowered), torch.no_grad():
+            assert torch.equal(model(x), out)
+    finally:
+        torch.set_num_threads(threads)
+    leaf = x.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=lowered):
+        expected = model(leaf)
+    tolerance = {"atol": 0.1, "rtol": 0.1} if lowered else {"atol": 1e-4, "rtol": 1e-4}
+    torch.testing.assert_close(out, expected.detach(), **tolerance)  # type: ignore[arg-type]
+    expected_gradient = torch.autograd.grad(expected.float().square().sum(), leaf)[0]
+    torch.testing.assert_close(gradient, expected_gradient, **tolerance)  # type: ignore[arg-type]
+
+
+def test_second_derivatives_through_a_strided_convolution() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, 2, 1), nn.Tanh(), nn.Conv2d(4, 3, 2, 2, groups=1)).double()
+    x = torch.randn(3, 2, 6, 5, dtype=torch.float64, requires_grad=True)
+    with evaluating(x, model):
+        assert torch.autograd.gradcheck(model, [x])
+        assert torch.autograd.gradgradcheck(model, [x])
+
+
+def test_weights_that_are_trained_get_their_gradient() -> None:
+    """Those of a function are not frozen."""
+    torch.manual_seed(0)
+    conv, x = nn.Conv2d(2, 4, 3, 2, 1), torch.randn(3, 2, 6, 5, requires_grad=True)
+    with evaluating(x, lambda images: conv(images)):
+        gradients = torch.autograd.grad(conv(x).square().sum(), [x, conv.weight])
+    expected = torch.autograd.grad(conv(x).square().sum(), [x, conv.weight])
+    for actual, wanted in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(actual, wanted)
