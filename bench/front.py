@@ -51,7 +51,7 @@ from equifast import views
 from equifast.defenses import Averaging, RandomNoise
 from equifast.evaluate import accuracy, mean_iou
 from equifast.features import Features
-from equifast.purifier import DefendedModel
+from equifast.purifier import DefendedModel, average
 
 app = typer.Typer(add_completion=False, help=__doc__)
 
@@ -96,6 +96,25 @@ class Halved:
         return (x + F.interpolate(change, x.shape[2:], mode="bilinear", align_corners=False)).clamp(0, 1)
 
 
+class PurifiedThenAveraged(DefendedModel):
+    """The mean prediction over the purified image and views of it, which need not be those of the purifier."""
+
+    def __init__(
+        self, model: nn.Module, purifier: equifast.Purifier, chosen: Sequence[views.View], last: int = 0
+    ) -> None:
+        super().__init__(model)
+        self.purifier, self.chosen, self.last = purifier, tuple(chosen), last
+
+    def forward(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
+        followed = torch.is_grad_enabled() and x.requires_grad
+        if followed and self.last:
+            purified = self.purifier.unrolled(x, self.last, ids, draw)
+        else:
+            purified = self.purifier(x, ids=ids, draw=draw)
+            purified = purified + (x - x.detach()) if followed else purified
+        return average(self.predict, purified, self.chosen, DEFENSE_SEED, ids, draw)
+
+
 # What candidates are made by: a study and settings to a defended model.
 
 
@@ -119,7 +138,13 @@ def published(study: Study, steps: int) -> nn.Module:
 
 
 def purify(
-    study: Study, radius: float = 1.0, sets: str | None = None, draws: int = 1, half: bool = False, **changed: Any
+    study: Study,
+    radius: float = 1.0,
+    sets: str | None = None,
+    draws: int = 1,
+    half: bool = False,
+    then: str | None = None,
+    **changed: Any,
 ) -> nn.Module:
     """`fast` with settings changed; `radius` is relative to the study's ball, `relative_step` to that."""
     eps = study.eps_purify * radius
@@ -130,6 +155,8 @@ def purify(
         settings.setdefault("views_per_step", "all")
         settings["views"] = SETS[sets]
     purifier = equifast.Purifier(study.model, eps=eps, seed=DEFENSE_SEED, **settings)
+    if then is not None:
+        return PurifiedThenAveraged(study.model, purifier, SETS[then])
     defended = equifast.Defended(study.model, Halved(purifier) if half else purifier)
     return Draws(defended, draws) if draws > 1 else defended
 
@@ -177,6 +204,17 @@ CANDIDATES: dict[str, Candidate] = {
     "8 steps, 1 of eight, from the image, averaging": steps(
         8, 0.25, sets="eight", views_per_step=1, start="origin", average=True
     ),
+    "8 steps, 1 of eight, from the image, then flip": steps(
+        8, 0.25, sets="eight", views_per_step=1, start="origin", then="flip"
+    ),
+    "8 steps, 1 of eight, from the image, radius x 4/3, then flip": steps(
+        8, 0.25, sets="eight", views_per_step=1, start="origin", radius=4 / 3, then="flip"
+    ),
+    "4 steps, 1 of eight, from the image, then flip": steps(
+        sets="eight", views_per_step=1, start="origin", then="flip"
+    ),
+    "4 steps, flip, from the image": steps(sets="flip", start="origin"),
+    "4 steps, flip, from the image, then flip": steps(sets="flip", start="origin", then="flip"),
     "4 steps, 1 of six": steps(views_per_step=1),
     "4 steps, 2 of six": steps(views_per_step=2),
     "4 steps, 2 of six, momentum 1": steps(views_per_step=2, momentum=1.0),
@@ -250,7 +288,10 @@ def _through(study: Study, defended: nn.Module, last: int) -> nn.Module | None:
     purifier = getattr(defended, "purifier", None)
     if not isinstance(purifier, equifast.Purifier) or purifier.ascent.steps == 0:
         return None
-    return equifast.Defended(study.model, purifier, gradient="unrolled", last=min(last, purifier.ascent.steps))
+    last = min(last, purifier.ascent.steps)
+    if isinstance(defended, PurifiedThenAveraged):
+        return PurifiedThenAveraged(study.model, purifier, defended.chosen, last)
+    return equifast.Defended(study.model, purifier, gradient="unrolled", last=last)
 
 
 def _defense(study: Study, known: Mapping[str, Candidate], name: str, last: int) -> nn.Module:
@@ -264,7 +305,9 @@ def _defense(study: Study, known: Mapping[str, Candidate], name: str, last: int)
 def _identity(known: Mapping[str, Candidate], name: str, last: int) -> str:
     maker, settings = known[name.removesuffix(UNROLLED)]
     sets = SETS.get(str(settings.get("sets")))  # those of presets are in the fingerprint, with the package
-    sources = [inspect.getsource(part) for part in (maker, Draws, Halved)]  # not of what only prints and plots
+    sources = [
+        inspect.getsource(part) for part in (maker, Draws, Halved, PurifiedThenAveraged)
+    ]  # not of what only prints and plots
     return repr((maker.__name__, settings, sets, sources, last if name.endswith(UNROLLED) else 0))
 
 
