@@ -51,7 +51,7 @@ from equifast import views
 from equifast.defenses import Averaging, RandomNoise
 from equifast.evaluate import accuracy, mean_iou
 from equifast.features import Features
-from equifast.purifier import DefendedModel, average
+from equifast.purifier import DefendedModel
 
 app = typer.Typer(add_completion=False, help=__doc__)
 
@@ -96,25 +96,6 @@ class Halved:
         return (x + F.interpolate(change, x.shape[2:], mode="bilinear", align_corners=False)).clamp(0, 1)
 
 
-class PurifiedThenAveraged(DefendedModel):
-    """The mean prediction over the purified image and views of it, which need not be those of the purifier."""
-
-    def __init__(
-        self, model: nn.Module, purifier: equifast.Purifier, chosen: Sequence[views.View], last: int = 0
-    ) -> None:
-        super().__init__(model)
-        self.purifier, self.chosen, self.last = purifier, tuple(chosen), last
-
-    def forward(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
-        followed = torch.is_grad_enabled() and x.requires_grad
-        if followed and self.last:
-            purified = self.purifier.unrolled(x, self.last, ids, draw)
-        else:
-            purified = self.purifier(x, ids=ids, draw=draw)
-            purified = purified + (x - x.detach()) if followed else purified
-        return average(self.predict, purified, self.chosen, DEFENSE_SEED, ids, draw)
-
-
 # What candidates are made by: a study and settings to a defended model.
 
 
@@ -143,7 +124,6 @@ def purify(
     sets: str | None = None,
     draws: int = 1,
     half: bool = False,
-    then: str | None = None,
     **changed: Any,
 ) -> nn.Module:
     """`fast` with settings changed; `radius` is relative to the study's ball, `relative_step` to that."""
@@ -155,8 +135,6 @@ def purify(
         settings.setdefault("views_per_step", "all")
         settings["views"] = SETS[sets]
     purifier = equifast.Purifier(study.model, eps=eps, seed=DEFENSE_SEED, **settings)
-    if then is not None:
-        return PurifiedThenAveraged(study.model, purifier, SETS[then])
     defended = equifast.Defended(study.model, Halved(purifier) if half else purifier)
     return Draws(defended, draws) if draws > 1 else defended
 
@@ -204,17 +182,14 @@ CANDIDATES: dict[str, Candidate] = {
     "8 steps, 1 of eight, from the image, averaging": steps(
         8, 0.25, sets="eight", views_per_step=1, start="origin", average=True
     ),
-    "8 steps, 1 of eight, from the image, then flip": steps(
-        8, 0.25, sets="eight", views_per_step=1, start="origin", then="flip"
-    ),
     "8 steps, 1 of eight, from the image, radius x 4/3, then flip": steps(
-        8, 0.25, sets="eight", views_per_step=1, start="origin", radius=4 / 3, then="flip"
+        8, 0.25, sets="eight", views_per_step=1, start="origin", radius=4 / 3, average=(views.Flip(),)
     ),
     "4 steps, 1 of eight, from the image, then flip": steps(
-        sets="eight", views_per_step=1, start="origin", then="flip"
+        sets="eight", views_per_step=1, start="origin", average=(views.Flip(),)
     ),
     "4 steps, flip, from the image": steps(sets="flip", start="origin"),
-    "4 steps, flip, from the image, then flip": steps(sets="flip", start="origin", then="flip"),
+    "4 steps, flip, from the image, then flip": steps(sets="flip", start="origin", average=(views.Flip(),)),
     "4 steps, 1 of six": steps(views_per_step=1),
     "4 steps, 2 of six": steps(views_per_step=2),
     "4 steps, 2 of six, momentum 1": steps(views_per_step=2, momentum=1.0),
@@ -235,6 +210,7 @@ CANDIDATES: dict[str, Candidate] = {
     "8 steps, 2 of eight, radius x 4/3": steps(8, 0.25, sets="eight", views_per_step=2, radius=4 / 3),
     "16 steps of 1/8, 2 of eight": steps(16, 0.125, sets="eight", views_per_step=2),
     "16 steps of 1/8, 1 of eight": steps(16, 0.125, sets="eight", views_per_step=1),
+    "8 steps, 2 of eight, averaging": steps(8, 0.25, sets="eight", views_per_step=2, average=True),
     "8 steps, 2 of eight, momentum 0.5": steps(8, 0.25, sets="eight", views_per_step=2, momentum=0.5),
     "4 steps, momentum 0.5": steps(momentum=0.5),
     "4 steps, from the image": steps(start="origin"),
@@ -259,12 +235,20 @@ CANDIDATES: dict[str, Candidate] = {
     "4 steps, radius x 2, averaging": steps(radius=2, average=True),
 }
 FEATURES = {"camvid": ("head", "backbone.layer4"), "cifar": ("layer2", "layer1")}
+YARDSTICK = "published, last two steps"
 RIVAL = "averaging, eight"  # its own adaptive attack is tried on everyone
 
 
 def candidates(data_set: str) -> dict[str, Candidate]:
     """Candidates by name; those for the places of a data set's network among them."""
     return CANDIDATES | {f"4 steps, features {where}": steps(features=where) for where in FEATURES[data_set]}
+
+
+def _chosen(known: Mapping[str, Candidate], only: Sequence[str] | None, *always: str) -> dict[str, Candidate]:
+    for name in only or ():
+        if name not in known:
+            raise SystemExit(f"--only is {name!r}; it must be one of {', '.join(known)}")
+    return {name: known[name] for name in (*always, *(only or known))}
 
 
 def build(study: Study, candidate: Candidate) -> nn.Module:
@@ -288,10 +272,7 @@ def _through(study: Study, defended: nn.Module, last: int) -> nn.Module | None:
     purifier = getattr(defended, "purifier", None)
     if not isinstance(purifier, equifast.Purifier) or purifier.ascent.steps == 0:
         return None
-    last = min(last, purifier.ascent.steps)
-    if isinstance(defended, PurifiedThenAveraged):
-        return PurifiedThenAveraged(study.model, purifier, defended.chosen, last)
-    return equifast.Defended(study.model, purifier, gradient="unrolled", last=last)
+    return equifast.Defended(study.model, purifier, gradient="unrolled", last=min(last, purifier.ascent.steps))
 
 
 def _defense(study: Study, known: Mapping[str, Candidate], name: str, last: int) -> nn.Module:
@@ -305,9 +286,7 @@ def _defense(study: Study, known: Mapping[str, Candidate], name: str, last: int)
 def _identity(known: Mapping[str, Candidate], name: str, last: int) -> str:
     maker, settings = known[name.removesuffix(UNROLLED)]
     sets = SETS.get(str(settings.get("sets")))  # those of presets are in the fingerprint, with the package
-    sources = [
-        inspect.getsource(part) for part in (maker, Draws, Halved, PurifiedThenAveraged)
-    ]  # not of what only prints and plots
+    sources = [inspect.getsource(part) for part in (maker, Draws, Halved)]  # not of what only prints and plots
     return repr((maker.__name__, settings, sets, sources, last if name.endswith(UNROLLED) else 0))
 
 
@@ -412,10 +391,7 @@ def measure(
         data_set.value, data, model.value, split.value, images, steps=steps, bpda_steps=bpda_steps, eot=eot
     )
     known = candidates(data_set.value)
-    for name in only or ():
-        if name not in known:
-            raise SystemExit(f"--only is {name!r}; it must be one of {', '.join(known)}")
-    chosen = list(dict.fromkeys(["none", RIVAL, *(only or known)]))
+    chosen = list(_chosen(known, only, "none", RIVAL))
     key = f"{data_set.value}, {model.value}, {split.value}"
     console, found = Console(), {}
     cells: dict[str, dict[str, Cell]] = {}
@@ -473,6 +449,7 @@ def seconds(
     data: Data = DATA,
     data_set: Annotated[DataSet, typer.Option(help="What is purified.")] = DataSet.camvid,
     rounds: Annotated[int, typer.Option(help="How often each candidate is timed.")] = 5,
+    only: Annotated[list[str] | None, typer.Option(help="Candidates, by name; all where not given.")] = None,
     output: Annotated[Path | None, typer.Option(help="The JSON to which the results are added.")] = None,
 ) -> None:
     """Seconds per image and image passes (a forward and a backward pass are one, a forward pass a half)."""
@@ -481,7 +458,7 @@ def seconds(
     x = study.images[: study.batch]
     defenses: dict[str, nn.Module] = {}
     passes: dict[str, float] = {}
-    for name, candidate in candidates(data_set.value).items():
+    for name, candidate in _chosen(candidates(data_set.value), only, "none", YARDSTICK).items():
         passes[name] = _passes(study, candidate, x)
         defenses[name] = build(study, candidate)
     timed: dict[str, list[float]] = {name: [] for name in defenses}
@@ -492,10 +469,10 @@ def seconds(
                 defended(x)
                 timed[name].append(time.perf_counter() - start)
     # 20 equal steps, of which two are timed, and one prediction
-    once, two = (statistics.median(timed[name][1:]) for name in ("none", "published, last two steps"))
+    once, two = (statistics.median(timed[name][1:]) for name in ("none", YARDSTICK))
     yardstick = 10 * (two - once) + once
     timed["published"] = [0.0, yardstick]
-    passes["published"] = 10 * (passes["published, last two steps"] - passes["none"]) + passes["none"]
+    passes["published"] = 10 * (passes[YARDSTICK] - passes["none"]) + passes["none"]
     found = {
         name: {
             "seconds": statistics.median(times[1:]) / len(x),

@@ -18,7 +18,7 @@ from equifast.ascent import Ascent, Progress
 from equifast.balls import STARTS, make
 from equifast.features import Features, evaluating, output
 from equifast.objectives import PAIRINGS, Equivariance, average_predictions, number_of_pairs
-from equifast.views import View, as_set, paper, sample
+from equifast.views import Flip, View, as_set, paper, sample
 
 __all__ = ["PRESETS", "Defended", "DefendedModel", "Preset", "Purifier", "Purify", "purify"]
 
@@ -38,7 +38,7 @@ class Preset:
         enlarging: whether views that enlarge the image are in the set.
         views_per_step: how many of the views a step uses, drawn without replacement; None for all.
         momentum: as in :class:`equifast.ascent.Ascent`.
-        average: whether :class:`Defended` averages its predictions over the set of views.
+        average: views over which :class:`Defended` averages its predictions beside the image; none where empty.
     """
 
     steps: int
@@ -48,7 +48,7 @@ class Preset:
     enlarging: bool
     views_per_step: int | None
     momentum: float | None = None
-    average: bool = False
+    average: tuple[View, ...] = ()
 
     def views(self) -> tuple[View, ...]:
         """The preset's set of views."""
@@ -70,11 +70,11 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
         "strong": Preset(
             steps=8,
             relative_step=0.25,
-            start="corner",
+            start="origin",
             noise=False,
             enlarging=True,
-            views_per_step=2,
-            average=True,
+            views_per_step=1,
+            average=(Flip(),),
         ),
     }
 )
@@ -106,8 +106,8 @@ class Purifier:
         reduction: ``"image"`` or ``"pixel"``.
         stop: a mean similarity over a step's views, in [-1, 1]: an image that has reached it stays as it is, and the
             rest of its batch goes on without it; None for none.
-        average: whether :class:`Defended` predicts with the mean over the image and the set of views, warped back; None
-            for what the preset says.
+        average: views over which, beside the image, :class:`Defended` averages its predictions, warped back; True for
+            the set of views, False for none, None for what the preset says.
         fold: whether a copy of the model is run in which batch norm is folded into the convolutions before it, where
             that changes nothing but rounding. The copy follows changes of the model's parameters, buffers, submodules
             and hooks, not of other attributes. A model with hooks, and ``features`` that are a function of your own,
@@ -142,7 +142,7 @@ class Purifier:
         pairing: str = "anchor",
         reduction: str = "image",
         stop: float | None = None,
-        average: bool | None = None,
+        average: bool | Sequence[View] | None = None,
         fold: bool = True,
         max_batch: int | None = None,
     ) -> None:
@@ -172,7 +172,11 @@ class Purifier:
         self.views_per_step = count
         self.pairing = pairing
         self.reduction = reduction
-        self.average = base.average if average is None else _checks.boolean("average", average)
+        self.average = base.average
+        if isinstance(average, bool):
+            self.average = self.views if average else ()
+        elif average is not None:
+            self.average = as_set(average, "average") if average else ()
         pairs = number_of_pairs(pairing, len(self.views) if count is None else count)
         self.ascent = Ascent(
             ball=ball,
@@ -211,7 +215,7 @@ class Purifier:
             "views_per_step": self.views_per_step,
             "pairing": self.pairing,
             "reduction": self.reduction,
-            "average": self.average,
+            "average": [repr(view) for view in self.average],
             "fold": self.fold,
             "max_batch": self.max_batch,
             "seed": self.seed,
@@ -390,7 +394,7 @@ class Defended(DefendedModel):
     Args:
         model: the model that predicts.
         purifier: a :class:`Purifier` or any ``(x, ids=None, draw=0) -> x``. Where a Purifier averages, as with
-            ``preset="strong"``, the prediction is the mean over its set of views, differentiated exactly.
+            ``preset="strong"``, the prediction is the mean over those views too, differentiated exactly.
         gradient: ``"straight-through"``, or ``"unrolled"`` (:meth:`Purifier.unrolled`; for a Purifier).
         last: how many steps an unrolled gradient goes through.
     """
@@ -432,7 +436,7 @@ class Defended(DefendedModel):
     def _predict(self, x: Tensor, purified: Tensor, ids: Tensor | None, draw: int) -> Tensor:
         with evaluating(x, self.model):
             if isinstance(self.purifier, Purifier) and self.purifier.average:
-                return average(self.predict, purified, self.purifier.views, self.purifier.seed, ids, draw)
+                return average(self.predict, purified, self.purifier.average, self.purifier.seed, ids, draw)
             return self.predict(purified)
 
 

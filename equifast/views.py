@@ -238,13 +238,13 @@ class Compose(View):
         return images
 
 
-def as_set(chosen: Sequence[View]) -> tuple[View, ...]:
+def as_set(chosen: Sequence[View], name: str = "views") -> tuple[View, ...]:
     """A set of views, checked."""
     if not isinstance(chosen, Sequence) or not chosen:
-        raise ValueError(f"views is {chosen!r}; it must be a sequence of at least one View")
+        raise ValueError(f"{name} is {chosen!r}; it must be a sequence of at least one View")
     for view in chosen:
         if not isinstance(view, View):
-            raise TypeError(f"views has a {type(view).__name__}; every one must be a View")
+            raise TypeError(f"{name} has a {type(view).__name__}; every one must be a View")
     return tuple(chosen)
 
 

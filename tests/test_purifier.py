@@ -41,8 +41,10 @@ def test_result_is_that_of_the_image_alone(name: str, size: tuple[int, int]) -> 
         assert torch.equal(torch.cat(parts), whole)
     order = torch.tensor([3, 1, 7, 5, 0, 2, 6, 4])
     assert torch.equal(purifier(x[order], ids=IDS[order], draw=2), whole[order])
-    assert not torch.equal(purifier(x, ids=IDS, draw=3), whole)
-    assert not torch.equal(purifier(x, ids=IDS + 1, draw=2), whole)
+    starts_at_it = isinstance(purifier, Purifier) and purifier.ascent.start == "origin"
+    if size != (1, 1) or not starts_at_it:  # the signs of three numbers may be those of another draw
+        assert not torch.equal(purifier(x, ids=IDS, draw=3), whole)
+        assert not torch.equal(purifier(x, ids=IDS + 1, draw=2), whole)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (20, 28), (32, 32)])
@@ -503,7 +505,31 @@ def test_defended_copies_saves_and_moves(tmp_path: Path) -> None:
     assert Defended(model, Purifier(model, steps=2)).double()(x.double()).dtype == torch.float64
 
 
-def test_strong_averages_over_views() -> None:
+def test_strong_averages_over_the_mirror_image() -> None:
     x, model = cases.images(), cases.dense().eval()
     purifier = Purifier(model, preset="strong", steps=1)
-    assert not torch.equal(Defended(model, purifier)(x), model(purifier(x)))
+    purified = purifier(x)
+    expected = (model(purified) + model(purified.flip(3)).flip(3)) / 2
+    torch.testing.assert_close(Defended(model, purifier)(x), expected)
+
+
+def test_what_a_prediction_is_averaged_over() -> None:
+    x, model = cases.images(), cases.dense().eval()
+    flip, turn = views.Flip(), views.Rotation()
+    for given, expected in (
+        ({}, ()),
+        ({"preset": "strong"}, (flip,)),
+        ({"preset": "strong", "average": False}, ()),
+        ({"preset": "strong", "average": []}, ()),
+        ({"average": [turn]}, (turn,)),
+        ({"views": [turn, flip], "average": True}, (turn, flip)),
+    ):
+        purifier = Purifier(model, steps=1, **given)  # type: ignore[arg-type]
+        assert purifier.average == expected
+        assert purifier.settings()["average"] == [repr(view) for view in expected]
+        same = torch.equal(Defended(model, purifier)(x), model(purifier(x)))
+        assert same == (not expected)
+    with pytest.raises(TypeError, match="average has a str; every one must be a View"):
+        Purifier(model, average=["flip"])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="average is 1; it must be a sequence of at least one View"):
+        Purifier(model, average=1)  # type: ignore[arg-type]
