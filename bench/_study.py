@@ -170,8 +170,14 @@ class Runner:
 
         def compute() -> dict[str, Tensor]:
             steps = study.steps if victim == "none" else study.bpda_steps
-            settings: dict[str, Any] = {"eps": study.eps, "step_size": study.step_size, "seed": ATTACK_SEED}
-            attack = PGD(study.model, steps=steps, dtype=study.attack_dtype, **settings)
+            attack = PGD(
+                study.model,
+                eps=study.eps,
+                step_size=study.step_size,
+                steps=steps,
+                seed=ATTACK_SEED,
+                dtype=study.attack_dtype,
+            )
             task = self._progress.add_task(f"  attacking {victim}", total=steps)
 
             def advance(done: int, total: int) -> None:

@@ -119,12 +119,7 @@ def published(study: Study, steps: int) -> nn.Module:
 
 
 def purify(
-    study: Study,
-    radius: float = 1.0,
-    sets: str | None = None,
-    draws: int = 1,
-    half: bool = False,
-    **changed: Any,
+    study: Study, radius: float = 1.0, sets: str | None = None, draws: int = 1, half: bool = False, **changed: Any
 ) -> nn.Module:
     """`fast` with settings changed; `radius` is relative to the study's ball, `relative_step` to that."""
     eps = study.eps_purify * radius

@@ -120,10 +120,14 @@ def ids(value: object, n: int, device: torch.device) -> Tensor:
     return value.to(device)
 
 
+def transformed() -> bool:
+    """Whether torch.func transforms what runs, which it cannot do to functions that bring their own derivative."""
+    return bool(torch._C._are_functorch_transforms_active())
+
+
 def _has_values(value: Tensor) -> bool:
     """Whether values can be looked at: in host memory, and not while torch.compile traces or torch.func transforms."""
-    transformed = torch._C._are_functorch_transforms_active()
-    return value.device.type == "cpu" and not (transformed or torch.compiler.is_compiling()) and bool(value.numel())
+    return value.device.type == "cpu" and not (torch.compiler.is_compiling() or transformed()) and bool(value.numel())
 
 
 def theta(value: object, n: int | None = None, k: int | None = None) -> Tensor:

@@ -39,8 +39,9 @@ class Attack:
         ignore_index: the dense label that does not count.
         dtype: ``"float32"``: the model runs as it is. ``"auto"`` and ``"bfloat16"``: gradients come from a copy of the
             model with batch norm folded, under bfloat16 autocast (``"auto"``: where the hardware has it and images are
-            float32); several times as fast, and in all we measured as strong (``bench/equivalence.py``). A model with a
-            defense inside predicts so too; what the defense itself computes in is its own setting.
+            float32); faster, and in all we measured as strong (``bench/equivalence.py``). A model with a defense inside
+            predicts so too; what the defense itself computes in is its own setting. What cannot be copied, such as a
+            function, runs as it is.
 
     Raises:
         TypeError, ValueError: for any setting that cannot be, in one sentence that names it.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from equifast import _checks
 
@@ -215,10 +215,12 @@ def _pairwise(
 ) -> Tensor | None:
     """``torch.conv2d``, called alike, with that backward pass; None where it is not for it."""
     trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-    if isinstance(padding, str) or trained or torch.compiler.is_compiling():
+    watched = torch.compiler.is_compiling() or _checks.transformed()
+    if isinstance(padding, str) or trained or watched:
         return None
     sides = [side if isinstance(side, Sequence) else (side, side) for side in (stride, padding, dilation)]
-    if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:  # on the way back it is off
+    if torch.is_autocast_enabled("cpu") and x.is_floating_point() and x.dtype != torch.float64:
+        # on the way back it is off
         lowered = torch.get_autocast_dtype("cpu")
         x, weight = x.to(lowered), weight.to(lowered)
         bias = None if bias is None else bias.to(lowered)
@@ -231,9 +233,9 @@ class _Batchless(TorchFunctionMode):
 
     Two things depend on the number of images otherwise. PyTorch sends float32 convolutions of a single small map to
     another algorithm than those of several: here they run as one of two. And oneDNN cuts the gradient of a strided
-    convolution into blocks by a rule that weighs images against threads: here these run two images at a time, in one
-    and three dimensions, and transposed ones, forward too. A lone image of large maps is left out, where a second copy
-    would cost memory: its last bits may be others than in a batch.
+    convolution into blocks by a rule that weighs images against threads: here that runs two images at a time (and the
+    convolution too where it is transposed, not in two dimensions, trained, traced or transformed). A lone image of
+    large maps is left out, where a second copy would cost memory: its last bits may be others than in a batch.
     """
 
     # positions of the input and of the stride are those of all six
@@ -286,22 +288,13 @@ class _FrozenNorm(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-_ACTIVE = threading.local()
+def _once(mode: type[TorchFunctionMode]) -> contextlib.AbstractContextManager[object]:
+    """A mode, unless it is at work here: every operation goes through all of them, and an attack runs a purifier.
 
-
-@contextlib.contextmanager
-def _once(mode: type[TorchFunctionMode]) -> Iterator[None]:
-    """A mode, unless this thread is in it: every operation goes through all of them, and an attack runs a purifier."""
-    active: set[type[TorchFunctionMode]] = _ACTIVE.__dict__.setdefault("modes", set())
-    if mode in active:
-        yield
-        return
-    active.add(mode)
-    try:
-        with mode():
-            yield
-    finally:
-        active.discard(mode)
+    By PyTorch's own stack: a backward pass that was started inside a mode runs outside it.
+    """
+    at_work = any(isinstance(other, mode) for other in _get_current_function_mode_stack())
+    return contextlib.nullcontext() if at_work else mode()
 
 
 _LOCK = threading.Lock()

@@ -142,10 +142,8 @@ def _chosen(device: torch.device) -> bool:
 
 
 def _native(tensor: Tensor) -> bool:
-    # A fake or a meta tensor of torch.compile says the device that it stands for. The derivatives that torch.library
-    # registers are none that torch.func could transform.
-    transformed = torch._C._are_functorch_transforms_active()
-    return not transformed and tensor.dtype in _DTYPES and _chosen(tensor.device)
+    # a fake or a meta tensor of torch.compile says the device that it stands for
+    return not _checks.transformed() and tensor.dtype in _DTYPES and _chosen(tensor.device)
 
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)

@@ -176,7 +176,7 @@ class Purifier:
         if isinstance(average, bool):
             self.average = self.views if average else ()
         elif average is not None:
-            self.average = as_set(average, "average") if average else ()
+            self.average = as_set(average, "average")
         pairs = number_of_pairs(pairing, len(self.views) if count is None else count)
         self.ascent = Ascent(
             ball=ball,
@@ -364,8 +364,8 @@ def purify(model: Callable[[Tensor], Any], x: Tensor, **settings: Any) -> Tensor
 class DefendedModel(nn.Module):
     """The base of models with a defense inside: ``(x, ids=None, draw=0) -> logits``.
 
-    An attacker who knows (:class:`equifast.attacks.BPDA`) follows their own gradient; ``predictor``, where it is set,
-    stands in for the model's logits then (``dtype`` of an attack).
+    An attacker who knows (:class:`equifast.attacks.BPDA`) follows their own gradient. A subclass takes the model's
+    logits from :meth:`predict`, in whose place the ``dtype`` of an attack puts a ``predictor``.
     """
 
     predictor: Callable[[Tensor], Tensor] | None = None

@@ -116,8 +116,7 @@ def _sample(images: Tensor, theta: Tensor, size: tuple[int, int]) -> tuple[Tenso
     """Bilinear samples (N, C, h, w), 0 outside the frame, and the frame test (N, 1, h, w)."""
     index, weight, inside = _taps(theta, size, (images.shape[2], images.shape[3]), images.dtype)
     flat = images.flatten(2)
-    # torch.func transforms no functions that bring their own derivative
-    if weight.requires_grad or torch._C._are_functorch_transforms_active():
+    if weight.requires_grad or _checks.transformed():
         taps = [flat.gather(2, i[:, None].expand(-1, flat.shape[1], -1)) for i in index]
         sampled = sum((tap * w[:, None] for tap, w in zip(taps, weight, strict=True)), torch.zeros_like(taps[0]))
     else:

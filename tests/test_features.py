@@ -2,6 +2,7 @@ import cases
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
 
 from equifast.features import Features, evaluating, suggest
 
@@ -155,3 +156,40 @@ def test_weights_that_are_trained_get_their_gradient() -> None:
     expected = torch.autograd.grad(conv(x).square().sum(), [x, conv.weight])
     for actual, wanted in zip(gradients, expected, strict=True):
         torch.testing.assert_close(actual, wanted)
+
+
+def test_evaluating_inside_evaluating() -> None:
+    """Nothing runs twice; but a backward pass runs outside the modes it was started in, and wants its own."""
+    model, x = cases.dense().eval(), cases.images(2)
+    found: list[list[str]] = []
+
+    def note() -> None:
+        with evaluating(x, model, lean=True):
+            found.append(sorted(type(mode).__name__ for mode in _get_current_function_mode_stack()))
+
+    class Noting(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, images: Tensor) -> Tensor:
+            return images.clone()
+
+        @staticmethod
+        def backward(ctx: object, *upstream: Tensor) -> Tensor:
+            note()
+            return upstream[0]
+
+    note()
+    with evaluating(x, model, lean=True):
+        note()
+        leaf = x.clone().requires_grad_()
+        torch.autograd.grad(Noting.apply(leaf).sum(), leaf)
+    assert found == [["_Batchless", "_FrozenNorm"]] * 3
+    assert _get_current_function_mode_stack() == []
+
+
+def test_torch_func_goes_through_a_strided_convolution() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.Tanh()), cases.images(3)
+    with evaluating(x, model):
+        actual = torch.func.grad(lambda images: model(images).sum())(x)
+    leaf = x.clone().requires_grad_()
+    torch.testing.assert_close(actual, torch.autograd.grad(model(leaf).sum(), leaf)[0])

@@ -2,7 +2,6 @@ import copy
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,21 +107,17 @@ def test_a_view_whose_features_ignore_the_image_adds_no_gradient() -> None:
     """As of a model that answers images below some size with a constant."""
     model, x = cases.dense().double().eval(), cases.images(2).double()
 
-    def objective(chosen: Sequence[views.View]) -> Equivariance:
-        return Equivariance(
-            lambda images: model(images) if images.shape[2] >= 20 else torch.ones(len(images), 5, 4, 4).double(),
-            chosen, count=None, pairing="anchor", reduction="image",
-            seed=0, ids=torch.arange(2), draw=0, autocast=None,
-        )  # fmt: skip
-
-    small = views.Resize(0.5)
+    objective = Equivariance(
+        lambda images: model(images) if images.shape[2] >= 20 else torch.ones(len(images), 5, 4, 4).double(),
+        [views.Flip(), views.Resize(0.5)], count=None, pairing="anchor", reduction="image",
+        seed=0, ids=torch.arange(2), draw=0, autocast=None,
+    )  # fmt: skip
     leaf = x.clone().requires_grad_()
-    mixed = objective([views.Flip(), small])
-    sampled = mixed.sample(leaf, 0, None)
+    sampled = objective.sample(leaf, 0, None)
     theta = torch.stack([view.theta for view in sampled])
-    features = [mixed.features(mixed.render(leaf, view)) for view in sampled]
+    features = [objective.features(objective.render(leaf, view)) for view in sampled]
     expected = equifast.reference.similarity(model(leaf), features, theta).sum(1)
-    value, gradient = mixed.gradient(x, 0)
+    value, gradient = objective.gradient(x, 0)
     torch.testing.assert_close(value, expected.detach())
     torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), leaf)[0])
 
@@ -520,7 +515,6 @@ def test_what_a_prediction_is_averaged_over() -> None:
         ({}, ()),
         ({"preset": "strong"}, (flip,)),
         ({"preset": "strong", "average": False}, ()),
-        ({"preset": "strong", "average": []}, ()),
         ({"average": [turn]}, (turn,)),
         ({"views": [turn, flip], "average": True}, (turn, flip)),
     ):
@@ -531,5 +525,7 @@ def test_what_a_prediction_is_averaged_over() -> None:
         assert same == (not expected)
     with pytest.raises(TypeError, match="average has a str; every one must be a View"):
         Purifier(model, average=["flip"])  # type: ignore[list-item]
-    with pytest.raises(ValueError, match="average is 1; it must be a sequence of at least one View"):
-        Purifier(model, average=1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="average is 0; it must be a sequence of at least one View"):
+        Purifier(model, average=0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="average is \\[\\]; it must be a sequence of at least one View"):
+        Purifier(model, average=[])

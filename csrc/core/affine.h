@@ -23,12 +23,16 @@ EQUIFAST_HD inline Theta theta_of(const double* theta, int images, int k, int n)
 
 constexpr double not_a_number = std::numeric_limits<double>::quiet_NaN();
 
-// The inverse map. NaN where theta is singular (a determinant below 1e-12) or not finite: every position is
-// then outside. + 0.0 turns -0.0 into 0.0; the adjugate over the determinant is exact for identity and flips.
-EQUIFAST_HD inline Theta invert(const Theta& t) {
+// Whether the linear part is neither singular (a determinant below 1e-12) nor beyond what a double holds.
+EQUIFAST_HD inline bool is_invertible(const Theta& t) {
   const double det = t.a * t.d - t.b * t.c;
-  const bool invertible = (det >= 1e-12 || det <= -1e-12) && det - det == 0;
-  const double over = invertible ? det : not_a_number;
+  return (det >= 1e-12 || det <= -1e-12) && det - det == 0;
+}
+
+// The inverse map. NaN where theta is not invertible: every position is then outside. + 0.0 turns -0.0 into
+// 0.0; the adjugate over the determinant is exact for identity and flips.
+EQUIFAST_HD inline Theta invert(const Theta& t) {
+  const double over = is_invertible(t) ? t.a * t.d - t.b * t.c : not_a_number;
   const double a = t.d / over + 0.0, b = -t.b / over + 0.0, c = -t.c / over + 0.0, d = t.a / over + 0.0;
   return {a, b, -(a * t.x + b * t.y) + 0.0, c, d, -(c * t.x + d * t.y) + 0.0};
 }
