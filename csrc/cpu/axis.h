@@ -333,7 +333,7 @@ EQUIFAST_INLINE inline void separable_row(const Axis<Real<T>>& rows, int i, cons
         const real wa = weight[0];
         columns.template visit<planes>(
             [=](int p, int x, auto lanes, Pack<16, real>& v) EQUIFAST_INLINE {
-              const T* a = first + p * stride + x;
+              const T* a = opaque(first + x) + p * stride;
               __builtin_prefetch(a + ahead);
               get(a, lanes, v), v.scaled(wa, v);
             },
@@ -343,7 +343,7 @@ EQUIFAST_INLINE inline void separable_row(const Axis<Real<T>>& rows, int i, cons
         const real wa = weight[0], wb = weight[1];
         columns.template visit<planes>(
             [=](int p, int x, auto lanes, Pack<16, real>& v) EQUIFAST_INLINE {
-              const T *a = first + p * stride + x, *b = second + p * stride + x;
+              const T *a = opaque(first + x) + p * stride, *b = opaque(second + x) + p * stride;
               __builtin_prefetch(a + ahead), __builtin_prefetch(b + ahead);
               Pack<16, real> other;
               get(a, lanes, v), get(b, lanes, other);

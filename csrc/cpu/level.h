@@ -111,7 +111,7 @@ class LevelPlanes {
                                     [=](int x, const Pack<16, real>(&v)[planes]) EQUIFAST_INLINE {
                                       with_lanes(0, width - x, [&](auto lanes) EQUIFAST_INLINE {
                                         for (int p = 0; p < planes; ++p) {
-                                          T* pixels = to + p * to_sc + x;
+                                          T* pixels = opaque(to + x) + p * to_sc;
                                           __builtin_prefetch(pixels + prefetched, 1),
                                               put(pixels, lanes, v[p]);
                                         }
@@ -174,7 +174,7 @@ class LevelPlanes {
         with_lanes(view.seen.begin - i, view.seen.end - i, [&](auto lanes) EQUIFAST_INLINE {
           for (int p = 0; p < planes; ++p) {
             Pack<16, real> v0;
-            get(f0 + p * anchor.sc + i, lanes, v0);
+            get(opaque(f0 + i) + p * anchor.sc, lanes, v0);
             sums.add(v0, v1[p]);
           }
         });
@@ -226,9 +226,10 @@ class LevelPlanes {
         with_lanes(seen.begin - i, seen.end - i, [&](auto lanes) EQUIFAST_INLINE {
           for (int p = 0; p < planes; ++p) {
             Pack<16, real> v0, total, part;
-            get(from + p * from_sc + i, lanes, v0), get(sum + p * sum_sc + i, lanes, total);
-            part.combine(across, v1[p], self0, v0), total.add(part), put(sum + p * sum_sc + i, lanes, total);
-            part.combine(across, v0, self1, v1[p]), part.put(to + p * to_sc + i);
+            T* own_sum = opaque(sum + i) + p * sum_sc;
+            get(opaque(from + i) + p * from_sc, lanes, v0), get(own_sum, lanes, total);
+            part.combine(across, v1[p], self0, v0), total.add(part), put(own_sum, lanes, total);
+            part.combine(across, v0, self1, v1[p]), part.put(opaque(to + i) + p * to_sc);
           }
         });
       });

@@ -26,6 +26,16 @@
 namespace equifast::cpu {
 namespace {
 
+// A pointer of which the compiler forgets how it came about: some planes at one place are then addressed from
+// it, where each would have a pointer of its own, more than there are registers.
+template <typename T>
+EQUIFAST_INLINE inline T* opaque(T* p) {
+#if defined(__GNUC__)
+  asm("" : "+r"(p));
+#endif
+  return p;
+}
+
 // Whether 16 lanes are one register.
 template <typename T>
 constexpr bool wide = EQUIFAST_WIDE && !std::is_same<T, double>::value;

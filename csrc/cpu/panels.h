@@ -116,8 +116,8 @@ class Geometry {
  private:
   // What it was last looked at for: most views are the same for many images.
   bool known_ = false;
-  core::PixelMap map_;
-  Rect positions_, touched_;
+  core::PixelMap map_{{}, 1, 1, 1, 1};
+  Rect positions_{}, touched_{};
 
   bool knows(const core::PixelMap& map, const Rect& r, const Rect& touched) const {
     return known_ && map_ == map && positions_ == r && touched_ == touched;
@@ -293,6 +293,55 @@ inline __m512 get_quarters(const float* from, int pixels) {
 }
 #endif
 
+#if EQUIFAST_WIDE
+// Sixteen pixels of eight channels, a register per channel, into pixels of eight lanes: i and i + 4 in a[i],
+// i + 8 and i + 12 in a[i + 4]. And back.
+inline void turn_to_pixels(__m512 (&a)[8]) {
+  transpose_quarters(a[0], a[1], a[2], a[3]), transpose_quarters(a[4], a[5], a[6], a[7]);
+  const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11),
+                second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+  for (int i = 0; i < 4; ++i) {
+    const __m512d low = _mm512_castps_pd(a[i]), high = _mm512_castps_pd(a[i + 4]);
+    a[i] = _mm512_castpd_ps(_mm512_permutex2var_pd(low, first, high));
+    a[i + 4] = _mm512_castpd_ps(_mm512_permutex2var_pd(low, second, high));
+  }
+}
+inline void turn_to_channels(__m512 (&a)[8]) {
+  const __m512i low = _mm512_setr_epi64(0, 1, 4, 5, 8, 9, 12, 13),
+                high = _mm512_setr_epi64(2, 3, 6, 7, 10, 11, 14, 15);
+  for (int i = 0; i < 4; ++i) {
+    const __m512d first = _mm512_castps_pd(a[i]), second = _mm512_castps_pd(a[i + 4]);
+    a[i] = _mm512_castpd_ps(_mm512_permutex2var_pd(first, low, second));
+    a[i + 4] = _mm512_castpd_ps(_mm512_permutex2var_pd(first, high, second));
+  }
+  transpose_quarters(a[0], a[1], a[2], a[3]), transpose_quarters(a[4], a[5], a[6], a[7]);
+}
+
+// Those pixels, of up to sixteen side by side, that exist.
+inline void put_pixels(const __m512 (&a)[8], float* to, int pixels) {
+  const auto put = [&](auto all) {
+    for (int i = 0; i < 8; ++i) {
+      const int x = i % 4 + i / 4 * 8;
+      if (all || x < pixels) _mm256_storeu_ps(to + x * 8, _mm512_castps512_ps256(a[i]));
+      if (all || x + 4 < pixels) _mm256_storeu_ps(to + (x + 4) * 8, _mm512_extractf32x8_ps(a[i], 1));
+    }
+  };
+  pixels < 16 ? put(std::false_type()) : put(std::true_type());
+}
+inline void get_pixels(const float* from, int pixels, __m512 (&a)[8]) {
+  const auto get = [&](auto all) {
+    for (int i = 0; i < 8; ++i) {
+      const int x = i % 4 + i / 4 * 8;
+      __m256 low = _mm256_setzero_ps(), high = low;
+      if (all || x < pixels) low = _mm256_loadu_ps(from + x * 8);
+      if (all || x + 4 < pixels) high = _mm256_loadu_ps(from + (x + 4) * 8);
+      a[i] = _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
+    }
+  };
+  pixels < 16 ? get(std::false_type()) : get(std::true_type());
+}
+#endif
+
 // Scratch of the functions below: four lines of a panel, in real numbers.
 template <typename real>
 constexpr int64_t lines_scratch() {
@@ -371,6 +420,21 @@ void load_planar(const T* first, int64_t sc, int64_t ahead, int channels, int co
         put_quarters<0, lanes>(a, to + c, pixels), put_quarters<1, lanes>(a, to + c, pixels);
         put_quarters<2, lanes>(a, to + c, pixels), put_quarters<3, lanes>(a, to + c, pixels);
       }
+    }
+    done = lanes;
+  }
+  if constexpr (wide<T> && lanes == 8) {
+    for (int x = 0; x < count; x += 16) {
+      const int pixels = count - x < 16 ? count - x : 16;
+      const __mmask16 mask = first_of_16(pixels);
+      __m512 a[8];
+      for (int i = 0; i < 8; ++i) {
+        const T* from = first + i * sc + x;
+        if (i < channels) __builtin_prefetch(from + ahead);
+        a[i] = load_16(from, i < channels ? mask : 0);
+      }
+      turn_to_pixels(a);
+      put_pixels(a, out + int64_t{x} * lanes, pixels);
     }
     done = lanes;
   }
@@ -546,6 +610,16 @@ void store_panel(const Gradient& map, T* image, int channels, bool interleaved, 
           transpose_quarters(a[0], a[1], a[2], a[3]);
           for (int i = 0; i < 4 && c + i < channels; ++i) put_16(to + (c + i) * map.sc + x, pixels, a[i]);
         }
+      }
+      done = channels;
+    }
+    if constexpr (wide<T> && lanes == 8) {
+      for (int x = 0; x < columns; x += 16) {
+        const int pixels = columns - x < 16 ? columns - x : 16;
+        __m512 a[8];
+        get_pixels(from + int64_t{x} * lanes, pixels, a);
+        turn_to_channels(a);
+        for (int i = 0; i < 8 && i < channels; ++i) put_16(to + i * map.sc + x, pixels, a[i]);
       }
       done = channels;
     }

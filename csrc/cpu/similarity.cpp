@@ -322,56 +322,6 @@ void add_to_anchor(const Geometry<real>& g, const Rect& anchor, const Weights<re
   }
 }
 
-// Whether no view of an image is left to panels.
-template <typename T>
-bool gradients_by_rows(const SimilarityParams& p, int n) {
-  for (int k = 0; k < p.views; ++k) {
-    if (!LevelPlanes<T>::serves_gradient(p, map_back(p, n, k), k)) return false;
-  }
-  return true;
-}
-
-// Some rows of the anchor's gradient: the sum over the views that go by panels.
-template <typename T>
-class AnchorGradient {
- public:
-  using real = Real<T>;
-
-  static constexpr int64_t scratch(int views, int channels) {
-    return Tile<T>::scratch(views, channels) + Scratch::bytes<real>(tile_positions * most_lanes(channels));
-  }
-
-  AnchorGradient(const SimilarityParams& p, Scratch& s)
-      : p_(p), tile_(p, s), gradient_(s.take<real>(tile_positions * most_lanes(p.channels))) {}
-
-  // Band `band` of image n, channels [first, last).
-  void run(int n, int band, int first, int last) {
-    if (gradients_by_rows<T>(p_, n)) return;
-    const Gradient& to = p_.anchor_gradient;
-    const auto seen = [&](int k) {
-      return !Weights<real>(p_, n, k).zero() && !LevelPlanes<T>::serves_gradient(p_, map_back(p_, n, k), k);
-    };
-    visit_band(rows_of(p_.anchor, band, similarity_anchor_rows), tile_rows, [&](const Rect& r) {
-      if (!tile_.look(n, r, seen)) return false;
-      tile_.visit_views(
-          n, r, first, last,
-          [&](auto lanes) { std::memset(gradient_, 0, sizeof(real) * std::size_t(r.area() * lanes)); },
-          [&](auto lanes, int k, const Geometry<real>& g, const real* panel0, const real* panel1) {
-            add_to_anchor<lanes>(g, r, Weights<real>(p_, n, k), panel0, panel1, gradient_);
-          },
-          [&](auto lanes, int c, int count, real* lines) {
-            store_panel<lanes>(to, image_of<T>(to, n, c), count, p_.interleaved, r, r, gradient_, lines);
-          });
-      return true;
-    });
-  }
-
- private:
-  const SimilarityParams& p_;
-  Tile<T> tile_;
-  real* gradient_;
-};
-
 // What positions give to their four taps, added up in registers as long as the next position reads some of
 // the same: an addition in memory waits for the one before it.
 template <int lanes, typename real>
@@ -418,6 +368,163 @@ class Scatter {
     }
     at_ = tap;
   }
+};
+
+// Of planar maps that are small enough: whole views that rows do not serve, in panels of eight lanes. A view
+// is sampled once for both gradients, and the anchor's features pass by row by row.
+template <typename T>
+class WholePlanes {
+ public:
+  using real = Real<T>;
+
+  WholePlanes(const SimilarityParams& p, Scratch& s) : p_(p), scratch_(s) {}
+
+  // The anchor's gradient is added up over the views in its own dtype.
+  static bool serves(const SimilarityParams& p, int k) {
+    if (p.interleaved || !std::is_same<T, real>::value || similarity_whole(p)) return false;
+    const Map &anchor = p.anchor, &view = p.view[k];
+    if (anchor.height > most_rows || anchor.width > most_line || view.width + 2 > most_line) return false;
+    const int64_t positions = int64_t{anchor.height} * anchor.width, pixels = pixels_of(view);
+    if (positions > level_scratch || pixels > level_scratch) return false;  // and the sum overflows
+    return Geometry<real>::scratch(static_cast<int>(positions)) + lines_scratch<real>() +
+               2 * Scratch::bytes<real>(pixels * lanes) + 2 * Scratch::bytes<real>(anchor.width * lanes) <=
+           level_scratch;
+  }
+
+  // The gradient of channels [first, last) of a view; adds what they give to that of the anchor.
+  void add_gradients(int n, int k, const PixelMap& map, const Weights<real>& w, int first, int last) {
+    const Map &anchor = p_.anchor, &view = p_.view[k];
+    Scratch& s = scratch_.clear();
+    Geometry<real> g(s, anchor.height * anchor.width);
+    const Rect all{0, view.width, 0, view.height};
+    g.look_at(all, map, {0, anchor.width, 0, anchor.height}, view.width, view.height);
+    const int64_t size = pixels_of(view) * lanes;
+    real *lines = s.take<real>(4 * most_line), *panel = s.take<real>(size), *gradient = s.take<real>(size),
+         *row = s.take<real>(anchor.width * lanes), *own = s.take<real>(anchor.width * lanes);
+    const Gradient &to = p_.view_gradient[k], &to_own = p_.anchor_gradient;
+    for (int c = first; c < last; c += lanes) {
+      const int count = last - c < lanes ? last - c : lanes;
+      load_panel<lanes>(view, image_of<T>(view, n, c), count, false, g.window, nullptr, panel, lines);
+      std::memset(gradient, 0, sizeof(real) * std::size_t(size));
+      for (int i = 0; i < g.spans; ++i) {
+        const auto& span = g.span[i];
+        const Rect r{span.begin, span.end, span.row, span.row + 1};
+        load_panel<lanes>(anchor, image_of<T>(anchor, n, c), count, false, r, nullptr, row, lines);
+        add_row(g, span, w, row, panel, gradient, own);
+        add_to_row(own, r.width(), count, image_of<T>(to_own, n, c) + span.row * to_own.sy + span.begin,
+                   to_own.sc);
+      }
+      fold_border<lanes>(g.window, view.width, view.height, gradient);
+      store_panel<lanes>(to, image_of<T>(to, n, c), count, false, g.window, all, gradient, lines);
+    }
+  }
+
+ private:
+  static constexpr int lanes = 8;
+  const SimilarityParams& p_;
+  Scratch& scratch_;
+
+  static int64_t pixels_of(const Map& view) { return int64_t{view.height + 2} * (view.width + 2); }
+
+  // Positions of a row, whose features are `row`: what they give to the view's gradient is added, the
+  // anchor's is put into `own`.
+  static void add_row(const Geometry<real>& g, const typename Geometry<real>::Span& span,
+                      const Weights<real>& weights, const real* row, const real* panel, real* gradient,
+                      real* own) {
+    const int64_t pitch = int64_t{g.window.width()} * lanes;
+    const int* const offset = g.offset + span.first;
+    const real *const fx = g.fx + span.first, *const fy = g.fy + span.first;
+    const Weights<real> w = weights;  // a copy: what is written could be these, as far as the compiler knows
+    Scatter<lanes, real> scatter(gradient, pitch, offset[0]);
+    Pack<lanes, real> v0, v1, slope;
+    for (int i = 0; i < span.end - span.begin; ++i, row += lanes, own += lanes) {
+      v0.get(row);
+      sample(panel + int64_t{offset[i]} * lanes, pitch, fx[i], fy[i], v1);
+      slope.combine(w.cross, v1, w.own0, v0), slope.put(own);
+      slope.combine(w.cross, v0, w.own1, v1), scatter.add(offset[i], fx[i], fy[i], slope);
+    }
+    scatter.flush();
+  }
+
+  // Adds `columns` pixels of a panel to a row of planes.
+  static void add_to_row(const real* from, int columns, int channels, T* to, int64_t sc) {
+#if EQUIFAST_WIDE
+    if constexpr (wide<T>) {
+      for (int x = 0; x < columns; x += 16) {
+        const int pixels = columns - x < 16 ? columns - x : 16;
+        const __mmask16 mask = first_of_16(pixels);
+        __m512 a[8];
+        get_pixels(from + int64_t{x} * lanes, pixels, a);
+        turn_to_channels(a);
+        for (int i = 0; i < 8 && i < channels; ++i) {
+          T* sum = to + i * sc + x;
+          put_16(sum, pixels, _mm512_add_ps(load_16(sum, mask), a[i]));
+        }
+      }
+      return;
+    }
+#endif
+    for (int c = 0; c < channels; ++c) {
+      T* sum = to + c * sc;
+      for (int x = 0; x < columns; ++x) store(sum[x], load(sum[x]) + from[x * lanes + c]);
+    }
+  }
+};
+
+// Whether a view's gradients are added by channels of an image, after those of the panels.
+template <typename T>
+bool by_planes(const SimilarityParams& p, const PixelMap& map, int k) {
+  return LevelPlanes<T>::serves_gradient(p, map, k) || WholePlanes<T>::serves(p, k);
+}
+
+// Whether no view of an image is left to panels.
+template <typename T>
+bool all_by_planes(const SimilarityParams& p, int n) {
+  for (int k = 0; k < p.views; ++k) {
+    if (!by_planes<T>(p, map_back(p, n, k), k)) return false;
+  }
+  return true;
+}
+
+// Some rows of the anchor's gradient: the sum over the views that go by panels.
+template <typename T>
+class AnchorGradient {
+ public:
+  using real = Real<T>;
+
+  static constexpr int64_t scratch(int views, int channels) {
+    return Tile<T>::scratch(views, channels) + Scratch::bytes<real>(tile_positions * most_lanes(channels));
+  }
+
+  AnchorGradient(const SimilarityParams& p, Scratch& s)
+      : p_(p), tile_(p, s), gradient_(s.take<real>(tile_positions * most_lanes(p.channels))) {}
+
+  // Band `band` of image n, channels [first, last).
+  void run(int n, int band, int first, int last) {
+    if (all_by_planes<T>(p_, n)) return;
+    const Gradient& to = p_.anchor_gradient;
+    const auto seen = [&](int k) {
+      return !Weights<real>(p_, n, k).zero() && !by_planes<T>(p_, map_back(p_, n, k), k);
+    };
+    visit_band(rows_of(p_.anchor, band, similarity_anchor_rows), tile_rows, [&](const Rect& r) {
+      if (!tile_.look(n, r, seen)) return false;
+      tile_.visit_views(
+          n, r, first, last,
+          [&](auto lanes) { std::memset(gradient_, 0, sizeof(real) * std::size_t(r.area() * lanes)); },
+          [&](auto lanes, int k, const Geometry<real>& g, const real* panel0, const real* panel1) {
+            add_to_anchor<lanes>(g, r, Weights<real>(p_, n, k), panel0, panel1, gradient_);
+          },
+          [&](auto lanes, int c, int count, real* lines) {
+            store_panel<lanes>(to, image_of<T>(to, n, c), count, p_.interleaved, r, r, gradient_, lines);
+          });
+      return true;
+    });
+  }
+
+ private:
+  const SimilarityParams& p_;
+  Tile<T> tile_;
+  real* gradient_;
 };
 
 // What becomes of the gradients of the anchor's positions: left alone, put into a panel (its own may be), or
@@ -473,7 +580,7 @@ class ViewGradient {
     const Map& view = p_.view[k];
     const Weights<real> w(p_, n, k);
     const PixelMap map = map_back(p_, n, k);
-    if (LevelPlanes<T>::serves_gradient(p_, map, k)) return;
+    if (by_planes<T>(p_, map, k)) return;
     const core::Preimage preimage(map, p_.anchor.width, p_.anchor.height);
     visit_band(rows_of(view, band, similarity_view_rows), halo_rows, [&](const Rect& r) {
       Rect readers{0, 0, 0, 0};
@@ -654,7 +761,7 @@ class WholeGradient {
 
   // Channels [first, last) of image n.
   void run(int n, int first, int last) {
-    if (gradients_by_rows<T>(p_, n)) return;
+    if (all_by_planes<T>(p_, n)) return;
     const Rect anchor = all_of(p_.anchor);
     for (int k = 0; k < p_.views; ++k) {
       const Map& view = p_.view[k];
@@ -679,7 +786,7 @@ class WholeGradient {
   real *lines_, *panel0_, *gradient0_, *panel1_, *gradient1_;
 
   static Rect all_of(const Map& map) { return {0, map.width, 0, map.height}; }
-  bool mine(int n, int k) const { return !LevelPlanes<T>::serves_gradient(p_, map_back(p_, n, k), k); }
+  bool mine(int n, int k) const { return !by_planes<T>(p_, map_back(p_, n, k), k); }
 
   template <int lanes>
   void add(int n, int k, int c, int count) {
@@ -772,19 +879,20 @@ void run_backward_level(const SimilarityParams& p, int64_t begin, int64_t end) {
   using real = Real<T>;
   Scratch scratch(level_scratch);
   LevelPlanes<T> level(p, scratch);
+  WholePlanes<T> whole(p, scratch);
   const int some = similarity_level_channels(p), groups = similarity_level_groups(p);
   const Gradient& own = p.anchor_gradient;
   for (int64_t task = begin; task < end; ++task) {
     const int n = static_cast<int>(task / groups), first = static_cast<int>(task % groups) * some;
     const int last = first + some < p.channels ? first + some : p.channels;
-    if (p.views > 1 && gradients_by_rows<T>(p, n)) {
+    if (p.views > 1 && all_by_planes<T>(p, n)) {
       for (int c = first; c < last; ++c) {
         std::memset(image_of<T>(own, n, c), 0, sizeof(T) * std::size_t(own.sy * p.anchor.height));
       }
     }
     for (int k = 0; k < p.views; ++k) {
       const PixelMap map = map_back(p, n, k);
-      if (!LevelPlanes<T>::serves_gradient(p, map, k)) continue;
+      if (!by_planes<T>(p, map, k)) continue;
       const Weights<real> w(p, n, k);
       if (w.zero()) {
         const Gradient& to = p.view_gradient[k];
@@ -793,7 +901,11 @@ void run_backward_level(const SimilarityParams& p, int64_t begin, int64_t end) {
         }
         continue;
       }
-      level.add_gradients(n, k, map, w.cross, w.own0, w.own1, first, last);
+      if (LevelPlanes<T>::serves_gradient(p, map, k)) {
+        level.add_gradients(n, k, map, w.cross, w.own0, w.own1, first, last);
+      } else {
+        whole.add_gradients(n, k, map, w, first, last);
+      }
     }
   }
 }
