@@ -6,7 +6,8 @@
 
 `measure` fills one part of the results, (data set, model, split), and keeps the others. It may be interrupted at any
 time and goes on where it stopped. The attacks on each candidate: plain PGD on the model; the attack through averaging,
-which anyone who fears averaging would run; BPDA through the candidate itself, with expectation over its draws; and with
+which anyone who fears averaging would run; the attack through averaging over the views that the candidate purifies
+with, where these are others; BPDA through the candidate itself, with expectation over its draws; and with
 `--last K` the same with a gradient through the last K steps of its ascent, which the published code, what purifies at
 half the size and what has no ascent lack. The worst case takes, image by image, the attack that leaves fewest labels
 right. Attacks take their gradients from a folded copy in bfloat16, where the hardware has it, which is as strong
@@ -68,6 +69,8 @@ SETS: dict[str, tuple[views.View, ...]] = {
     "enlarged or turned": (views.Resize((1.3, 2.0), (0.8, 1.2)), views.Rotation()),
     "shifts": (views.Shift(0.1),) * 4,
     "jitter": (views.ColorJitter(),) * 4,
+    "shrunk": SIX[:2],
+    "shrunk and jitter": SIX[:3],
 }
 
 
@@ -139,7 +142,7 @@ Candidate = tuple[Callable[..., nn.Module], dict[str, Any]]
 
 def steps(count: int = 4, of: float = 0.5, **settings: Any) -> Candidate:
     """Steps of some part of the radius, from a random corner, without momentum, over the six views."""
-    return purify, {"steps": count, "relative_step": of, "momentum": 0, **settings}
+    return purify, {"steps": count, "relative_step": of, "momentum": 0, "sets": "six", "average": False, **settings}
 
 
 CANDIDATES: dict[str, Candidate] = {
@@ -155,8 +158,20 @@ CANDIDATES: dict[str, Candidate] = {
     "averaging, 2 x eight": (averaging, {"sets": "eight", "times": 2}),
     "averaging, 4 x eight": (averaging, {"sets": "eight", "times": 4}),
     "published, last two steps": (published, {"steps": 2}),
+    "paper, last step": (purify, {"preset": "paper", "steps": 1, "start": "corner", "noise": False}),
     "fast": (purify, {}),
     "strong": (purify, {"preset": "strong"}),
+    "fast, one prediction": (purify, {"average": False}),
+    "fast, steps of 0.65": (purify, {"relative_step": 0.65}),
+    "fast, 3 steps of 0.5": (purify, {"steps": 3, "relative_step": 0.5}),
+    "fast, no momentum": (purify, {"momentum": 0}),
+    "fast, from the image": (purify, {"start": "origin"}),
+    "4 steps, momentum 1": steps(momentum=1.0),  # was `fast` before
+    "4 steps, 1 of eight, momentum 1": steps(sets="eight", views_per_step=1, momentum=1.0),
+    "2 steps of 0.75, momentum 1": steps(2, 0.75, momentum=1.0),
+    "2 steps of 0.75, shrunk, momentum 1": steps(2, 0.75, sets="shrunk", momentum=1.0),
+    "2 steps of 0.75, shrunk and jitter, momentum 1": steps(2, 0.75, sets="shrunk and jitter", momentum=1.0),
+    "4 steps, shrunk": steps(sets="shrunk"),
     "1 step": steps(1, 2.0),
     "2 steps": steps(2, 0.75),
     "4 steps": steps(),
@@ -252,7 +267,7 @@ def build(study: Study, candidate: Candidate) -> nn.Module:
     return maker(study, **settings)
 
 
-UNROLLED = " (unrolled)"
+UNROLLED, AVERAGED = " (unrolled)", " (averaged)"
 
 
 def unrolled(study: Study, candidate: Candidate, last: int) -> nn.Module | None:
@@ -271,7 +286,24 @@ def _through(study: Study, defended: nn.Module, last: int) -> nn.Module | None:
     return equifast.Defended(study.model, purifier, gradient="unrolled", last=min(last, purifier.ascent.steps))
 
 
+def averaged(study: Study, candidate: Candidate) -> nn.Module | None:
+    """Averaging over the views that a candidate purifies with, where it does and these are not those of `RIVAL`."""
+    defended = build(study, candidate)
+    chosen = _views(defended)
+    return None if chosen in ((), SETS["eight"]) else Averaging(study.model, chosen, seed=DEFENSE_SEED)
+
+
+def _views(defended: nn.Module) -> tuple[views.View, ...]:
+    purifier = getattr(defended.model if isinstance(defended, Draws) else defended, "purifier", None)
+    purifier = purifier.purifier if isinstance(purifier, Halved) else purifier
+    return purifier.views if isinstance(purifier, equifast.Purifier) else ()
+
+
 def _defense(study: Study, known: Mapping[str, Candidate], name: str, last: int) -> nn.Module:
+    if name.endswith(AVERAGED):
+        defended = averaged(study, known[name.removesuffix(AVERAGED)])
+        assert defended is not None
+        return defended
     if not name.endswith(UNROLLED):
         return build(study, known[name])
     defended = unrolled(study, known[name.removesuffix(UNROLLED)], last)
@@ -279,7 +311,9 @@ def _defense(study: Study, known: Mapping[str, Candidate], name: str, last: int)
     return defended
 
 
-def _identity(known: Mapping[str, Candidate], name: str, last: int) -> str:
+def _identity(study: Study, known: Mapping[str, Candidate], name: str, last: int) -> str:
+    if name.endswith(AVERAGED):
+        return repr(("averaged", _views(build(study, known[name.removesuffix(AVERAGED)]))))
     maker, settings = known[name.removesuffix(UNROLLED)]
     sets = SETS.get(str(settings.get("sets")))  # those of presets are in the fingerprint, with the package
     sources = [inspect.getsource(part) for part in (maker, Draws, Halved)]  # not of what only prints and plots
@@ -376,7 +410,7 @@ def measure(
     split: Annotated[Split, typer.Option(help="On which images.")] = Split.val,
     images: Annotated[int | None, typer.Option(help="Number of images; 24, of CIFAR-10 256.")] = None,
     steps: Annotated[int, typer.Option(help="Steps of PGD.")] = 30,
-    bpda_steps: Annotated[int, typer.Option(help="Steps of BPDA.")] = 10,
+    bpda_steps: Annotated[int, typer.Option(help="Steps of BPDA and through averaging; 0 for PGD alone.")] = 10,
     eot: Annotated[int, typer.Option(help="Draws per step of BPDA.")] = 1,
     last: Annotated[int, typer.Option(help="Also attack through so many steps of the ascent.")] = 0,
     only: Annotated[list[str] | None, typer.Option(help="Candidates, by name; all where not given.")] = None,
@@ -396,13 +430,17 @@ def measure(
             study,
             lambda name: _defense(study, known, name, last),
             progress,
-            lambda name: _identity(known, name, last),
+            lambda name: _identity(study, known, name, last),
         )
         task = progress.add_task(key, total=len(chosen))
         for name in chosen:
-            victims = {"clean": None, "PGD": "none", "averaging": RIVAL, "BPDA": name}
+            victims = {"clean": None, "PGD": "none"}
+            if bpda_steps > 0:
+                victims |= {"averaging": RIVAL, "BPDA": name}
             if last and unrolled(study, known[name], last) is not None:
                 victims["unrolled"] = name + UNROLLED
+            if bpda_steps > 0 and averaged(study, known[name]) is not None:
+                victims["own views"] = name + AVERAGED
             row = {column: runner.cell(name, victim) for column, victim in victims.items()}
             row["worst"] = worst([cell for column, cell in row.items() if column != "clean"])
             cells[name] = row
@@ -419,7 +457,9 @@ def measure(
             console.print(f"{name}: {line}")
     table = Table(title=f"{key}: {study.figure}, {len(study.images)} images, ± standard error; differences are paired")
     columns = [
-        c for c in ("clean", "PGD", "averaging", "BPDA", "unrolled", "worst") if any(c in r for r in cells.values())
+        c
+        for c in ("clean", "PGD", "averaging", "own views", "BPDA", "unrolled", "worst")
+        if any(c in r for r in cells.values())
     ]
     for heading in ("", *columns, "worst - none", "worst - averaging"):
         table.add_column(heading, justify="right" if heading else "left")

@@ -262,7 +262,7 @@ def average_predictions(predict: Callable[[Tensor], Tensor], x: Tensor, sampled:
     Returns:
         Mean logits in the shape of ``predict(x)``; at each position over the image and the views that see it.
     """
-    first = predict(x)
+    first = predict(x.clone())  # models may work in place, and the views are of the image
     if first.dim() != 4:
         return (first + sum(predict(rendered(x, view)) for view in sampled)) / (1 + len(sampled))
     total, count = first, torch.ones_like(first[:, :1])
@@ -279,7 +279,7 @@ def disagreement(predict: Callable[[Tensor], Tensor], x: Tensor, sampled: Sequen
         predicted distributions.
     """
     with torch.no_grad():
-        first = predict(x)
+        first = predict(x.clone())
         probabilities = first.softmax(1)
         total, count = torch.zeros_like(first[:, 0]), torch.zeros_like(first[:, 0])
         for prediction, overlap in _warped_back(predict, x, sampled, (first.shape[2], first.shape[3])):

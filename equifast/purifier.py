@@ -18,7 +18,7 @@ from equifast.ascent import Ascent, Progress
 from equifast.balls import STARTS, make
 from equifast.features import Features, evaluating, output
 from equifast.objectives import PAIRINGS, Equivariance, average_predictions, number_of_pairs
-from equifast.views import Flip, View, as_set, paper, sample
+from equifast.views import Flip, View, as_set, fast, paper, sample
 
 __all__ = ["PRESETS", "Defended", "DefendedModel", "Preset", "Purifier", "Purify", "purify"]
 
@@ -35,8 +35,8 @@ class Preset:
         relative_step: step size over the radius of the ball.
         start: ``"origin"``, ``"uniform"`` or ``"corner"``.
         noise: the noise schedule of the paper's Algorithm 1.
-        enlarging: whether views that enlarge the image are in the set.
-        views_per_step: how many of the views a step uses, drawn without replacement; None for all.
+        views: the set of views.
+        views_per_step: how many of them a step uses, drawn without replacement; None for all.
         momentum: as in :class:`equifast.ascent.Ascent`.
         average: views over which :class:`Defended` averages its predictions beside the image; none where empty.
     """
@@ -45,34 +45,31 @@ class Preset:
     relative_step: float
     start: str
     noise: bool
-    enlarging: bool
+    views: tuple[View, ...]
     views_per_step: int | None
     momentum: float | None = None
     average: tuple[View, ...] = ()
 
-    def views(self) -> tuple[View, ...]:
-        """The preset's set of views."""
-        return tuple(view for view in paper() if self.enlarging or not view.enlarges)
-
 
 PRESETS: Mapping[str, Preset] = MappingProxyType(
     {
-        "paper": Preset(steps=20, relative_step=2.0, start="uniform", noise=True, enlarging=True, views_per_step=None),
+        "paper": Preset(steps=20, relative_step=2.0, start="uniform", noise=True, views=paper(), views_per_step=None),
         "fast": Preset(
-            steps=4,
-            relative_step=0.5,
+            steps=2,
+            relative_step=0.75,
             start="corner",
             noise=False,
-            enlarging=False,
+            views=fast(),
             views_per_step=None,
             momentum=1.0,
+            average=(Flip(),),
         ),
         "strong": Preset(
             steps=8,
             relative_step=0.25,
             start="origin",
             noise=False,
-            enlarging=True,
+            views=paper(),
             views_per_step=1,
             average=(Flip(),),
         ),
@@ -155,7 +152,7 @@ class Purifier:
         _checks.choice("reduction", reduction, ("image", "pixel"))
         if pairing == "all" and reduction == "pixel":
             raise ValueError("reduction is 'pixel' with pairing 'all'; it must be 'image'")
-        self.views = as_set(views) if views is not None else base.views()
+        self.views = as_set(views) if views is not None else base.views
         count = base.views_per_step if views_per_step is None and views is None else None
         if views_per_step is not None and views_per_step != "all":
             count = _checks.integer("views_per_step", views_per_step, 1, len(self.views))

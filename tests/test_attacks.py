@@ -149,7 +149,7 @@ def test_bpda_uses_each_draw_once_and_never_the_evaluations() -> None:
 
 def test_bpda_follows_the_defended_gradient() -> None:
     model, x = cases.dense().eval(), cases.images()
-    y, purifier = labels(model, x), Purifier(cases.dense(), steps=2)
+    y, purifier = labels(model, x), Purifier(cases.dense(), steps=2, average=False)
     gradients = []
     for draw in (1, 2):
         purified = purifier(x, draw=draw).requires_grad_()

@@ -123,7 +123,7 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     "view": (lambda: Purifier(MODEL, views=["flip"]), "views has a str; every one must be a View"),  # type: ignore[list-item]
     "views per step": (
         lambda: Purifier(MODEL, views_per_step=7),
-        "views_per_step is 7; it must be an integer from 1 to 6",
+        "views_per_step is 7; it must be an integer from 1 to 3",
     ),
     "restarts": (
         lambda: attacks.PGD(MODEL, start="origin", restarts=2),

@@ -264,7 +264,7 @@ def test_defended_is_a_model(name: str) -> None:
 def test_straight_through() -> None:
     """The gradient is that of the model at the purified image, and the output bit for bit that without a graph."""
     model, x = cases.dense().eval(), cases.images()
-    purifier = Purifier(model)
+    purifier = Purifier(model, average=False)
     leaf, purified = x.clone().requires_grad_(), purifier(x).requires_grad_()
     logits = Defended(model, purifier)(leaf)
     assert torch.equal(logits, model(purified))
@@ -512,7 +512,8 @@ def test_what_a_prediction_is_averaged_over() -> None:
     x, model = cases.images(), cases.dense().eval()
     flip, turn = views.Flip(), views.Rotation()
     for given, expected in (
-        ({}, ()),
+        ({}, (flip,)),
+        ({"preset": "paper"}, ()),
         ({"preset": "strong"}, (flip,)),
         ({"preset": "strong", "average": False}, ()),
         ({"average": [turn]}, (turn,)),

@@ -33,6 +33,12 @@ def test_the_views_of_the_paper() -> None:
 def test_sizes_round_down_and_are_at_least_one() -> None:
     assert draw(views.Resize(0.3), (7, 9)).size == (2, 2)
     assert draw(views.Resize(0.3), (1, 3)).size == (1, 1)
+    least = views.Resize((0.3, 0.9), least=16)
+    for (height, width), low, high in (((32, 40), 16, 28), ((20, 90), 16, 17), ((9, 9), 8, 8), ((100, 200), 30, 89)):
+        found = [draw(least, (height, width), seed=seed).size for seed in range(100)]
+        assert min(h for h, _ in found) in (low, low + 1)
+        assert max(h for h, _ in found) in (high, high - 1)
+        assert all(abs(w - width * h / height) <= 1 + width / height for h, w in found)
     sizes = {draw(views.Resize((0.5, 1.5)), (100, 100), seed=seed).size[0] for seed in range(50)}
     assert min(sizes) < 65
     assert max(sizes) > 135
@@ -158,6 +164,7 @@ def test_a_view_keeps_its_numbers_whichever_are_chosen() -> None:
     ("build", "sentence"),
     [
         (lambda: views.Resize(0), "scale is 0; it must be a finite number above 0"),
+        (lambda: views.Resize(0.5, least=0), "least is 0; it must be an integer from 1 to 2147483648"),
         (lambda: views.Resize((2, 1)), "scale is (2, 1); its low end must not be above its high end"),
         (lambda: views.Resize(1, (0.8, math.nan)), "ratio is nan; it must be a finite number"),
         (lambda: views.Rotation(-1), "degrees is -1; it must be a finite number of at least 0"),
