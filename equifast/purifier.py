@@ -390,8 +390,8 @@ class Defended(DefendedModel):
 
     Args:
         model: the model that predicts.
-        purifier: a :class:`Purifier` or any ``(x, ids=None, draw=0) -> x``. Where a Purifier averages, as with
-            ``preset="strong"``, the prediction is the mean over those views too, differentiated exactly.
+        purifier: a :class:`Purifier` or any ``(x, ids=None, draw=0) -> x``. Where a Purifier averages, as ``"fast"``
+            and ``"strong"`` do, the prediction is the mean over those views too, differentiated exactly.
         gradient: ``"straight-through"``, or ``"unrolled"`` (:meth:`Purifier.unrolled`; for a Purifier).
         last: how many steps an unrolled gradient goes through.
     """
