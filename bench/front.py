@@ -576,7 +576,7 @@ def plot(
         cost = document[f"{data_set}, cost"]["candidates"]
         for column, axis in zip(("worst", "clean"), axes, strict=True):
             for family, color in colors.items():
-                names = [name for name in found if _family(name) == family]
+                names = [name for name in found if _family(name) == family and name in cost]
                 points = [(cost[name]["seconds"], found[name][column]) for name in names]
                 axis.errorbar(
                     [1e3 * x for x, _ in points],
