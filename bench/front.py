@@ -71,6 +71,7 @@ SETS: dict[str, tuple[views.View, ...]] = {
     "jitter": (views.ColorJitter(),) * 4,
     "shrunk": SIX[:2],
     "shrunk and jitter": SIX[:3],
+    "random sizes and jitter": (views.fast()[0], views.fast()[0], views.ColorJitter()),
 }
 
 
@@ -171,6 +172,9 @@ CANDIDATES: dict[str, Candidate] = {
     "2 steps of 0.75, momentum 1": steps(2, 0.75, momentum=1.0),
     "2 steps of 0.75, shrunk, momentum 1": steps(2, 0.75, sets="shrunk", momentum=1.0),
     "2 steps of 0.75, shrunk and jitter, momentum 1": steps(2, 0.75, sets="shrunk and jitter", momentum=1.0),
+    "2 steps of 0.75, random sizes and jitter, momentum 1": steps(
+        2, 0.75, sets="random sizes and jitter", momentum=1.0
+    ),
     "4 steps, shrunk": steps(sets="shrunk"),
     "1 step": steps(1, 2.0),
     "2 steps": steps(2, 0.75),

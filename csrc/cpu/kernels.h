@@ -153,7 +153,8 @@ inline bool similarity_whole(const SimilarityParams& p) {
 // One cosine per image: else a task owns some rows of a gradient, in a group of channels. The tasks of one
 // image and group follow each other, those of the anchor first: what they read is still in cache for those of
 // the views. With a single view there are none of the anchor: each position's gradient is written by the task
-// that owns the pixel which the position reads first; where planes go by rows, by the tasks after these.
+// that owns the pixel which the position reads first; where planes go by rows or whole, by the tasks after
+// these.
 inline int64_t similarity_group_tasks(const SimilarityParams& p) {
   if (similarity_whole(p)) return 1;
   int64_t tasks = p.views == 1 ? 0 : parts(p.anchor.height, similarity_anchor_rows);
@@ -164,7 +165,7 @@ inline int64_t similarity_backward_tasks(const SimilarityParams& p) {
   return int64_t{p.images} * parts(p.channels, similarity_group) * similarity_group_tasks(p);
 }
 
-// After these: a group of channels of an image, with all its views that go by rows.
+// After these: a group of channels of an image, with all its views that go by rows or as a whole.
 inline int64_t similarity_backward_level_tasks(const SimilarityParams& p) {
   return int64_t{p.images} * similarity_level_groups(p);
 }

@@ -291,9 +291,7 @@ inline __m512 get_quarters(const float* from, int pixels) {
   if (pixels > 12) v = _mm512_insertf32x4(v, _mm_loadu_ps(from + 12 * lanes), 3);
   return v;
 }
-#endif
 
-#if EQUIFAST_WIDE
 // Sixteen pixels of eight channels, a register per channel, into pixels of eight lanes: i and i + 4 in a[i],
 // i + 8 and i + 12 in a[i + 4]. And back.
 inline void turn_to_pixels(__m512 (&a)[8]) {

@@ -872,7 +872,7 @@ void run_backward(const SimilarityParams& p, int64_t begin, int64_t end) {
   }
 }
 
-// After run_backward. Task: some channels of an image, with all views that go by rows.
+// After run_backward. Task: some channels of an image, with all views whose planes go by rows or whole.
 template <typename T>
 void run_backward_level(const SimilarityParams& p, int64_t begin, int64_t end) {
   if (p.interleaved) return;
