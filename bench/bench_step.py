@@ -45,9 +45,13 @@ def measure(preset: str, features: str | None, images: int, height: int, width: 
             upstream = [torch.rand_like(objective.features(image)) for image in rendered]
 
         def network() -> None:
-            for image, gradient in zip(rendered, upstream, strict=True):
-                leaf = image.detach().requires_grad_()
-                torch.autograd.grad(objective.features(leaf), leaf, gradient)
+            for i, (image, gradient) in enumerate(zip(rendered, upstream, strict=True)):
+                leaf = image.detach()
+                if i == 0 or purifier.pairing != "target":
+                    torch.autograd.grad(objective.features(leaf.requires_grad_()), leaf, gradient)
+                else:
+                    with torch.no_grad():
+                        objective.features(leaf)
 
         def step() -> None:
             gradient = objective.gradient(x, 0)[1]

@@ -57,6 +57,7 @@ from equifast.purifier import DefendedModel
 app = typer.Typer(add_completion=False, help=__doc__)
 
 SIX = tuple(view for view in views.paper() if not view.enlarges)
+FEWER = (*views.fast()[:2], views.fast()[4])
 SETS: dict[str, tuple[views.View, ...]] = {
     "eight": views.paper(),
     "six": SIX,
@@ -143,7 +144,8 @@ Candidate = tuple[Callable[..., nn.Module], dict[str, Any]]
 
 def steps(count: int = 4, of: float = 0.5, **settings: Any) -> Candidate:
     """Steps of some part of the radius, from a random corner, without momentum, over the six views."""
-    return purify, {"steps": count, "relative_step": of, "momentum": 0, "sets": "six", "average": False, **settings}
+    plain = {"momentum": 0, "sets": "six", "average": False, "pairing": "anchor"}
+    return purify, {"steps": count, "relative_step": of, **plain, **settings}
 
 
 CANDIDATES: dict[str, Candidate] = {
@@ -160,14 +162,29 @@ CANDIDATES: dict[str, Candidate] = {
     "averaging, 4 x eight": (averaging, {"sets": "eight", "times": 4}),
     "published, last two steps": (published, {"steps": 2}),
     "paper, last step": (purify, {"preset": "paper", "steps": 1, "start": "corner", "noise": False}),
+    "paper, last step, anchor": (
+        purify,
+        {"preset": "paper", "steps": 1, "start": "corner", "noise": False, "pairing": "anchor"},
+    ),
     "fast": (purify, {}),
     "strong": (purify, {"preset": "strong"}),
     "fast, one prediction": (purify, {"average": False}),
+    "fast, steps of 0.35": (purify, {"relative_step": 0.35}),
     "fast, steps of 0.65": (purify, {"relative_step": 0.65}),
-    "fast, 3 steps of 0.5": (purify, {"steps": 3, "relative_step": 0.5}),
+    "fast, steps of 0.75, radius x 2/3": (purify, {"relative_step": 0.75, "radius": 2 / 3}),
+    "fast, 1 step of 1": (purify, {"steps": 1, "relative_step": 1.0}),
+    "fast, 3 steps of 0.4": (purify, {"steps": 3, "relative_step": 0.4}),
     "fast, no momentum": (purify, {"momentum": 0}),
     "fast, from the image": (purify, {"start": "origin"}),
-    "4 steps, momentum 1": steps(momentum=1.0),  # was `fast` before
+    "fast, anchor": (purify, {"pairing": "anchor"}),
+    "fast, all pairs": (purify, {"pairing": "all"}),
+    "fast, three views": (purify, {"views": FEWER}),
+    "fast, three views, steps of 0.75": (purify, {"views": FEWER, "relative_step": 0.75}),
+    "fast, three views, steps of 0.75, anchor": (
+        purify,
+        {"views": FEWER, "relative_step": 0.75, "pairing": "anchor"},  # was `fast` before
+    ),
+    "4 steps, momentum 1": steps(momentum=1.0),  # was `fast` before that
     "4 steps, 1 of eight, momentum 1": steps(sets="eight", views_per_step=1, momentum=1.0),
     "2 steps of 0.75, momentum 1": steps(2, 0.75, momentum=1.0),
     "2 steps of 0.75, shrunk, momentum 1": steps(2, 0.75, sets="shrunk", momentum=1.0),

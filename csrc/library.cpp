@@ -15,6 +15,8 @@ STABLE_TORCH_LIBRARY(equifast, m) {
   // to the view, and adds that with respect to the anchor to `total`.
   m.def(
       "similarity_gradient(Tensor(a!) total, Tensor anchor, Tensor view, Tensor theta) -> (Tensor, Tensor)");
+  // As similarity_gradient, of the anchor alone; returns the similarity.
+  m.def("similarity_target(Tensor(a!) total, Tensor anchor, Tensor view, Tensor theta) -> Tensor");
   m.def(
       "signed_step(Tensor x, Tensor gradient, Tensor origin, float eps, float step, float sigma, int seed, "
       "Tensor ids, int draw, int t) -> Tensor");

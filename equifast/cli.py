@@ -226,8 +226,9 @@ def bench(
     _out.print(table)
     steps = purifier.ascent.steps
     _out.print(
-        f"A step makes {profile.passes:.1f} forward and backward passes of an image; {steps} steps make "
-        f"{steps * profile.passes:.0f}.\n{100 * profile.overhead:.0f}% of a step is not the network, which runs "
+        f"A step makes {profile.passes:.1f} forward and backward passes of an image (a forward pass alone is half of "
+        f"one); {steps} steps make {steps * profile.passes:.0f}.\n"
+        f"{100 * profile.overhead:.0f}% of a step is not the network, which runs "
         f"{'as a folded copy' if profile.folded else 'as it is'}, on the {ops.choose(x.device)} backend.",
         highlight=False,
         markup=False,

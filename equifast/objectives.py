@@ -24,7 +24,7 @@ __all__ = [
     "pairwise",
 ]
 
-PAIRINGS = ("anchor", "all")
+PAIRINGS = ("anchor", "target", "all")
 
 
 def rendered(x: Tensor, view: Sampled) -> Tensor:
@@ -34,7 +34,7 @@ def rendered(x: Tensor, view: Sampled) -> Tensor:
 
 def number_of_pairs(pairing: str, views: int) -> int:
     """Of how many similarities the value of a step with so many views is the sum."""
-    return views if pairing == "anchor" else views * (views + 1) // 2
+    return views * (views + 1) // 2 if pairing == "all" else views
 
 
 class Objective(Protocol):
@@ -107,7 +107,9 @@ class Equivariance:
         extract: the features F, images (N, 3, H, W) -> (N, C, h, w).
         views: the set of views.
         count: how many of them a step uses, drawn without replacement.
-        pairing: ``"anchor"``, each view with the image; ``"all"``, every pair (``reduction="image"`` only).
+        pairing: ``"anchor"``, each view with the image; ``"target"``, the same value, but to its gradient the features
+            of views are constants, so that the image moves to what its views say and not they to what it says;
+            ``"all"``, every pair (``reduction="image"`` only).
         reduction: as in :func:`equifast.ops.similarity`.
         seed, ids, draw: the realization, as in :mod:`equifast.rng`.
         autocast: the dtype in which the model runs where autocast lowers it, or None.
@@ -177,7 +179,7 @@ class Equivariance:
 
     def value(self, x: Tensor) -> Tensor:
         """(N,): the sum over all views of the set, as the first step would draw them."""
-        if self._pairing == "anchor":
+        if self._pairing != "all":
             return torch.stack(self.similarities(x).unbind(1)).sum(0)
         with torch.no_grad():
             return self._all_pairs(x, self.sample(x, 0, None))
@@ -198,6 +200,11 @@ class Equivariance:
             upstream, total = torch.zeros_like(anchor), torch.zeros_like(x)
             values: list[Tensor] = []
             for view in sampled:
+                if self._pairing == "target":
+                    with torch.no_grad():
+                        target = self.features(self.render(x, view))
+                    values.append(ops.similarity_target(anchor, target, view.theta[None], upstream, self._reduction))
+                    continue
                 image = _leaf(x)
                 features_of_view = self.features(self.render(image, view))
                 s, g_view = ops.similarity_gradient(
@@ -218,17 +225,19 @@ class Equivariance:
         sampled = self.sample(x, t, self._count)
         full = copy.copy(self)
         full._autocast = None
+        # where views are constants to the gradient they still are none to its derivative
+        leaf = x.view_as(x) if self._pairing == "target" else x
         with ops.use("reference"):  # the native operators are differentiable once
             if self._pairing == "all":
                 value = full._all_pairs(x, sampled)
             else:
-                anchor = full.anchor(x)
+                anchor = full.anchor(leaf)
                 values = [
                     ops.similarity(anchor, [full.features(self.render(x, view))], view.theta[None], self._reduction)
                     for view in sampled
                 ]
                 value = torch.cat(values, 1)
-            (gradient,) = torch.autograd.grad(value.sum(), x, create_graph=True)
+            (gradient,) = torch.autograd.grad(value.sum(), leaf, create_graph=True)
         return gradient
 
     def _all_pairs(self, x: Tensor, sampled: Sequence[Sampled]) -> Tensor:

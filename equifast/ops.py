@@ -216,24 +216,43 @@ def similarity_gradient(
     Raises:
         ValueError, TypeError: if ``view`` or ``total`` is not as ``anchor``.
     """
+    value, for_view = _add_gradient(anchor, view, theta, total, reduction, True)
+    assert for_view is not None
+    return value, for_view
+
+
+def similarity_target(anchor: Tensor, view: Tensor, theta: Tensor, total: Tensor, reduction: str = "image") -> Tensor:
+    """:func:`similarity_gradient` of the anchor alone: the features of the view are a target that stays where it is.
+
+    Returns:
+        The similarity (N, 1).
+    """
+    return _add_gradient(anchor, view, theta, total, reduction, False)[0]
+
+
+def _add_gradient(
+    anchor: Tensor, view: Tensor, theta: Tensor, total: Tensor, reduction: str, both: bool
+) -> tuple[Tensor, Tensor | None]:
     _checks.tensor("anchor", anchor, 4, "(N, C, H, W)")
     _checks.features(anchor, [view])
     _checks.total(total, anchor)
     anchor, view = anchor.detach(), view.detach()
     if anchor.numel() == 0 or view.numel() == 0:
-        return anchor.new_zeros((len(anchor), 1), dtype=_accumulator(anchor)), torch.zeros_like(view)
+        nothing = torch.zeros_like(view) if both else None
+        return anchor.new_zeros((len(anchor), 1), dtype=_accumulator(anchor)), nothing
     alone = all(total.untyped_storage().data_ptr() != f.untyped_storage().data_ptr() for f in (anchor, view))
     if anchor.device.type == "cpu" and reduction == "image" and _native(anchor) and alone and _alike(total, anchor):
         matrices = _constant("theta", theta, "similarity")
-        added: tuple[Tensor, Tensor] = torch.ops.equifast.similarity_gradient(total, anchor, view, matrices)
+        operator = torch.ops.equifast.similarity_gradient if both else torch.ops.equifast.similarity_target
+        added = operator(total, anchor, view, matrices)
         torch.autograd.graph.increment_version(total)
-        return added
+        return added if both else (added, None)
     with torch.enable_grad():
-        leaves = (anchor.requires_grad_(), view.requires_grad_())
-        s = similarity(leaves[0], [leaves[1]], theta, reduction)
-        for_anchor, for_view = torch.autograd.grad(s.sum(), leaves)
+        leaves = [anchor.requires_grad_(), *([view.requires_grad_()] if both else [])]
+        s = similarity(anchor, [view], theta, reduction)
+        for_anchor, *rest = torch.autograd.grad(s.sum(), leaves)
     total += for_anchor
-    return s.detach(), for_view
+    return s.detach(), rest[0] if both else None
 
 
 def signed_step(
@@ -335,6 +354,10 @@ def _fake_similarity_gradient(total: Tensor, anchor: Tensor, view: Tensor, theta
     return anchor.new_empty((anchor.shape[0], 1), dtype=_accumulator(anchor)), _map(
         view, view.shape[2], view.shape[3], _interleaved(anchor), anchor.dtype
     )
+
+
+def _fake_similarity_target(total: Tensor, anchor: Tensor, view: Tensor, theta: Tensor) -> Tensor:
+    return anchor.new_empty((anchor.shape[0], 1), dtype=_accumulator(anchor))
 
 
 def _fake_signed_step(x: Tensor, *rest: Any) -> Tensor:
@@ -478,6 +501,7 @@ def _register() -> None:
         _fake_similarity,
         _fake_similarity_backward,
         _fake_similarity_gradient,
+        _fake_similarity_target,
         _fake_signed_step,
         _fake_color_jitter,
         _fake_color_jitter_backward,

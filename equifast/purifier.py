@@ -39,6 +39,7 @@ class Preset:
         views_per_step: how many of them a step uses, drawn without replacement; None for all.
         momentum: as in :class:`equifast.ascent.Ascent`.
         average: views over which :class:`Defended` averages its predictions beside the image; none where empty.
+        pairing: ``"anchor"``, ``"target"`` or ``"all"``.
     """
 
     steps: int
@@ -49,20 +50,30 @@ class Preset:
     views_per_step: int | None
     momentum: float | None = None
     average: tuple[View, ...] = ()
+    pairing: str = "anchor"
 
 
 PRESETS: Mapping[str, Preset] = MappingProxyType(
     {
-        "paper": Preset(steps=20, relative_step=2.0, start="uniform", noise=True, views=paper(), views_per_step=None),
+        "paper": Preset(
+            steps=20,
+            relative_step=2.0,
+            start="uniform",
+            noise=True,
+            views=paper(),
+            views_per_step=None,
+            pairing="all",
+        ),
         "fast": Preset(
             steps=2,
-            relative_step=0.75,
+            relative_step=0.5,
             start="corner",
             noise=False,
             views=fast(),
             views_per_step=None,
             momentum=1.0,
             average=(Flip(),),
+            pairing="target",
         ),
         "strong": Preset(
             steps=8,
@@ -99,8 +110,11 @@ class Purifier:
             given all of them.
         steps, step_size, start, noise, momentum, restarts, keep: as in :class:`equifast.ascent.Ascent`; None for what
             the preset says (``momentum=0`` for none where it has one).
-        pairing: ``"anchor"`` or ``"all"``.
-        reduction: ``"image"`` or ``"pixel"``.
+        pairing: which features are compared: ``"anchor"``, those of each view with the image's (paper: Eq. 2);
+            ``"target"``, the same, but the features of views are constants to the gradient, so that the image moves to
+            what its views say, and views cost a forward pass alone; ``"all"``, every pair, as the published code does.
+            None for what the preset says.
+        reduction: ``"image"`` or ``"pixel"`` (not with ``pairing="all"``).
         stop: a mean similarity over a step's views, in [-1, 1]: an image that has reached it stays as it is, and the
             rest of its batch goes on without it; None for none.
         average: views over which, beside the image, :class:`Defended` averages its predictions, warped back; True for
@@ -136,7 +150,7 @@ class Purifier:
         momentum: float | None = None,
         restarts: int = 1,
         keep: str = "last",
-        pairing: str = "anchor",
+        pairing: str | None = None,
         reduction: str = "image",
         stop: float | None = None,
         average: bool | Sequence[View] | None = None,
@@ -148,7 +162,7 @@ class Purifier:
         ball = make(norm, eps)
         _checks.seed(seed)
         _checks.choice("dtype", dtype, DTYPES)
-        _checks.choice("pairing", pairing, PAIRINGS)
+        pairing = base.pairing if pairing is None else _checks.choice("pairing", pairing, PAIRINGS)
         _checks.choice("reduction", reduction, ("image", "pixel"))
         if pairing == "all" and reduction == "pixel":
             raise ValueError("reduction is 'pixel' with pairing 'all'; it must be 'image'")

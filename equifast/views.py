@@ -272,13 +272,14 @@ def paper() -> tuple[View, ...]:
 
 
 def fast() -> tuple[View, ...]:
-    """The three views of the preset ``fast``: smaller, smaller and mirrored; mirrored, turned and in other colors.
+    """The five views of the preset ``fast``: two smaller, two smaller and mirrored; one mirrored, turned and recolored.
 
     Chosen by measurement, on held-out images (docs/corner.md). Sizes are 0.3 to 0.9 of the image's, and such that small
     images keep 16 pixels; their width varies as in :func:`paper`.
     """
     smaller = Resize((0.3, 0.9), (0.8, 1.2), least=16)
-    return (smaller, Compose(Flip(), smaller), Compose(ColorJitter(), Flip(), Rotation(15.0)))
+    mirrored = Compose(Flip(), smaller)
+    return (smaller, mirrored, smaller, mirrored, Compose(ColorJitter(), Flip(), Rotation(15.0)))
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,8 @@ PURIFIERS: dict[str, Callable[[nn.Module], Any]] = {
     "paper": lambda model: Purifier(model, preset="paper", steps=3),
     "strong": lambda model: Purifier(model, preset="strong"),
     "all-pairs": lambda model: Purifier(model, steps=2, pairing="all"),
+    "target": lambda model: Purifier(model, steps=2, pairing="target"),
+    "each view with the image": lambda model: Purifier(model, steps=2, pairing="anchor"),
     "pixel": lambda model: Purifier(model, steps=2, reduction="pixel"),
     "l2": lambda model: Purifier(model, steps=2, norm="l2", eps=1.0, noise=True, start="uniform"),
     "restarts": lambda model: Purifier(model, steps=2, restarts=2, keep="best", momentum=0.9),

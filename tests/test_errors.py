@@ -109,7 +109,7 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "pairing": (
         lambda: Purifier(MODEL, pairing="each"),
-        "pairing is 'each'; it must be one of 'anchor', 'all'",
+        "pairing is 'each'; it must be one of 'anchor', 'target', 'all'",
     ),
     "reduction": (
         lambda: Purifier(MODEL, reduction="sum"),
@@ -123,7 +123,7 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     "view": (lambda: Purifier(MODEL, views=["flip"]), "views has a str; every one must be a View"),  # type: ignore[list-item]
     "views per step": (
         lambda: Purifier(MODEL, views_per_step=7),
-        "views_per_step is 7; it must be an integer from 1 to 3",
+        "views_per_step is 7; it must be an integer from 1 to 5",
     ),
     "restarts": (
         lambda: attacks.PGD(MODEL, start="origin", restarts=2),

@@ -239,6 +239,9 @@ def test_similarity_gradient(name: str, layout: str, dtype: torch.dtype, device:
             assert torch.equal(gradient, for_view)
             assert not actual.requires_grad
             close(total.cpu(), (kept.double() + for_anchor.double()).cpu().to(dtype), dtype, 1e-12)
+            again = kept.clone()
+            assert torch.equal(ops.similarity_target(anchor, view, theta, again, reduction), expected)
+            close(again.cpu(), (kept.double() + for_anchor.double()).cpu().to(dtype), dtype, 1e-12)
 
 
 def test_similarity_gradient_of_what_is_its_own_sum(device: torch.device) -> None:
@@ -353,6 +356,7 @@ def test_opcheck(layout: str, dtype: torch.dtype, device: torch.device) -> None:
     if device.type == "cpu":
         one = (torch.zeros_like(detached[0]), detached[0], detached[1], theta[:1].contiguous())
         torch.library.opcheck(library.similarity_gradient.default, one)
+        torch.library.opcheck(library.similarity_target.default, one)
         step = (detached[0], detached[0], detached[0], 0.1, 0.1, 0.5, 1, torch.arange(2), 0, 3)
         torch.library.opcheck(library.signed_step.default, step)
 

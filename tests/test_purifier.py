@@ -84,18 +84,19 @@ def test_purification_raises_similarity_inside_the_ball(model: nn.Module, preset
         assert (purifier.score(purified) > purifier.score(x)).all()
 
 
-def test_gradient_of_the_objective_is_autograds() -> None:
+@pytest.mark.parametrize("pairing", ["anchor", "target"])
+def test_gradient_of_the_objective_is_autograds(pairing: str) -> None:
     """View by view, as memory wants it, equals one graph of everything."""
     model = cases.dense().double().eval()
     x = cases.images(2).double()
     objective = Equivariance(
-        lambda images: model(images), views.paper(), count=None, pairing="anchor", reduction="image",
+        lambda images: model(images), views.paper(), count=None, pairing=pairing, reduction="image",
         seed=0, ids=torch.arange(2), draw=0, autocast=None,
     )  # fmt: skip
     value, gradient = objective.gradient(x, 3)
     leaf = x.clone().requires_grad_()
     sampled = objective.sample(leaf, 3, None)
-    rendered = [model(objective.render(leaf, view)) for view in sampled]
+    rendered = [model(objective.render(x if pairing == "target" else leaf, view)) for view in sampled]
     theta = torch.stack([view.theta for view in sampled])
     expected = equifast.reference.similarity(model(leaf), rendered, theta).sum(1)
     torch.testing.assert_close(value, expected.detach())
@@ -312,7 +313,9 @@ def test_how_many_run_at_once_changes_nothing(most: int) -> None:
     assert torch.equal(purifier.score(x, ids), everything.score(x, ids))
 
 
-@pytest.mark.parametrize("settings", [{}, {"preset": "paper"}, {"pairing": "all"}, {"views_per_step": 2}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"preset": "paper"}, {"pairing": "anchor"}, {"pairing": "target"}, {"views_per_step": 2}], ids=str
+)
 def test_profile(settings: dict[str, Any]) -> None:
     """The parts are the step: they add up to the time that it takes, and each is there."""
     purifier, x = Purifier(cases.dense(), dtype="float32", **settings), cases.images(2, 88, 120)
@@ -323,7 +326,8 @@ def test_profile(settings: dict[str, Any]) -> None:
     assert 0 < profile.overhead < 1
     with purifier._objective(x, None, 0, purifier.views_per_step) as (_, objective, _, _):
         sampled = objective.sample(x, 0, purifier.views_per_step)
-        assert profile.passes == pytest.approx(1 + sum(h * w for h, w in (v.size for v in sampled)) / (88 * 120))
+        area = sum(h * w for h, w in (v.size for v in sampled)) / (88 * 120)
+        assert profile.passes == pytest.approx(1 + area * (0.5 if purifier.pairing == "target" else 1))
         begun = time.perf_counter()
         objective.gradient(x, 0)
         elapsed = time.perf_counter() - begun
@@ -388,7 +392,12 @@ def test_a_model_that_works_in_place(fold: bool) -> None:
     other.load_state_dict(model.state_dict())
     x = cases.images()
     before = x.clone()
-    for settings in ({"steps": 2}, {"steps": 1, "keep": "best", "restarts": 2}, {"steps": 1, "pairing": "all"}):
+    for settings in (
+        {"steps": 2},
+        {"steps": 1, "keep": "best", "restarts": 2},
+        {"steps": 1, "pairing": "all"},
+        {"pairing": "target"},
+    ):
         in_place, plain = (Purifier(m, dtype="float32", fold=fold, **settings) for m in (model, other))
         assert torch.equal(in_place.score(x), plain.score(x))
         assert torch.equal(in_place(x), plain(x))
@@ -429,7 +438,9 @@ def test_a_convolution_without_a_batch() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"pairing": "all"}, {"views_per_step": 2}, {"norm": "l2", "eps": 1.0}], ids=str
+    "settings",
+    [{}, {"pairing": "all"}, {"pairing": "anchor"}, {"views_per_step": 2}, {"norm": "l2", "eps": 1.0}],
+    ids=str,
 )
 def test_stopping(settings: dict[str, Any]) -> None:
     model, x, ids = cases.dense(), cases.images(4), torch.tensor([5, 3, 8, 1])

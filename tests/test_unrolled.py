@@ -29,7 +29,7 @@ def derivative(purifier: Purifier, x: Tensor, weights: Tensor, last: int) -> Ten
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"momentum": 0.7}, {"noise": True}, {"pairing": "all"}, {"reduction": "pixel"}],
+    [{}, {"momentum": 0.7}, {"noise": True}, {"pairing": "all"}, {"pairing": "target"}, {"reduction": "pixel"}],
     ids=str,
 )
 def test_against_differences_of_values(settings: dict[str, Any]) -> None:

@@ -51,7 +51,8 @@ struct SimilarityParams {
   const double* upstream;  // (N, K)
   Gradient anchor_gradient;  // (N, C, H, W)
   bool add;  // to what the anchor's gradient holds: of a single view, with one cosine per image
-  const Gradient* view_gradient;  // K times (N, C, h, w)
+  const Gradient*
+      view_gradient;  // K times (N, C, h, w); null where only the anchor's is wanted, of a single view
 };
 
 struct StepParams {
@@ -150,14 +151,17 @@ inline bool similarity_whole(const SimilarityParams& p) {
   return true;
 }
 
-// One cosine per image: else a task owns some rows of a gradient, in a group of channels. The tasks of one
-// image and group follow each other, those of the anchor first: what they read is still in cache for those of
-// the views. With a single view there are none of the anchor: each position's gradient is written by the task
+// One cosine per image: without gradients of views a task owns some rows of the anchor's, in a group of
+// channels; else a task owns some rows of a gradient, in a group of channels. The tasks of one image and
+// group follow each other, those of the anchor first: what they read is still in cache for those of the
+// views. With a single view there are none of the anchor: each position's gradient is written by the task
 // that owns the pixel which the position reads first; where planes go by rows or whole, by the tasks after
 // these.
 inline int64_t similarity_group_tasks(const SimilarityParams& p) {
+  const int64_t bands = parts(p.anchor.height, similarity_anchor_rows);
+  if (p.view_gradient == nullptr) return bands;
   if (similarity_whole(p)) return 1;
-  int64_t tasks = p.views == 1 ? 0 : parts(p.anchor.height, similarity_anchor_rows);
+  int64_t tasks = p.views == 1 ? 0 : bands;
   for (int k = 0; k < p.views; ++k) tasks += parts(p.view[k].height, similarity_view_rows);
   return tasks;
 }
@@ -167,6 +171,7 @@ inline int64_t similarity_backward_tasks(const SimilarityParams& p) {
 
 // After these: a group of channels of an image, with all its views that go by rows or as a whole.
 inline int64_t similarity_backward_level_tasks(const SimilarityParams& p) {
+  if (p.view_gradient == nullptr) return 0;
   return int64_t{p.images} * similarity_level_groups(p);
 }
 

@@ -220,28 +220,43 @@ std::vector<Tensor> similarity_backward(Tensor upstream, Tensor sums, Tensor anc
   return gradients;
 }
 
-std::tuple<Tensor, Tensor> similarity_gradient(Tensor total, Tensor anchor, Tensor view, Tensor theta) {
-  SimilarityArguments a(anchor, {view}, theta, false);
+// The similarity of a single view. Adds its gradient with respect to the anchor to `total`, and writes that
+// with respect to the view where `gradient` is given.
+Tensor add_gradient(SimilarityArguments& a, Tensor& total, Tensor* gradient) {
   SimilarityParams& p = a.p;
   check_features(total, "total");
-  check_same(total, anchor, "total", "anchor");
-  STD_TORCH_CHECK(total.sizes().equals(anchor.sizes()), "total must have the shape of anchor");
+  check_same(total, a.anchor, "total", "anchor");
+  STD_TORCH_CHECK(total.sizes().equals(a.anchor.sizes()), "total must have the shape of anchor");
   STD_TORCH_CHECK(p.interleaved ? is_interleaved(total) : is_planar(total),
                   "total must have the layout of anchor");
   auto [result, sums] = forward(a);
-  const Tensor& like = a.views[0];
-  Tensor gradient =
-      new_map(like, like.size(1), like.size(2), like.size(3), like.scalar_type(), p.interleaved);
-  if (a.empty()) return {result, torch::stable::zero_(gradient)};
+  if (gradient != nullptr) {
+    const Tensor& like = a.views[0];
+    *gradient = new_map(like, like.size(1), like.size(2), like.size(3), like.scalar_type(), p.interleaved);
+    a.gradients = {gradient_of(*gradient)};
+    p.view_gradient = a.gradients.data();
+    if (a.empty()) torch::stable::zero_(*gradient);
+  }
+  if (a.empty()) return result;
   const std::vector<double> upstream(static_cast<std::size_t>(p.images), 1.0);
-  a.gradients = {gradient_of(gradient)};
   p.anchor_gradient = gradient_of(total);
   p.add = true;
-  p.view_gradient = a.gradients.data();
   p.upstream = upstream.data();
   p.sums = static_cast<double*>(sums.mutable_data_ptr());
   backward(a);
+  return result;
+}
+
+std::tuple<Tensor, Tensor> similarity_gradient(Tensor total, Tensor anchor, Tensor view, Tensor theta) {
+  SimilarityArguments a(anchor, {view}, theta, false);
+  Tensor gradient;
+  Tensor result = add_gradient(a, total, &gradient);
   return {result, gradient};
+}
+
+Tensor similarity_target(Tensor total, Tensor anchor, Tensor view, Tensor theta) {
+  SimilarityArguments a(anchor, {view}, theta, false);
+  return add_gradient(a, total, nullptr);
 }
 
 Tensor signed_step(Tensor x, Tensor gradient, Tensor origin, double eps, double step, double sigma,
@@ -364,6 +379,7 @@ STABLE_TORCH_LIBRARY_IMPL(equifast, CPU, m) {
   m.impl("similarity", TORCH_BOX(&similarity));
   m.impl("similarity_backward", TORCH_BOX(&similarity_backward));
   m.impl("similarity_gradient", TORCH_BOX(&similarity_gradient));
+  m.impl("similarity_target", TORCH_BOX(&similarity_target));
   m.impl("signed_step", TORCH_BOX(&signed_step));
   m.impl("color_jitter", TORCH_BOX(&color_jitter));
   m.impl("color_jitter_backward", TORCH_BOX(&color_jitter_backward));

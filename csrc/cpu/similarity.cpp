@@ -120,15 +120,36 @@ void add_products(const Geometry<real>& g, const Rect& anchor, const real* panel
   }
 }
 
-// The sums of a single view over rows [top, bottom) of the anchor and channels [first, last), where the
-// channels of a pixel lie in memory as in a vector: straight from there. What positions read is known long
-// before it is used: numbers that were stored as vectors just now are slow to read one by one.
+// Some positions of a row of the anchor, straight from memory: 16 channels of a pixel lie there as in a
+// vector.
 template <typename T>
-void add_products_directly(const SimilarityParams& p, int n, int k, const PixelMap& map, int top, int bottom,
-                           int first, int last, double* out) {
+struct Direct {
+  using real = Real<T>;
+  int channel, row, column, count;
+  const T* view;                  // at that channel
+  const int *tap, *right, *down;  // elements
+  const real *fx, *fy;
+
+  template <typename Lanes>
+  EQUIFAST_INLINE inline void sample(int l, Lanes lanes, Pack<16, real>& v) const {
+    Pack<16, real> a, b, low, high;
+    const T* from = view + tap[l];
+    get(from, lanes, a), get(from + right[l], lanes, b), low.between(fx[l], a, b);
+    from += down[l];
+    get(from, lanes, a), get(from + right[l], lanes, b), high.between(fx[l], a, b);
+    v.between(fy[l], low, high);
+  }
+};
+
+// Calls work on the positions of a view in rows [top, bottom) of the anchor and channels [first, last), where
+// these are interleaved, 64 at a time. What positions read is known long before it is used: numbers that were
+// stored as vectors just now are slow to read one by one.
+template <typename T, typename Work>
+EQUIFAST_INLINE inline void visit_directly(const SimilarityParams& p, int n, int k, const PixelMap& map,
+                                           int top, int bottom, int first, int last, const Work& work) {
   using real = Real<T>;
   const Map &anchor = p.anchor, &view = p.view[k];
-  constexpr int most = 1024, some = 64;  // positions that are known; that are added up in float32
+  constexpr int most = 1024, some = 64;  // positions that are known; that are worked on
   Positions at;
   int tap[most], right[most], down[most];  // elements
   real fx[most], fy[most];
@@ -152,27 +173,34 @@ void add_products_directly(const SimilarityParams& p, int n, int k, const PixelM
         }
       }
       for (int channel = first; channel < last; channel += 16) {
-        const T* f0 = image_of<T>(anchor, n, channel) + j * anchor.sy + begin * anchor.sx;
-        const T* const f1 = image_of<T>(view, n, channel);
         for (int i = 0; i < known; i += some) {
-          Sums<16, real> sums;
-          with_lanes(0, last - channel, [&](auto lanes) EQUIFAST_INLINE {
-            for (int l = i; l < i + some && l < known; ++l, f0 += anchor.sx) {
-              const T* from = f1 + tap[l];
-              Pack<16, real> v0, v1, a, b, low, high;
-              __builtin_prefetch(f0 + prefetched);
-              get(from, lanes, a), get(from + right[l], lanes, b), low.between(fx[l], a, b);
-              from += down[l];
-              get(from, lanes, a), get(from + right[l], lanes, b), high.between(fx[l], a, b);
-              v1.between(fy[l], low, high), get(f0, lanes, v0);
-              sums.add(v0, v1);
-            }
-          });
-          sums.give(out);
+          work(Direct<T>{channel, j, begin + i, i + some < known ? some : known - i,
+                         image_of<T>(view, n, channel), tap + i, right + i, down + i, fx + i, fy + i});
         }
       }
     }
   }
+}
+
+// The sums over such positions; 64 at a time in float32.
+template <typename T>
+void add_products_directly(const SimilarityParams& p, int n, int k, const PixelMap& map, int top, int bottom,
+                           int first, int last, double* out) {
+  using real = Real<T>;
+  const Map& anchor = p.anchor;
+  visit_directly<T>(p, n, k, map, top, bottom, first, last, [&](const Direct<T>& d) EQUIFAST_INLINE {
+    const T* f0 = image_of<T>(anchor, n, d.channel) + d.row * anchor.sy + d.column * anchor.sx;
+    Sums<16, real> sums;
+    with_lanes(0, last - d.channel, [&](auto lanes) EQUIFAST_INLINE {
+      for (int l = 0; l < d.count; ++l, f0 += anchor.sx) {
+        Pack<16, real> v0, v1;
+        __builtin_prefetch(f0 + prefetched);
+        d.sample(l, lanes, v1), get(f0, lanes, v0);
+        sums.add(v0, v1);
+      }
+    });
+    sums.give(out);
+  });
 }
 
 // What all views read at a tile of the anchor, and the features there.
@@ -211,16 +239,15 @@ class Tile {
     return true;
   }
 
-  // Calls begin(lanes, panel of the anchor), then work(lanes, k, geometry, panel of the anchor, panel of the
-  // view) for the views that see the tile, then end(lanes, first channel, number of channels, lines), by
-  // blocks of channels.
+  // Calls begin(lanes, first channel, number of channels, lines), then work(lanes, k, geometry, panel of the
+  // anchor, panel of the view) for the views that see the tile, then end as begin, by blocks of channels.
   template <typename Begin, typename Work, typename End>
   void visit_views(int n, const Rect& r, int first, int last, const Begin& begin, const Work& work,
                    const End& end) {
     visit_channels(first, last, [&](auto lanes, int c, int count) {
       load_panel<lanes>(p_.anchor, image_of<T>(p_.anchor, n, c), count, p_.interleaved, r, nullptr, panel0_,
                         lines_);
-      begin(lanes);
+      begin(lanes, c, count, lines_);
       for (int k = 0; k < p_.views; ++k) {
         const Geometry<real>& g = seen_[k];
         if (g.spans == 0) continue;
@@ -281,7 +308,7 @@ void run_similarity(const SimilarityParams& p, int64_t begin, int64_t end) {
     visit_band(band, tile_rows, [&](const Rect& r) {
       if (!tile->look(n, r, mine)) return false;
       tile->visit_views(
-          n, r, first, last, [](auto) {},
+          n, r, first, last, [](auto, int, int, real*) {},
           [&](auto lanes, int k, const Geometry<real>& g, const real* panel0, const real* panel1) {
             add_products<lanes>(g, r, panel0, panel1, sums(k));
           },
@@ -304,6 +331,30 @@ struct Weights {
   }
   bool zero() const { return cross == 0 && own0 == 0 && own1 == 0; }
 };
+
+// As below, straight from memory and to what the gradient holds.
+template <typename T>
+void add_to_anchor_directly(const SimilarityParams& p, int n, int k, const Weights<Real<T>>& weights, int top,
+                            int bottom, int first, int last) {
+  using real = Real<T>;
+  const Weights<real> w = weights;
+  const Map& anchor = p.anchor;
+  const Gradient& own = p.anchor_gradient;
+  visit_directly<T>(
+      p, n, k, map_back(p, n, k), top, bottom, first, last, [&](const Direct<T>& d) EQUIFAST_INLINE {
+        const T* f0 = image_of<T>(anchor, n, d.channel) + d.row * anchor.sy + d.column * anchor.sx;
+        T* to = image_of<T>(own, n, d.channel) + d.row * own.sy + d.column * own.sx;
+        with_lanes(0, last - d.channel, [&](auto lanes) EQUIFAST_INLINE {
+          for (int l = 0; l < d.count; ++l, f0 += anchor.sx, to += own.sx) {
+            Pack<16, real> v0, v1, slope, total;
+            __builtin_prefetch(f0 + prefetched), __builtin_prefetch(to + prefetched, 1);
+            d.sample(l, lanes, v1), get(f0, lanes, v0);
+            slope.combine(w.cross, v1, w.own0, v0), get(to, lanes, total), slope.add(total),
+                put(to, lanes, slope);
+          }
+        });
+      });
+}
 
 template <int lanes, typename real>
 void add_to_anchor(const Geometry<real>& g, const Rect& anchor, const Weights<real>& w, const real* panel0,
@@ -474,6 +525,7 @@ class WholePlanes {
 // Whether a view's gradients are added by channels of an image, after those of the panels.
 template <typename T>
 bool by_planes(const SimilarityParams& p, const PixelMap& map, int k) {
+  if (p.view_gradient == nullptr) return false;
   return LevelPlanes<T>::serves_gradient(p, map, k) || WholePlanes<T>::serves(p, k);
 }
 
@@ -486,7 +538,8 @@ bool all_by_planes(const SimilarityParams& p, int n) {
   return true;
 }
 
-// Some rows of the anchor's gradient: the sum over the views that go by panels.
+// Some rows of the anchor's gradient: the sum over the views that go by panels; or, of a single one, added to
+// what there is.
 template <typename T>
 class AnchorGradient {
  public:
@@ -510,7 +563,15 @@ class AnchorGradient {
       if (!tile_.look(n, r, seen)) return false;
       tile_.visit_views(
           n, r, first, last,
-          [&](auto lanes) { std::memset(gradient_, 0, sizeof(real) * std::size_t(r.area() * lanes)); },
+          [&](auto lanes, int c, int count, real* lines) {
+            if (!p_.add) {
+              std::memset(gradient_, 0, sizeof(real) * std::size_t(r.area() * lanes));
+              return;
+            }
+            const Map held{to.data, to.sn, to.sc, to.sy, p_.anchor.height, p_.anchor.width, to.sx};
+            load_panel<lanes>(held, image_of<T>(held, n, c), count, p_.interleaved, r, nullptr, gradient_,
+                              lines);
+          },
           [&](auto lanes, int k, const Geometry<real>& g, const real* panel0, const real* panel1) {
             add_to_anchor<lanes>(g, r, Weights<real>(p_, n, k), panel0, panel1, gradient_);
           },
@@ -827,6 +888,23 @@ void run_backward(const SimilarityParams& p, int64_t begin, int64_t end) {
   const auto last_of = [&](int group) {
     return (group + 1) * similarity_group < p.channels ? (group + 1) * similarity_group : p.channels;
   };
+  if (p.view_gradient == nullptr) {
+    Scratch scratch(AnchorGradient<T>::scratch(p.views, p.channels));
+    const int bands = parts(p.anchor.height, similarity_anchor_rows);
+    for (int64_t task = begin; task < end; ++task) {
+      const int band = static_cast<int>(task % bands), group = static_cast<int>(task / bands % groups),
+                n = static_cast<int>(task / bands / groups);
+      const int first = group * similarity_group, last = last_of(group);
+      if (!wide<T> || !p.interleaved) {
+        AnchorGradient<T>(p, scratch.clear()).run(n, band, first, last);
+        continue;
+      }
+      const Weights<Real<T>> w(p, n, 0);
+      const Rect rows = rows_of(p.anchor, band, similarity_anchor_rows);
+      if (!w.zero()) add_to_anchor_directly<T>(p, n, 0, w, rows.top, rows.bottom, first, last);
+    }
+    return;
+  }
   if (similarity_whole(p)) {
     Scratch scratch(WholeGradient<T>::scratch(p.views, p.channels));
     WholeGradient<T> whole(p, scratch);

@@ -25,7 +25,8 @@ class Profile:
     Args:
         seconds: of each of ``PARTS``, medians over rounds. ``views`` is drawing and rendering them, and the way back;
             ``forward`` and ``backward`` are the network; ``other`` is what lies between.
-        passes: how many forward and backward passes of the image, by area, a step makes of each image.
+        passes: how many forward and backward passes of the image, by area, a step makes of each image; forward passes
+            alone count half.
         folded: whether a folded copy of the model runs.
     """
 
@@ -50,6 +51,7 @@ _INTERVALS = {
     ("render", "rendered"): "views",
     ("run", "ran"): "forward",
     ("ran", "features back"): "similarity",
+    ("ran", "render"): "similarity",  # of a view that has no way back
     ("features back", "image back"): "backward",
     ("image back", "view back"): "views",
     ("step", "stepped"): "step",
@@ -77,7 +79,7 @@ class _Timed(Equivariance):
     """An objective that notes where it is."""
 
     clock: _Clock
-    area: int
+    area: float
 
     def _mark(self, x: Tensor, event: str) -> Tensor:
         """Notes when the backward pass arrives at a tensor."""
@@ -98,7 +100,7 @@ class _Timed(Equivariance):
         return rendered
 
     def features(self, x: Tensor) -> Tensor:
-        self.area += x.shape[2] * x.shape[3]
+        self.area += x.shape[2] * x.shape[3] * (1.0 if torch.is_grad_enabled() else 0.5)
         self.clock.note("run")
         features = self._mark(super().features(self._mark(x, "image back")), "features back")
         self.clock.note("ran")
