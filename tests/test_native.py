@@ -737,7 +737,7 @@ def test_choice_of_backend(monkeypatch: pytest.MonkeyPatch) -> None:
             ops.choose(torch.device("cuda"))
 
 
-@pytest.mark.parametrize("preset", ["fast", "paper"])
+@pytest.mark.parametrize("preset", ["fast", "paper", "strong"])  # every pairing
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_one_step_has_the_gradient_of_the_reference(preset: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)

@@ -396,7 +396,8 @@ def test_a_model_that_works_in_place(fold: bool) -> None:
         {"steps": 2},
         {"steps": 1, "keep": "best", "restarts": 2},
         {"steps": 1, "pairing": "all"},
-        {"pairing": "target"},
+        {"steps": 2, "pairing": "anchor"},
+        {"steps": 1, "pairing": "target", "reduction": "pixel"},
     ):
         in_place, plain = (Purifier(m, dtype="float32", fold=fold, **settings) for m in (model, other))
         assert torch.equal(in_place.score(x), plain.score(x))

@@ -29,7 +29,15 @@ def derivative(purifier: Purifier, x: Tensor, weights: Tensor, last: int) -> Ten
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"momentum": 0.7}, {"noise": True}, {"pairing": "all"}, {"pairing": "target"}, {"reduction": "pixel"}],
+    [
+        {},
+        {"momentum": 0.7},
+        {"noise": True},
+        {"pairing": "all"},
+        {"pairing": "anchor"},
+        {"reduction": "pixel"},
+        {"reduction": "pixel", "pairing": "anchor"},
+    ],
     ids=str,
 )
 def test_against_differences_of_values(settings: dict[str, Any]) -> None:
@@ -98,7 +106,9 @@ def test_a_noisy_sign_step_by_hand() -> None:
 
 @pytest.mark.parametrize("start", ["origin", "corner"])
 @pytest.mark.parametrize(
-    "settings", [{}, {"momentum": 0}, {"noise": True}, {"norm": "l2", "eps": 1.0}, {"preset": "paper"}], ids=str
+    "settings",
+    [{}, {"momentum": 0}, {"noise": True}, {"norm": "l2", "eps": 1.0}, {"preset": "paper"}, {"pairing": "anchor"}],
+    ids=str,
 )
 def test_an_image_without_a_gradient(settings: dict[str, Any], start: str) -> None:
     """Its purification is the identity, or a constant; the others of its batch go on."""
