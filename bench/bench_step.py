@@ -6,7 +6,8 @@ One step of a preset on images of the CamVid study's size (240x176) with its net
 alone: forward and backward of the same rendered views, with gradients of the same shape; of views that are targets
 forward alone. What the step takes longer is views, similarity and the sign step. Where features are the logits
 before they are enlarged to the image (`head`), the network alone does not enlarge them either. Steps and
-passes take turns in one process, figures are medians; the weights do not matter to the time and are random. Freed memory is kept (`equifast.keep_freed_memory`), for all alike.
+passes take turns in one process, figures are medians; the weights do not matter to the time and are
+random. Freed memory is kept (`equifast.keep_freed_memory`), for all alike.
 """
 
 import statistics
