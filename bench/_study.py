@@ -140,16 +140,23 @@ Defenses = Callable[[str], nn.Module]
 class Runner:
     """Computes cells batch by batch and keeps every batch: an interrupted run goes on where it stopped.
 
-    Two defenses of one `identity`, in this run or another, are taken for the same.
+    Two defenses of one `identity`, in this run or another, are taken for the same. `strength` gives the steps and the
+    draws per step of an attacker who knows a defense, where these are not the study's.
     """
 
     def __init__(
-        self, study: Study, defenses: Defenses, progress: Progress, identity: Callable[[str], str] = lambda name: name
+        self,
+        study: Study,
+        defenses: Defenses,
+        progress: Progress,
+        identity: Callable[[str], str] = lambda name: name,
+        strength: Callable[[str], tuple[int, int]] | None = None,
     ) -> None:
         self._study = study
         self._defenses = defenses
         self._progress = progress
         self._identity = identity
+        self._strength = strength or (lambda name: (study.bpda_steps, study.eot))
         self._folder = CACHE / f"{study.name}-{_fingerprint(study)}"
         self._folder.mkdir(parents=True, exist_ok=True)
 
@@ -169,7 +176,7 @@ class Runner:
             return x
 
         def compute() -> dict[str, Tensor]:
-            steps = study.steps if victim == "none" else study.bpda_steps
+            steps, eot = (study.steps, 1) if victim == "none" else self._strength(victim)
             attack = PGD(
                 study.model,
                 eps=study.eps,
@@ -186,7 +193,7 @@ class Runner:
             if victim == "none":
                 adversarial = attack(x, y, ids, advance)
             else:
-                adversarial = BPDA(attack, self._defenses(victim), eot=study.eot)(x, y, ids, advance)
+                adversarial = BPDA(attack, self._defenses(victim), eot=eot)(x, y, ids, advance)
             self._progress.remove_task(task)
             return {"x": adversarial}
 

@@ -42,13 +42,13 @@ def measure(preset: str, features: str | None, images: int, height: int, width: 
     given = torch.rand(images, 3, height, width)
     with purifier._objective(given, None, 0, purifier.views_per_step) as (x, objective, seed, ids):
         with torch.no_grad():
-            rendered = [x, *(objective.render(x, view) for view in objective.sample(x, 0, purifier.views_per_step))]
+            rendered = [x, *objective.render(x, objective.sample(x, 0, purifier.views_per_step))]
             upstream = [torch.rand_like(objective.features(image)) for image in rendered]
 
         def network() -> None:
             for i, (image, gradient) in enumerate(zip(rendered, upstream, strict=True)):
                 leaf = image.detach()
-                if i == 0 or purifier.pairing != "target":
+                if i == 0 or purifier.view_gradient > 0:
                     torch.autograd.grad(objective.features(leaf.requires_grad_()), leaf, gradient)
                 else:
                     with torch.no_grad():

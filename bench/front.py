@@ -7,12 +7,12 @@
 `measure` fills one part of the results, (data set, model, split), and keeps the others. It may be interrupted at any
 time and goes on where it stopped. The attacks on each candidate: plain PGD on the model; the attack through averaging,
 which anyone who fears averaging would run; the attack through averaging over the views that the candidate purifies
-with, where these are others; BPDA through the candidate itself, with expectation over its draws; and with
-`--last K` the same with a gradient through the last K steps of its ascent, which the published code, what purifies at
-half the size and what has no ascent lack. The worst case takes, image by image, the attack that leaves fewest labels
-right. Attacks take their gradients from a folded copy in bfloat16, where the hardware has it, which is as strong
-(`bench/equivalence.py`); unrolled gradients through steps are float32. Settings are chosen on `val` (CIFAR-10: on
-images of its test set that no table uses) and reported on `test`.
+with, where these are others; BPDA through the candidate itself, with expectation over its draws; and with `--last K`
+the same with a gradient through the last K steps of its ascent, which the published code, what purifies at half the
+size and what has no ascent lack (it takes many times as long: `--last-steps` and `--last-eot` are its own). The worst
+case takes, image by image, the attack that leaves fewest labels right. Attacks take their gradients from a folded copy
+in bfloat16, where the hardware has it, which is as strong (`bench/equivalence.py`); gradients through steps are
+float32. Settings are chosen on `val` (CIFAR-10: on images of its test set that no table uses) and reported on `test`.
 
 `seconds` times all candidates in turns, in one process. Nothing else should run beside it.
 """
@@ -144,7 +144,7 @@ Candidate = tuple[Callable[..., nn.Module], dict[str, Any]]
 
 def steps(count: int = 4, of: float = 0.5, **settings: Any) -> Candidate:
     """Steps of some part of the radius, from a random corner, without momentum, over the six views."""
-    plain = {"momentum": 0, "sets": "six", "average": False, "pairing": "anchor"}
+    plain = {"momentum": 0, "sets": "six", "average": False, "view_gradient": 1}
     return purify, {"steps": count, "relative_step": of, **plain, **settings}
 
 
@@ -176,15 +176,19 @@ CANDIDATES: dict[str, Candidate] = {
     "fast, 3 steps of 0.4": (purify, {"steps": 3, "relative_step": 0.4}),
     "fast, no momentum": (purify, {"momentum": 0}),
     "fast, from the image": (purify, {"start": "origin"}),
-    "fast, anchor": (purify, {"pairing": "anchor"}),
-    "fast, all pairs": (purify, {"pairing": "all"}),
+    "fast, targets": (purify, {"view_gradient": 0}),  # was `fast` before
+    "fast, view gradient 0.1": (purify, {"view_gradient": 0.1}),
+    "fast, view gradient 0.2": (purify, {"view_gradient": 0.2}),
+    "fast, view gradient 0.5": (purify, {"view_gradient": 0.5}),
+    "fast, view gradient 1": (purify, {"view_gradient": 1}),
+    "fast, all pairs": (purify, {"pairing": "all", "view_gradient": 1}),
     "fast, three views": (purify, {"views": FEWER}),
     "fast, three views, steps of 0.75": (purify, {"views": FEWER, "relative_step": 0.75}),
-    "fast, three views, steps of 0.75, anchor": (
+    "fast, three views, steps of 0.75, view gradient 1": (
         purify,
-        {"views": FEWER, "relative_step": 0.75, "pairing": "anchor"},  # was `fast` before
+        {"views": FEWER, "relative_step": 0.75, "view_gradient": 1},  # was `fast` before that
     ),
-    "4 steps, momentum 1": steps(momentum=1.0),  # was `fast` before that
+    "4 steps, momentum 1": steps(momentum=1.0),  # was `fast` at first
     "4 steps, 1 of eight, momentum 1": steps(sets="eight", views_per_step=1, momentum=1.0),
     "2 steps of 0.75, momentum 1": steps(2, 0.75, momentum=1.0),
     "2 steps of 0.75, shrunk, momentum 1": steps(2, 0.75, sets="shrunk", momentum=1.0),
@@ -332,13 +336,13 @@ def _defense(study: Study, known: Mapping[str, Candidate], name: str, last: int)
     return defended
 
 
-def _identity(study: Study, known: Mapping[str, Candidate], name: str, last: int) -> str:
+def _identity(study: Study, known: Mapping[str, Candidate], name: str, followed: tuple[int, int, int]) -> str:
     if name.endswith(AVERAGED):
         return repr(("averaged", _views(build(study, known[name.removesuffix(AVERAGED)]))))
     maker, settings = known[name.removesuffix(UNROLLED)]
     sets = SETS.get(str(settings.get("sets")))  # those of presets are in the fingerprint, with the package
     sources = [inspect.getsource(part) for part in (maker, Draws, Halved)]  # not of what only prints and plots
-    return repr((maker.__name__, settings, sets, sources, last if name.endswith(UNROLLED) else 0))
+    return repr((maker.__name__, settings, sets, sources, followed if name.endswith(UNROLLED) else 0))
 
 
 class DataSet(StrEnum):
@@ -434,6 +438,8 @@ def measure(
     bpda_steps: Annotated[int, typer.Option(help="Steps of BPDA and through averaging; 0 for PGD alone.")] = 10,
     eot: Annotated[int, typer.Option(help="Draws per step of BPDA.")] = 1,
     last: Annotated[int, typer.Option(help="Also attack through so many steps of the ascent.")] = 0,
+    last_steps: Annotated[int, typer.Option(help="Steps of that attack.")] = 10,
+    last_eot: Annotated[int, typer.Option(help="Draws per step of that attack.")] = 1,
     only: Annotated[list[str] | None, typer.Option(help="Candidates, by name; all where not given.")] = None,
     output: Annotated[Path | None, typer.Option(help="The JSON to which the results are added.")] = None,
 ) -> None:
@@ -451,7 +457,8 @@ def measure(
             study,
             lambda name: _defense(study, known, name, last),
             progress,
-            lambda name: _identity(study, known, name, last),
+            lambda name: _identity(study, known, name, (last, last_steps, last_eot)),
+            lambda name: (last_steps, last_eot) if name.endswith(UNROLLED) else (bpda_steps, eot),
         )
         task = progress.add_task(key, total=len(chosen))
         for name in chosen:
@@ -473,7 +480,8 @@ def measure(
                 }
             progress.update(task, advance=1)
             if output is not None:
-                _merge(output, key, {"candidates": found, "settings": study.settings()})
+                settings = study.settings() | {"last": last, "last_steps": last_steps, "last_eot": last_eot}
+                _merge(output, key, {"candidates": found, "settings": settings})
             line = ", ".join(f"{column} {e['value']:.1f} ± {e['error']:.1f}" for column, e in _figures(found[name]))
             console.print(f"{name}: {line}")
     table = Table(title=f"{key}: {study.figure}, {len(study.images)} images, ± standard error; differences are paired")

@@ -15,8 +15,9 @@ STABLE_TORCH_LIBRARY(equifast, m) {
   // to the view, and adds that with respect to the anchor to `total`.
   m.def(
       "similarity_gradient(Tensor(a!) total, Tensor anchor, Tensor view, Tensor theta) -> (Tensor, Tensor)");
-  // As similarity_gradient, of the anchor alone; returns the similarity.
-  m.def("similarity_target(Tensor(a!) total, Tensor anchor, Tensor view, Tensor theta) -> Tensor");
+  // With one cosine per image: returns the similarities and the gradient of their sum with respect to the
+  // anchor.
+  m.def("similarity_target(Tensor anchor, Tensor[] views, Tensor theta) -> (Tensor, Tensor)");
   m.def(
       "signed_step(Tensor x, Tensor gradient, Tensor origin, float eps, float step, float sigma, int seed, "
       "Tensor ids, int draw, int t) -> Tensor");

@@ -24,12 +24,20 @@ __all__ = [
     "pairwise",
 ]
 
-PAIRINGS = ("anchor", "target", "all")
+PAIRINGS = ("anchor", "all")
 
 
-def rendered(x: Tensor, view: Sampled) -> Tensor:
-    """Images (N, C, H, W) under a view, (N, C, h, w)."""
-    return ops.warp_sampled(view.color(x), view.theta[None], [view.size])[0]
+def rendered(x: Tensor, sampled: Sequence[Sampled]) -> list[Tensor]:
+    """Images (N, C, H, W) under views, each (N, C, h, w); those that keep the colors in one call."""
+    images = [view.color(x) for view in sampled]
+    kept = [k for k, image in enumerate(images) if image is x]
+    if kept:
+        theta, sizes = torch.stack([sampled[k].theta for k in kept]), [sampled[k].size for k in kept]
+        for k, image in zip(kept, ops.warp_sampled(x, theta, sizes), strict=True):
+            images[k] = image
+    for k in set(range(len(images))).difference(kept):
+        images[k] = ops.warp_sampled(images[k], sampled[k].theta[None], [sampled[k].size])[0]
+    return images
 
 
 def number_of_pairs(pairing: str, views: int) -> int:
@@ -107,9 +115,10 @@ class Equivariance:
         extract: the features F, images (N, 3, H, W) -> (N, C, h, w).
         views: the set of views.
         count: how many of them a step uses, drawn without replacement.
-        pairing: ``"anchor"``, each view with the image; ``"target"``, the same value, but to its gradient the features
-            of views are constants, so that the image moves to what its views say and not they to what it says;
-            ``"all"``, every pair (``reduction="image"`` only).
+        pairing: ``"anchor"``, each view with the image; ``"all"``, every pair (``reduction="image"`` only).
+        view_gradient: the weight of the gradient that reaches the image through its views. With 1 it is that of the
+            value; with 0 the features of views are targets, constants to it: the image moves to what its views say, and
+            not they to what it says.
         reduction: as in :func:`equifast.ops.similarity`.
         seed, ids, draw: the realization, as in :mod:`equifast.rng`.
         autocast: the dtype in which the model runs where autocast lowers it, or None.
@@ -122,6 +131,7 @@ class Equivariance:
         *,
         count: int | None,
         pairing: str,
+        view_gradient: float,
         reduction: str,
         seed: int,
         ids: Tensor,
@@ -132,6 +142,7 @@ class Equivariance:
         self._views = views
         self._count = count
         self._pairing = pairing
+        self._view_gradient = view_gradient
         self._reduction = reduction
         self._seed, self._ids, self._draw = seed, ids, draw
         self._autocast = autocast
@@ -152,16 +163,16 @@ class Equivariance:
         size = (x.shape[2], x.shape[3])
         return sample(self._views, size, seed=self._seed, ids=self._ids, draw=self._draw, step=t, count=count)
 
-    def render(self, x: Tensor, view: Sampled) -> Tensor:
-        """The image under a view."""
-        return rendered(x, view)
+    def render(self, x: Tensor, sampled: Sequence[Sampled]) -> list[Tensor]:
+        """The image under views."""
+        return rendered(x, sampled)
 
     def similarities(self, x: Tensor, t: int = 0, count: int | None = None) -> Tensor:
         """(N, K): similarity of each view to the image, with no graph; all views where ``count`` is None."""
         with torch.no_grad():
             anchor = self.anchor(x)
             columns = [
-                ops.similarity(anchor, [self.features(self.render(x, view))], view.theta[None], self._reduction)
+                ops.similarity(anchor, [self.features(*self.render(x, [view]))], view.theta[None], self._reduction)
                 for view in self.sample(x, t, count)
             ]
         return torch.cat(columns, 1)
@@ -182,68 +193,82 @@ class Equivariance:
         if self._pairing != "all":
             return torch.stack(self.similarities(x).unbind(1)).sum(0)
         with torch.no_grad():
-            return self._all_pairs(x, self.sample(x, 0, None))
+            return self._all_pairs(x, x, self.sample(x, 0, None))
 
     def gradient(self, x: Tensor, t: int) -> tuple[Tensor, Tensor]:
         sampled = self.sample(x, t, self._count)
         with torch.enable_grad():
+            image, source = _leaf(x), _leaf(x)  # what views are compared with, and what they are of
             if self._pairing == "all":
-                leaf = _leaf(x)
-                value = self._all_pairs(leaf, sampled)
-                return value.detach(), _differentiate(value.sum(), [leaf])[0]
-            # One view at a time, its graph freed before the next: memory is that of the image and the largest view.
-            leaf = _leaf(x)
-            features = self.anchor(leaf)
-            anchor = features.detach()
-            # Summed in the dtype of the features, as each view's part is rounded to it; a wider sum would take as much
-            # memory again, and the network's own rounding in that dtype is larger.
-            upstream, total = torch.zeros_like(anchor), torch.zeros_like(x)
-            values: list[Tensor] = []
-            for view in sampled:
-                if self._pairing == "target":
-                    with torch.no_grad():
-                        target = self.features(self.render(x, view))
-                    values.append(ops.similarity_target(anchor, target, view.theta[None], upstream, self._reduction))
-                    continue
-                image = _leaf(x)
-                features_of_view = self.features(self.render(image, view))
-                s, g_view = ops.similarity_gradient(
-                    anchor, features_of_view, view.theta[None], upstream, self._reduction
-                )
-                g_image: Tensor | None = None
-                if features_of_view.requires_grad:
-                    (g_image,) = torch.autograd.grad(features_of_view, [image], g_view, allow_unused=True)
-                if g_image is not None:  # a view's features may not depend on the image
-                    total += g_image
-                values.append(s)
-                del image, features_of_view, g_view, g_image
-            total += _differentiate(features, [leaf], upstream)[0]
-        return torch.stack(torch.cat(values, 1).unbind(1)).sum(0), total
+                value = self._all_pairs(image, source, sampled)
+                own, through = _differentiate(value.sum(), [image, source])
+                return value.detach(), own.add_(through, alpha=self._view_gradient)
+            gradient = self._toward if self._view_gradient == 0 else self._both
+            values, total = gradient(image, source, sampled)
+        return torch.stack(values.unbind(1)).sum(0), total
+
+    def _toward(self, image: Tensor, source: Tensor, sampled: Sequence[Sampled]) -> tuple[Tensor, Tensor]:
+        """Similarities (N, K), and the gradient of their sum where views are targets: they go forward alone."""
+        with torch.no_grad():
+            targets = [self.features(view) for view in self.render(source, sampled)]
+        features = self.anchor(image)
+        theta = torch.stack([view.theta for view in sampled])
+        values, upstream = ops.similarity_target(features, targets, theta, self._reduction)
+        return values, _differentiate(features, [image], upstream)[0]
+
+    def _both(self, image: Tensor, source: Tensor, sampled: Sequence[Sampled]) -> tuple[Tensor, Tensor]:
+        """The same with a gradient through views too.
+
+        One view at a time, its graph freed before the next: memory is that of the image and the largest view.
+        """
+        features = self.anchor(image)
+        anchor = features.detach()
+        # Summed in the dtype of the features, as each view's part is rounded to it; a wider sum would take as much
+        # memory again, and the network's own rounding in that dtype is larger.
+        upstream = torch.zeros_like(anchor)
+        values: list[Tensor] = []
+        views, slopes = self.render(source, sampled), []  # all at once, while the image is in cache
+        for view, drawn in zip(views, sampled, strict=True):
+            leaf = _leaf(view)
+            features_of_view = self.features(leaf.clone())
+            s, g = ops.similarity_gradient(anchor, features_of_view, drawn.theta[None], upstream, self._reduction)
+            values.append(s)
+            slope: Tensor | None = None
+            if features_of_view.requires_grad:  # a view's features may not depend on the image
+                (slope,) = torch.autograd.grad(features_of_view, [leaf], g, allow_unused=True)
+            slopes.append(torch.zeros_like(view) if slope is None else slope)
+            del leaf, features_of_view, g, slope
+        moved = [(view, slope) for view, slope in zip(views, slopes, strict=True) if view.requires_grad]
+        total = _differentiate(features, [image], upstream)[0]
+        if moved:
+            (through,) = torch.autograd.grad([view for view, _ in moved], [source], [slope for _, slope in moved])
+            total.add_(through, alpha=self._view_gradient)
+        return torch.cat(values, 1), total
 
     def slope(self, x: Tensor, t: int) -> Tensor:
         """(N, C, H, W) -> the gradient at step ``t``, with a graph of its own derivative by ``x``; no autocast."""
         sampled = self.sample(x, t, self._count)
         full = copy.copy(self)
         full._autocast = None
-        # where views are constants to the gradient they still are none to its derivative
-        leaf = x.view_as(x) if self._pairing == "target" else x
+        image, source = x.view_as(x), x.view_as(x)
         with ops.use("reference"):  # the native operators are differentiable once
             if self._pairing == "all":
-                value = full._all_pairs(x, sampled)
+                value = full._all_pairs(image, source, sampled)
             else:
-                anchor = full.anchor(leaf)
+                anchor = full.anchor(image)
                 values = [
-                    ops.similarity(anchor, [full.features(self.render(x, view))], view.theta[None], self._reduction)
-                    for view in sampled
+                    ops.similarity(anchor, [full.features(view)], drawn.theta[None], self._reduction)
+                    for view, drawn in zip(self.render(source, sampled), sampled, strict=True)
                 ]
                 value = torch.cat(values, 1)
-            (gradient,) = torch.autograd.grad(value.sum(), leaf, create_graph=True)
-        return gradient
+            wanted = [image, source] if self._view_gradient else [image]
+            own, *through = torch.autograd.grad(value.sum(), wanted, create_graph=True)
+        return own + self._view_gradient * through[0] if through else own
 
-    def _all_pairs(self, x: Tensor, sampled: Sequence[Sampled]) -> Tensor:
-        anchor = self.anchor(x)
+    def _all_pairs(self, image: Tensor, source: Tensor, sampled: Sequence[Sampled]) -> Tensor:
+        anchor = self.anchor(image)
         anchor = anchor.to(torch.promote_types(anchor.dtype, torch.float32))
-        views = [self.features(self.render(x, view)) for view in sampled]
+        views = [self.features(view) for view in self.render(source, sampled)]
         return pairwise(anchor, views, torch.stack([view.theta for view in sampled]))
 
 
@@ -252,8 +277,8 @@ def _warped_back(
 ) -> list[tuple[Tensor, Tensor]]:
     """Predictions on views, in the frame of the image: pairs of (N, C, h, w) and the overlap (N, 1, h, w)."""
     pairs = []
-    for view in sampled:
-        prediction = predict(rendered(x, view))
+    for view, image in zip(sampled, rendered(x, sampled), strict=True):
+        prediction = predict(image)
         inverse = invert(view.theta)[None]
         ones = torch.ones_like(prediction[:, :1].detach())
         pairs.append((ops.warp(prediction, inverse, [size])[0], (ops.warp(ones, inverse, [size])[0] > 0.5)))
@@ -273,7 +298,7 @@ def average_predictions(predict: Callable[[Tensor], Tensor], x: Tensor, sampled:
     """
     first = predict(x.clone())  # models may work in place, and the views are of the image
     if first.dim() != 4:
-        return (first + sum(predict(rendered(x, view)) for view in sampled)) / (1 + len(sampled))
+        return (first + sum(predict(image) for image in rendered(x, sampled))) / (1 + len(sampled))
     total, count = first, torch.ones_like(first[:, :1])
     for prediction, overlap in _warped_back(predict, x, sampled, (first.shape[2], first.shape[3])):
         total, count = total + prediction, count + overlap

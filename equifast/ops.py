@@ -216,43 +216,64 @@ def similarity_gradient(
     Raises:
         ValueError, TypeError: if ``view`` or ``total`` is not as ``anchor``.
     """
-    value, for_view = _add_gradient(anchor, view, theta, total, reduction, True)
-    assert for_view is not None
-    return value, for_view
-
-
-def similarity_target(anchor: Tensor, view: Tensor, theta: Tensor, total: Tensor, reduction: str = "image") -> Tensor:
-    """:func:`similarity_gradient` of the anchor alone: the features of the view are a target that stays where it is.
-
-    Returns:
-        The similarity (N, 1).
-    """
-    return _add_gradient(anchor, view, theta, total, reduction, False)[0]
-
-
-def _add_gradient(
-    anchor: Tensor, view: Tensor, theta: Tensor, total: Tensor, reduction: str, both: bool
-) -> tuple[Tensor, Tensor | None]:
     _checks.tensor("anchor", anchor, 4, "(N, C, H, W)")
     _checks.features(anchor, [view])
     _checks.total(total, anchor)
     anchor, view = anchor.detach(), view.detach()
     if anchor.numel() == 0 or view.numel() == 0:
-        nothing = torch.zeros_like(view) if both else None
-        return anchor.new_zeros((len(anchor), 1), dtype=_accumulator(anchor)), nothing
+        return anchor.new_zeros((len(anchor), 1), dtype=_accumulator(anchor)), torch.zeros_like(view)
     alone = all(total.untyped_storage().data_ptr() != f.untyped_storage().data_ptr() for f in (anchor, view))
-    if anchor.device.type == "cpu" and reduction == "image" and _native(anchor) and alone and _alike(total, anchor):
+    if alone and _native_gradient(anchor, reduction) and _alike(total, anchor):
         matrices = _constant("theta", theta, "similarity")
-        operator = torch.ops.equifast.similarity_gradient if both else torch.ops.equifast.similarity_target
-        added = operator(total, anchor, view, matrices)
+        added: tuple[Tensor, Tensor] = torch.ops.equifast.similarity_gradient(total, anchor, view, matrices)
         torch.autograd.graph.increment_version(total)
-        return added if both else (added, None)
+        return added
     with torch.enable_grad():
-        leaves = [anchor.requires_grad_(), *([view.requires_grad_()] if both else [])]
+        leaves = [anchor.requires_grad_(), view.requires_grad_()]
         s = similarity(anchor, [view], theta, reduction)
-        for_anchor, *rest = torch.autograd.grad(s.sum(), leaves)
+        for_anchor, for_view = torch.autograd.grad(s.sum(), leaves)
     total += for_anchor
-    return s.detach(), rest[0] if both else None
+    return s.detach(), for_view
+
+
+def similarity_target(
+    anchor: Tensor, views: Sequence[Tensor], theta: Tensor, reduction: str = "image"
+) -> tuple[Tensor, Tensor]:
+    """Similarity and its gradient with respect to the anchor alone, to which views are targets; no graph.
+
+    Args:
+        anchor: (N, C, H, W).
+        views: K tensors (N, C, h, w).
+        theta: (K, N, 2, 3), as :func:`equifast.views.sample` gives it: its values are not checked again.
+        reduction: as in :func:`similarity`.
+
+    Returns:
+        The similarities (N, K), and the gradient of their sum over the views with respect to ``anchor``, in its shape.
+
+    Raises:
+        ValueError, TypeError: if ``views`` are not as ``anchor``, or there is none.
+    """
+    _checks.tensor("anchor", anchor, 4, "(N, C, H, W)")
+    if not views:
+        raise ValueError("views is empty; there must be at least one")
+    _checks.features(anchor, views)
+    anchor, views = anchor.detach(), [view.detach() for view in views]
+    if anchor.numel() == 0 or any(view.numel() == 0 for view in views):
+        return anchor.new_zeros((len(anchor), len(views)), dtype=_accumulator(anchor)), torch.zeros_like(anchor)
+    if _native_gradient(anchor, reduction):
+        found: tuple[Tensor, Tensor] = torch.ops.equifast.similarity_target(
+            anchor, views, _constant("theta", theta, "similarity")
+        )
+        return found
+    with torch.enable_grad():
+        s = similarity(anchor.requires_grad_(), views, theta, reduction)
+        (for_anchor,) = torch.autograd.grad(s.sum(), [anchor])
+    return s.detach(), for_anchor
+
+
+def _native_gradient(anchor: Tensor, reduction: str) -> bool:
+    """Whether there is an operator for a value with its gradients."""
+    return anchor.device.type == "cpu" and reduction == "image" and _native(anchor)
 
 
 def signed_step(
@@ -356,8 +377,10 @@ def _fake_similarity_gradient(total: Tensor, anchor: Tensor, view: Tensor, theta
     )
 
 
-def _fake_similarity_target(total: Tensor, anchor: Tensor, view: Tensor, theta: Tensor) -> Tensor:
-    return anchor.new_empty((anchor.shape[0], 1), dtype=_accumulator(anchor))
+def _fake_similarity_target(anchor: Tensor, views: Sequence[Tensor], theta: Tensor) -> tuple[Tensor, Tensor]:
+    n, layout = anchor.shape[0], _interleaved(anchor)
+    gradient = _map(anchor, anchor.shape[2], anchor.shape[3], layout, anchor.dtype)
+    return anchor.new_empty((n, len(views)), dtype=_accumulator(anchor)), gradient
 
 
 def _fake_signed_step(x: Tensor, *rest: Any) -> Tensor:

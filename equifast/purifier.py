@@ -39,7 +39,8 @@ class Preset:
         views_per_step: how many of them a step uses, drawn without replacement; None for all.
         momentum: as in :class:`equifast.ascent.Ascent`.
         average: views over which :class:`Defended` averages its predictions beside the image; none where empty.
-        pairing: ``"anchor"``, ``"target"`` or ``"all"``.
+        pairing: ``"anchor"`` or ``"all"``.
+        view_gradient: the weight of the gradient through views, 0 to 1.
     """
 
     steps: int
@@ -51,6 +52,7 @@ class Preset:
     momentum: float | None = None
     average: tuple[View, ...] = ()
     pairing: str = "anchor"
+    view_gradient: float = 1.0
 
 
 PRESETS: Mapping[str, Preset] = MappingProxyType(
@@ -73,7 +75,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             views_per_step=None,
             momentum=1.0,
             average=(Flip(),),
-            pairing="target",
+            view_gradient=0.3,
         ),
         "strong": Preset(
             steps=8,
@@ -111,9 +113,11 @@ class Purifier:
         steps, step_size, start, noise, momentum, restarts, keep: as in :class:`equifast.ascent.Ascent`; None for what
             the preset says (``momentum=0`` for none where it has one).
         pairing: which features are compared: ``"anchor"``, those of each view with the image's (paper: Eq. 2);
-            ``"target"``, the same, but the features of views are constants to the gradient, so that the image moves to
-            what its views say, and views cost a forward pass alone; ``"all"``, every pair, as the published code does.
-            None for what the preset says.
+            ``"all"``, every pair, as the published code does. None for what the preset says.
+        view_gradient: the weight of the part of the gradient that reaches the image through its views, 0 to 1. With 1
+            the gradient is that of the objective. With less the image moves to what its views say more than they to
+            what it says; with 0 views are targets, constants to the gradient, and cost a forward pass alone. None for
+            what the preset says.
         reduction: ``"image"`` or ``"pixel"`` (not with ``pairing="all"``).
         stop: a mean similarity over a step's views, in [-1, 1]: an image that has reached it stays as it is, and the
             rest of its batch goes on without it; None for none.
@@ -151,6 +155,7 @@ class Purifier:
         restarts: int = 1,
         keep: str = "last",
         pairing: str | None = None,
+        view_gradient: float | None = None,
         reduction: str = "image",
         stop: float | None = None,
         average: bool | Sequence[View] | None = None,
@@ -182,6 +187,11 @@ class Purifier:
         self.dtype = dtype
         self.views_per_step = count
         self.pairing = pairing
+        self.view_gradient = (
+            base.view_gradient
+            if view_gradient is None
+            else _checks.number("view_gradient", view_gradient, least=0, most=1)
+        )
         self.reduction = reduction
         self.average = base.average
         if isinstance(average, bool):
@@ -225,6 +235,7 @@ class Purifier:
             "views": [repr(view) for view in self.views],
             "views_per_step": self.views_per_step,
             "pairing": self.pairing,
+            "view_gradient": self.view_gradient,
             "reduction": self.reduction,
             "average": [repr(view) for view in self.average],
             "fold": self.fold,
@@ -348,6 +359,7 @@ class Purifier:
                     self.views,
                     count=count,
                     pairing=self.pairing,
+                    view_gradient=self.view_gradient,
                     reduction=self.reduction,
                     seed=seed,
                     ids=numbers,

@@ -66,7 +66,7 @@ class View:
         Returns:
             theta (N, 2, 3) float64, and the output size (h, w).
         """
-        return torch.eye(2, 3, dtype=torch.float64).repeat(u.shape[0], 1, 1), size
+        return torch.eye(2, 3, dtype=torch.float64).expand(u.shape[0], 2, 3).clone(), size
 
     def color(self, images: Tensor, u: Tensor) -> Tensor:
         """The photometric map, (N, C, H, W) -> (N, C, H, W), differentiable; ``u`` is (N, image)."""
@@ -208,8 +208,12 @@ class ColorJitter(View):
 def _product(theta: Tensor, following: Tensor) -> Tensor:
     """One affine map (N, 2, 3) after the other: a matrix reads from the output of the one before it."""
     both = theta[:, :, :2].bmm(following)
-    both[:, :, 2] += theta[:, :, 2]
+    both[:, :, 2].add_(theta[:, :, 2])
     return both
+
+
+# Of views that have one of these every matrix is the identity.
+_STILL = (View.geometry, Resize.geometry)
 
 
 @dataclass(frozen=True)
@@ -236,7 +240,8 @@ class Compose(View):
         )
         for view, common, own in parts:
             following, size = view.geometry(size, common, own)
-            theta = following if theta is None else _product(theta, following)
+            if type(view).geometry not in _STILL:
+                theta = following if theta is None else _product(theta, following)
         return (super().geometry(size, shared, u)[0] if theta is None else theta), size
 
     def color(self, images: Tensor, u: Tensor) -> Tensor:

@@ -109,7 +109,11 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "pairing": (
         lambda: Purifier(MODEL, pairing="each"),
-        "pairing is 'each'; it must be one of 'anchor', 'target', 'all'",
+        "pairing is 'each'; it must be one of 'anchor', 'all'",
+    ),
+    "view gradient": (
+        lambda: Purifier(MODEL, view_gradient=1.5),
+        "view_gradient is 1.5; it must be a finite number of at least 0 of at most 1",
     ),
     "reduction": (
         lambda: Purifier(MODEL, reduction="sum"),

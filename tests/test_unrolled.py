@@ -34,9 +34,9 @@ def derivative(purifier: Purifier, x: Tensor, weights: Tensor, last: int) -> Ten
         {"momentum": 0.7},
         {"noise": True},
         {"pairing": "all"},
-        {"pairing": "anchor"},
+        {"view_gradient": 1},
+        {"view_gradient": 0},
         {"reduction": "pixel"},
-        {"reduction": "pixel", "pairing": "anchor"},
     ],
     ids=str,
 )
@@ -107,7 +107,7 @@ def test_a_noisy_sign_step_by_hand() -> None:
 @pytest.mark.parametrize("start", ["origin", "corner"])
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"momentum": 0}, {"noise": True}, {"norm": "l2", "eps": 1.0}, {"preset": "paper"}, {"pairing": "anchor"}],
+    [{}, {"momentum": 0}, {"noise": True}, {"norm": "l2", "eps": 1.0}, {"preset": "paper"}, {"view_gradient": 0}],
     ids=str,
 )
 def test_an_image_without_a_gradient(settings: dict[str, Any], start: str) -> None:

@@ -273,7 +273,7 @@ class LevelPixels {
                Axis<real>::scratch(anchor.height, 2 * anchor.height) +
                Axis<real>::scratch(view.width, 2 * anchor.width) +
                Axis<real>::scratch(similarity_view_rows, 2 * anchor.height) +
-               (2 + most_kept(map.yj)) * line_bytes(anchor.width, p.channels) +
+               (3 + most_kept(map.yj)) * line_bytes(anchor.width, p.channels) +
                2 * line_bytes(view.width, p.channels) + Scratch::bytes<int>(most_kept(map.yj)) <=
            level_scratch;
   }
@@ -285,22 +285,43 @@ class LevelPixels {
 
   // The sums over rows [top, bottom) of the anchor.
   void add_products(int n, int k, const core::PixelMap& map, int top, int bottom, double* out) {
-    const Sampled view = sample(map, n, k, top, bottom);
+    Sampled view = sample(map, n, k, top, bottom);
     const int64_t begin = int64_t{view.seen.begin} * p_.channels, end = int64_t{view.seen.end} * p_.channels;
     for (int j = top; j < bottom; ++j) {
       if (view.rows.count(j - top) == 0 || begin == end) continue;
-      view.read(j - top);
       const T* f0 = image(p_.anchor, n) + j * p_.anchor.sy;
-      for (int64_t i = begin; i < end; i += 16 * most_added) {
-        Sums<16, real> sums;
-        each_number(i, std::min(i + 16 * most_added, end), [&](int64_t x, auto lanes) EQUIFAST_INLINE {
-          Pack<16, real> v0, v1;
-          __builtin_prefetch(f0 + x + prefetched);
-          get(f0 + x, lanes, v0), get(view.values + x, lanes, v1);
-          sums.add(v0, v1);
+      view.read(j - top, [&](const auto& f1) EQUIFAST_INLINE {
+        for (int64_t i = begin; i < end; i += 16 * most_added) {
+          Sums<16, real> sums;
+          each_number(i, std::min(i + 16 * most_added, end), [&](int64_t x, auto lanes) EQUIFAST_INLINE {
+            Pack<16, real> v0, v1;
+            __builtin_prefetch(f0 + x + prefetched);
+            get(f0 + x, lanes, v0), f1.get(x, lanes, v1);
+            sums.add(v0, v1);
+          });
+          sums.give(out);
+        }
+      });
+    }
+  }
+
+  // What rows [top, bottom) of the anchor's gradient have of a view is added to `lines`, of all channels of
+  // those rows.
+  void add_to_anchor(int n, int k, const core::PixelMap& map, real cross, real own0, int top, int bottom,
+                     real* lines) {
+    Sampled view = sample(map, n, k, top, bottom);
+    const int64_t begin = int64_t{view.seen.begin} * p_.channels, end = int64_t{view.seen.end} * p_.channels;
+    for (int j = top; j < bottom; ++j, lines += int64_t{p_.anchor.width} * p_.channels) {
+      if (view.rows.count(j - top) == 0 || begin == end) continue;
+      const T* const f0 = image(p_.anchor, n) + j * p_.anchor.sy;
+      view.read(j - top, [=](const auto& f1) EQUIFAST_INLINE {
+        each_number(begin, end, [=](int64_t i, auto lanes) EQUIFAST_INLINE {
+          Pack<16, real> v0, v1, part, total;
+          __builtin_prefetch(f0 + i + prefetched);
+          get(f0 + i, lanes, v0), f1.get(i, lanes, v1), get(lines + i, lanes, total);
+          part.combine(cross, v1, own0, v0), total.add(part), put(lines + i, lanes, total);
         });
-        sums.give(out);
-      }
+      });
     }
   }
 
@@ -312,7 +333,7 @@ class LevelPixels {
     const int channels = p_.channels, height = anchor.height;
     int top = 0, bottom = height;
     narrow(map.yj, map.y0, first - 1.0, last, top, bottom);  // others read other rows
-    const Sampled view = sample(map, n, k, top, bottom);
+    Sampled view = sample(map, n, k, top, bottom);
     Axis<real> rows(scratch_, last - first, 2 * (bottom - top)),
         across(scratch_, map_k.width, 2 * anchor.width);
     rows.transpose(view.rows, first, last), across.transpose(view.across, 0, map_k.width);
@@ -328,22 +349,22 @@ class LevelPixels {
       real* to = slopes + j % kept * line_size(anchor.width, channels);
       if (holds[j % kept] == j) return to;
       holds[j % kept] = j;
-      view.read(j);
       const T* const f0 = image(anchor, n) + (top + j) * anchor.sy;
-      const real* const f1 = view.values;
       T* const own = image(to_own, n) + (top + j) * to_own.sy;
-      const auto combine = [=](auto mine, auto add) EQUIFAST_INLINE {
-        each_number(begin, end, [=](int64_t i, auto lanes) EQUIFAST_INLINE {
-          Pack<16, real> v0, v1, part, total;
-          __builtin_prefetch(f0 + i + prefetched);
-          get(f0 + i, lanes, v0), get(f1 + i, lanes, v1);
-          part.combine(cross, v0, own1, v1), put(to + i, lanes, part);
-          if constexpr (mine) {
-            __builtin_prefetch(own + i + prefetched, 1);
-            part.combine(cross, v1, own0, v0);
-            if constexpr (add) get(own + i, lanes, total), part.add(total);
-            put(own + i, lanes, part);
-          }
+      const auto combine = [&](auto mine, auto add) EQUIFAST_INLINE {
+        view.read(j, [=](const auto& f1) EQUIFAST_INLINE {
+          each_number(begin, end, [=](int64_t i, auto lanes) EQUIFAST_INLINE {
+            Pack<16, real> v0, v1, part, total;
+            __builtin_prefetch(f0 + i + prefetched);
+            get(f0 + i, lanes, v0), f1.get(i, lanes, v1);
+            part.combine(cross, v0, own1, v1), put(to + i, lanes, part);
+            if constexpr (mine) {
+              __builtin_prefetch(own + i + prefetched, 1);
+              part.combine(cross, v1, own0, v0);
+              if constexpr (add) get(own + i, lanes, total), part.add(total);
+              put(own + i, lanes, part);
+            }
+          });
         });
       };
       const int read_first = view.rows.at[view.rows.begin[j]];
@@ -424,35 +445,89 @@ class LevelPixels {
     }
   }
 
+  struct Line {
+    const real* values;
+    template <typename Lanes>
+    EQUIFAST_INLINE inline void get(int64_t i, Lanes lanes, Pack<16, real>& v) const {
+      cpu::get(values + i, lanes, v);
+    }
+  };
+
+  // The sum of two.
+  struct Lines {
+    const real *first, *second;
+    real weight0, weight1;
+    template <typename Lanes>
+    EQUIFAST_INLINE inline void get(int64_t i, Lanes lanes, Pack<16, real>& v) const {
+      Pack<16, real> other;
+      cpu::get(first + i, lanes, v), cpu::get(second + i, lanes, other);
+      v.scaled(weight0, v), v.add_scaled(weight1, other);
+    }
+  };
+
   struct Sampled {
     Axis<real> across, rows;
     Range seen;   // columns of the anchor
     Range reads;  // columns of the view
     const T* data;
     const Map* map;
-    real* line;    // of the view
-    real* values;  // of the anchor: what its columns read of that line
+    real* line;       // of the view
+    real* values[2];  // of the anchor: what its columns read of two rows of the view, or of their sum
+    int holds[2];     // rows of the view
+    bool fewer_rows;  // those of the view are fewer than what they are read for: they go first
     int channels;
 
-    void read(int row) const {
-      blend<T>(
-          rows, row, [this](int y) { return data + y * map->sy; }, int64_t{reads.begin} * channels,
-          int64_t{reads.end} * channels, line);
+    // Calls work on what a row of the anchor reads, a Line or Lines.
+    template <typename Work>
+    EQUIFAST_INLINE inline void read(int row, const Work& work) {
+      const int e = rows.begin[row];
+      if (!fewer_rows) {
+        blend<T>(
+            rows, row, [this](int y) { return data + y * map->sy; }, int64_t{reads.begin} * channels,
+            int64_t{reads.end} * channels, line);
+        to_columns(values[0]);
+        work(Line{values[0]});
+      } else if (rows.count(row) == 1) {
+        work(Line{of_row(rows.at[e])});
+      } else {
+        const real *const first = of_row(rows.at[e]), *const second = of_row(rows.at[e + 1]);
+        work(Lines{first, second, rows.weight[e], rows.weight[e + 1]});
+      }
+    }
+
+    // What the columns of the anchor read of a row of the view.
+    const real* of_row(int y) {
+      real* const to = values[y % 2];
+      if (holds[y % 2] == y) return to;
+      holds[y % 2] = y;
+      const T* const from = data + y * map->sy;
+      real* const numbers = line;
+      each_number(int64_t{reads.begin} * channels, int64_t{reads.end} * channels,
+                  [=](int64_t x, auto lanes) EQUIFAST_INLINE {
+                    Pack<16, real> v;
+                    __builtin_prefetch(from + x + prefetched);
+                    get(from + x, lanes, v), put(numbers + x, lanes, v);
+                  });
+      to_columns(to);
+      return to;
+    }
+
+    void to_columns(real* to) const {
       for (int c = 0; c < channels; c += 16) {
         if (c + 16 > channels && c > 0) {
-          columns(c, SomeLanes{0, channels - c});
+          columns(c, to, SomeLanes{0, channels - c});
         } else {  // the next pixel overwrites what is too much, and lines are longer than their pixels
-          columns(c, AllLanes());
+          columns(c, to, AllLanes());
         }
       }
     }
 
     template <typename Lanes>
-    void columns(int c, Lanes lanes) const {
+    void columns(int c, real* result, Lanes lanes) const {
       const int* const at = across.at;
       const real* const weight = across.weight;
       const real* const from = line + c;
-      real* const to = values + c;
+      real* const to = result + c;
       const int pitch = channels;
       for (int i = seen.begin, e = across.begin[i]; i < seen.end; ++i) {
         const int next = across.begin[i + 1];
@@ -478,7 +553,9 @@ class LevelPixels {
               image(view, n),
               &view,
               line(view.width),
-              line(width),
+              {line(width), line(width)},
+              {-1, -1},
+              std::fabs(map.yj) < 1,
               p_.channels};
     v.across.sample(0, width, view.width, map.left, map.right, map.xi, map.x0);
     v.rows.sample(top, height, view.height, map.top, map.bottom, map.yj, map.y0);

@@ -220,9 +220,10 @@ std::vector<Tensor> similarity_backward(Tensor upstream, Tensor sums, Tensor anc
   return gradients;
 }
 
-// The similarity of a single view. Adds its gradient with respect to the anchor to `total`, and writes that
-// with respect to the view where `gradient` is given.
-Tensor add_gradient(SimilarityArguments& a, Tensor& total, Tensor* gradient) {
+// Of a single view: adds the gradient of the anchor to `total`, and returns the similarity and the gradient
+// of the view.
+std::tuple<Tensor, Tensor> similarity_gradient(Tensor total, Tensor anchor, Tensor view, Tensor theta) {
+  SimilarityArguments a(anchor, {view}, theta, false);
   SimilarityParams& p = a.p;
   check_features(total, "total");
   check_same(total, a.anchor, "total", "anchor");
@@ -230,33 +231,40 @@ Tensor add_gradient(SimilarityArguments& a, Tensor& total, Tensor* gradient) {
   STD_TORCH_CHECK(p.interleaved ? is_interleaved(total) : is_planar(total),
                   "total must have the layout of anchor");
   auto [result, sums] = forward(a);
-  if (gradient != nullptr) {
-    const Tensor& like = a.views[0];
-    *gradient = new_map(like, like.size(1), like.size(2), like.size(3), like.scalar_type(), p.interleaved);
-    a.gradients = {gradient_of(*gradient)};
-    p.view_gradient = a.gradients.data();
-    if (a.empty()) torch::stable::zero_(*gradient);
+  const Tensor& like = a.views[0];
+  Tensor gradient =
+      new_map(like, like.size(1), like.size(2), like.size(3), like.scalar_type(), p.interleaved);
+  if (a.empty()) {
+    torch::stable::zero_(gradient);
+    return {result, gradient};
   }
-  if (a.empty()) return result;
   const std::vector<double> upstream(static_cast<std::size_t>(p.images), 1.0);
-  p.anchor_gradient = gradient_of(total);
+  a.gradients = {gradient_of(gradient)};
+  p.anchor_gradient = gradient_of(total), p.view_gradient = a.gradients.data();
   p.add = true;
   p.upstream = upstream.data();
   p.sums = static_cast<double*>(sums.mutable_data_ptr());
   backward(a);
-  return result;
-}
-
-std::tuple<Tensor, Tensor> similarity_gradient(Tensor total, Tensor anchor, Tensor view, Tensor theta) {
-  SimilarityArguments a(anchor, {view}, theta, false);
-  Tensor gradient;
-  Tensor result = add_gradient(a, total, &gradient);
   return {result, gradient};
 }
 
-Tensor similarity_target(Tensor total, Tensor anchor, Tensor view, Tensor theta) {
-  SimilarityArguments a(anchor, {view}, theta, false);
-  return add_gradient(a, total, nullptr);
+// The similarities, and the gradient of their sum with respect to the anchor.
+std::tuple<Tensor, Tensor> similarity_target(Tensor anchor, std::vector<Tensor> views, Tensor theta) {
+  SimilarityArguments a(anchor, views, theta, false);
+  SimilarityParams& p = a.p;
+  auto [result, sums] = forward(a);
+  Tensor gradient = new_map(a.anchor, a.anchor.size(1), a.anchor.size(2), a.anchor.size(3),
+                            a.anchor.scalar_type(), p.interleaved);
+  if (a.empty()) {
+    torch::stable::zero_(gradient);
+    return {result, gradient};
+  }
+  const std::vector<double> upstream(static_cast<std::size_t>(p.images) * p.views, 1.0);
+  p.anchor_gradient = gradient_of(gradient);
+  p.upstream = upstream.data();
+  p.sums = static_cast<double*>(sums.mutable_data_ptr());
+  backward(a);
+  return {result, gradient};
 }
 
 Tensor signed_step(Tensor x, Tensor gradient, Tensor origin, double eps, double step, double sigma,

@@ -125,6 +125,7 @@ void add_products(const Geometry<real>& g, const Rect& anchor, const real* panel
 template <typename T>
 struct Direct {
   using real = Real<T>;
+  static constexpr int most = 64;
   int channel, row, column, count;
   const T* view;                  // at that channel
   const int *tap, *right, *down;  // elements
@@ -149,7 +150,7 @@ EQUIFAST_INLINE inline void visit_directly(const SimilarityParams& p, int n, int
                                            int top, int bottom, int first, int last, const Work& work) {
   using real = Real<T>;
   const Map &anchor = p.anchor, &view = p.view[k];
-  constexpr int most = 1024, some = 64;  // positions that are known; that are worked on
+  constexpr int most = 1024, some = Direct<T>::most;  // positions that are known; that are worked on
   Positions at;
   int tap[most], right[most], down[most];  // elements
   real fx[most], fy[most];
@@ -266,8 +267,16 @@ class Tile {
   real *lines_, *panel0_, *panel1_;
 };
 
-// Task: of an image, some rows of the anchor in a group of channels, with all views that go by panels, or the
-// single one straight from memory; or some channels with those whose planes go by rows.
+// How many views of an image do not go by rows, of interleaved maps.
+template <typename T>
+int turned(const SimilarityParams& p, int n) {
+  int count = 0;
+  for (int k = 0; k < p.views; ++k) count += !LevelPixels<T>::serves(p, map_back(p, n, k), k);
+  return count;
+}
+
+// Task: of an image, some rows of the anchor in a group of channels, with all views that go by panels, or a
+// single one of these straight from memory; or some channels with those whose planes go by rows.
 template <typename T>
 void run_similarity(const SimilarityParams& p, int64_t begin, int64_t end) {
   using real = Real<T>;
@@ -275,12 +284,13 @@ void run_similarity(const SimilarityParams& p, int64_t begin, int64_t end) {
   Scratch scratch(panels_need > level_scratch ? panels_need : level_scratch);
   const int blocks = similarity_blocks(p), panels = similarity_panel_blocks(p),
             bands = parts(p.anchor.height, similarity_anchor_rows);
-  const bool direct = wide<T> && p.interleaved && p.views == 1;  // several share a panel of the anchor
-  std::optional<Tile<T>> tile;                                   // until rows need the memory
+  std::optional<Tile<T>> tile;  // until rows need the memory
   for (int64_t task = begin; task < end; ++task) {
     const int n = static_cast<int>(task / blocks), block = static_cast<int>(task % blocks);
     const bool by_rows = block >= panels;
     const Rect band = rows_of(p.anchor, block % bands, similarity_anchor_rows);
+    const bool direct =
+        wide<T> && p.interleaved && turned<T>(p, n) == 1;  // several share a panel of the anchor
     const auto mine = [&](int k) {
       const PixelMap map = map_back(p, n, k);
       return !direct && LevelPlanes<T>::serves(p, map, k) == by_rows && !LevelPixels<T>::serves(p, map, k);
@@ -331,30 +341,6 @@ struct Weights {
   }
   bool zero() const { return cross == 0 && own0 == 0 && own1 == 0; }
 };
-
-// As below, straight from memory and to what the gradient holds.
-template <typename T>
-void add_to_anchor_directly(const SimilarityParams& p, int n, int k, const Weights<Real<T>>& weights, int top,
-                            int bottom, int first, int last) {
-  using real = Real<T>;
-  const Weights<real> w = weights;
-  const Map& anchor = p.anchor;
-  const Gradient& own = p.anchor_gradient;
-  visit_directly<T>(
-      p, n, k, map_back(p, n, k), top, bottom, first, last, [&](const Direct<T>& d) EQUIFAST_INLINE {
-        const T* f0 = image_of<T>(anchor, n, d.channel) + d.row * anchor.sy + d.column * anchor.sx;
-        T* to = image_of<T>(own, n, d.channel) + d.row * own.sy + d.column * own.sx;
-        with_lanes(0, last - d.channel, [&](auto lanes) EQUIFAST_INLINE {
-          for (int l = 0; l < d.count; ++l, f0 += anchor.sx, to += own.sx) {
-            Pack<16, real> v0, v1, slope, total;
-            __builtin_prefetch(f0 + prefetched), __builtin_prefetch(to + prefetched, 1);
-            d.sample(l, lanes, v1), get(f0, lanes, v0);
-            slope.combine(w.cross, v1, w.own0, v0), get(to, lanes, total), slope.add(total),
-                put(to, lanes, slope);
-          }
-        });
-      });
-}
 
 template <int lanes, typename real>
 void add_to_anchor(const Geometry<real>& g, const Rect& anchor, const Weights<real>& w, const real* panel0,
@@ -538,8 +524,7 @@ bool all_by_planes(const SimilarityParams& p, int n) {
   return true;
 }
 
-// Some rows of the anchor's gradient: the sum over the views that go by panels; or, of a single one, added to
-// what there is.
+// Some rows of the anchor's gradient: the sum over the views that go by panels.
 template <typename T>
 class AnchorGradient {
  public:
@@ -563,14 +548,8 @@ class AnchorGradient {
       if (!tile_.look(n, r, seen)) return false;
       tile_.visit_views(
           n, r, first, last,
-          [&](auto lanes, int c, int count, real* lines) {
-            if (!p_.add) {
-              std::memset(gradient_, 0, sizeof(real) * std::size_t(r.area() * lanes));
-              return;
-            }
-            const Map held{to.data, to.sn, to.sc, to.sy, p_.anchor.height, p_.anchor.width, to.sx};
-            load_panel<lanes>(held, image_of<T>(held, n, c), count, p_.interleaved, r, nullptr, gradient_,
-                              lines);
+          [&](auto lanes, int, int, real*) {
+            std::memset(gradient_, 0, sizeof(real) * std::size_t(r.area() * lanes));
           },
           [&](auto lanes, int k, const Geometry<real>& g, const real* panel0, const real* panel1) {
             add_to_anchor<lanes>(g, r, Weights<real>(p_, n, k), panel0, panel1, gradient_);
@@ -586,6 +565,123 @@ class AnchorGradient {
   const SimilarityParams& p_;
   Tile<T> tile_;
   real* gradient_;
+};
+
+// The gradient of the anchor alone, where the channels of a pixel lie in memory as in a vector: each view's
+// part is added to lines of numbers, and the sum over all views is written once.
+template <typename T>
+class TargetGradient {
+ public:
+  using real = Real<T>;
+
+  explicit TargetGradient(const SimilarityParams& p)
+      : p_(p), memory_(Scratch::bytes<real>(most_numbers)), scratch_(level_scratch) {
+    lines_ = memory_.take<real>(most_numbers);
+  }
+
+  static bool serves(const SimilarityParams& p) {
+    const int channels = p.channels < similarity_group ? p.channels : similarity_group;
+    return wide<T> && p.interleaved && int64_t{p.anchor.width} * channels <= most_numbers;
+  }
+
+  // Some rows of image n, channels [first, last).
+  void run(int n, const Rect& band, int first, int last) {
+    const int rows = static_cast<int>(most_numbers / line(first, last));
+    for (int top = band.top; top < band.bottom; top += rows) {
+      const int bottom = top + rows < band.bottom ? top + rows : band.bottom;
+      std::memset(lines_, 0, sizeof(real) * std::size_t(line(first, last) * (bottom - top)));
+      for (int k = 0; k < p_.views; ++k) {
+        const Weights<real> w(p_, n, k);
+        const PixelMap map = map_back(p_, n, k);
+        if (w.zero()) continue;
+        if (LevelPixels<T>::serves(p_, map, k)) {  // and all channels are in one group
+          LevelPixels<T>(p_, scratch_).add_to_anchor(n, k, map, w.cross, w.own0, top, bottom, lines_);
+        } else {
+          add_directly(n, k, map, w, top, bottom, first, last);
+        }
+      }
+      write(n, top, bottom, first, last);
+    }
+  }
+
+ private:
+  static constexpr int64_t most_numbers = 1 << 15;  // of some lines, what the cache next to the core holds
+  const SimilarityParams& p_;
+  Scratch memory_, scratch_;
+  real* lines_;
+
+  int64_t line(int first, int last) const { return int64_t{p_.anchor.width} * (last - first); }
+
+  void add_directly(int n, int k, const PixelMap& map, const Weights<real>& weights, int top, int bottom,
+                    int first, int last) {
+    const Weights<real> w = weights;
+    const Map& anchor = p_.anchor;
+    const int pitch = last - first;
+    visit_directly<T>(p_, n, k, map, top, bottom, first, last, [&](const Direct<T>& d) EQUIFAST_INLINE {
+      const T* f0 = image_of<T>(anchor, n, d.channel) + d.row * anchor.sy + d.column * anchor.sx;
+      real* to = lines_ + (d.row - top) * line(first, last) + int64_t{d.column} * pitch + d.channel - first;
+      if (pitch == p_.channels && pitch <= 16) {
+        combine_line(d, w, f0, to, pitch);
+        return;
+      }
+      with_lanes(0, last - d.channel, [&](auto lanes) EQUIFAST_INLINE {
+        for (int l = 0; l < d.count; ++l, f0 += anchor.sx, to += pitch) {
+          Pack<16, real> v0, v1, part, total;
+          __builtin_prefetch(f0 + prefetched);
+          d.sample(l, lanes, v1), get(f0, lanes, v0), get(to, lanes, total);
+          part.combine(w.cross, v1, w.own0, v0), total.add(part), put(to, lanes, total);
+        }
+      });
+    });
+  }
+
+  // Of all channels: pixels follow each other without a gap, and are combined as one line of numbers. Where
+  // pixel by pixel the sums were read again, each would wait for the masked store before it.
+  static void combine_line(const Direct<T>& d, const Weights<real>& w, const T* f0, real* to, int channels) {
+    real sampled[(Direct<T>::most + 1) * 16];
+    with_lanes(0, channels, [&](auto lanes) EQUIFAST_INLINE {
+      for (int l = 0; l < d.count; ++l) {
+        Pack<16, real> v1;
+        d.sample(l, lanes, v1), put(sampled + l * channels, AllLanes(), v1);
+      }
+    });
+    each_16(int64_t{d.count} * channels, [&](int64_t i, auto lanes) EQUIFAST_INLINE {
+      Pack<16, real> v0, v1, part, total;
+      __builtin_prefetch(f0 + i + prefetched);
+      get(f0 + i, lanes, v0), get(sampled + i, lanes, v1), get(to + i, lanes, total);
+      part.combine(w.cross, v1, w.own0, v0), total.add(part), put(to + i, lanes, total);
+    });
+  }
+
+  void write(int n, int top, int bottom, int first, int last) {
+    const Gradient& own = p_.anchor_gradient;
+    const int channels = last - first;
+    const bool whole = channels == p_.channels;  // a row is one line
+    const int64_t piece = whole ? line(first, last) : channels;
+    const real* from = lines_;
+    for (int j = top; j < bottom; ++j) {
+      T* to = image_of<T>(own, n, first) + j * own.sy;
+      for (int x = 0; x < (whole ? 1 : p_.anchor.width); ++x, from += piece) {
+        store_line(from, piece, to + x * own.sx);
+      }
+    }
+  }
+
+  static void store_line(const real* from, int64_t count, T* to) {
+    each_16(count, [&](int64_t i, auto lanes) EQUIFAST_INLINE {
+      Pack<16, real> v;
+      __builtin_prefetch(to + i + prefetched, 1);
+      get(from + i, lanes, v), put(to + i, lanes, v);
+    });
+  }
+
+  // Calls work(i, lanes) on so many numbers, 16 at a time.
+  template <typename Work>
+  EQUIFAST_INLINE static inline void each_16(int64_t count, const Work& work) {
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16) work(i, AllLanes());
+    if (i < count) work(i, SomeLanes{0, static_cast<int>(count - i)});
+  }
 };
 
 // What becomes of the gradients of the anchor's positions: left alone, put into a panel (its own may be), or
@@ -889,19 +985,19 @@ void run_backward(const SimilarityParams& p, int64_t begin, int64_t end) {
     return (group + 1) * similarity_group < p.channels ? (group + 1) * similarity_group : p.channels;
   };
   if (p.view_gradient == nullptr) {
-    Scratch scratch(AnchorGradient<T>::scratch(p.views, p.channels));
+    std::optional<TargetGradient<T>> lines;
+    if (TargetGradient<T>::serves(p)) lines.emplace(p);
+    Scratch scratch(lines ? 64 : AnchorGradient<T>::scratch(p.views, p.channels));
     const int bands = parts(p.anchor.height, similarity_anchor_rows);
     for (int64_t task = begin; task < end; ++task) {
       const int band = static_cast<int>(task % bands), group = static_cast<int>(task / bands % groups),
                 n = static_cast<int>(task / bands / groups);
       const int first = group * similarity_group, last = last_of(group);
-      if (!wide<T> || !p.interleaved) {
+      if (lines) {
+        lines->run(n, rows_of(p.anchor, band, similarity_anchor_rows), first, last);
+      } else {
         AnchorGradient<T>(p, scratch.clear()).run(n, band, first, last);
-        continue;
       }
-      const Weights<Real<T>> w(p, n, 0);
-      const Rect rows = rows_of(p.anchor, band, similarity_anchor_rows);
-      if (!w.zero()) add_to_anchor_directly<T>(p, n, 0, w, rows.top, rows.bottom, first, last);
     }
     return;
   }

@@ -3,6 +3,7 @@
 import copy
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,9 +52,8 @@ _INTERVALS = {
     ("render", "rendered"): "views",
     ("run", "ran"): "forward",
     ("ran", "features back"): "similarity",
-    ("ran", "render"): "similarity",  # of a view that has no way back
     ("features back", "image back"): "backward",
-    ("image back", "view back"): "views",
+    ("image back", "views back"): "views",
     ("step", "stepped"): "step",
 }
 
@@ -93,9 +93,9 @@ class _Timed(Equivariance):
         self.clock.note("sampled")
         return sampled
 
-    def render(self, x: Tensor, view: Sampled) -> Tensor:
+    def render(self, x: Tensor, sampled: Sequence[Sampled]) -> list[Tensor]:
         self.clock.note("render")
-        rendered = super().render(self._mark(x, "view back"), view)
+        rendered = super().render(self._mark(x, "views back"), sampled)
         self.clock.note("rendered")
         return rendered
 

@@ -208,10 +208,13 @@ void try_similarity(core::Dtype dtype, const char* type, double tolerance, int s
   run(cpu::kernels().similarity, p, cpu::similarity_tasks(p));
   cpu::similarity_finish(p, result.data());
   Wide own_expected(images, channels, height, width);
-  if (views == 1) own.clear();
-  if (views == 1 && any_of(0, 1) == 0) {
+  if (any_of(0, 2) == 0) {
+    p.view_gradient = nullptr;
+  } else if (views == 1) {
+    own.clear();
+  }
+  if (views == 1 && p.view_gradient != nullptr && any_of(0, 1) == 0) {
     p.add = true, own.draw();
-    if (any_of(0, 1) == 0) p.view_gradient = nullptr;
     own.each([&](int n, int c, int y, int x) { own_expected.at(n, c, y, x) = own.value(n, c, y, x); });
   }
   run(cpu::kernels().similarity_backward, p, cpu::similarity_backward_tasks(p));
