@@ -24,11 +24,14 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 
 
 def autocast(dtype: str, x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast lowers to for a setting ``dtype``, one of ``DTYPES``, and images; None for none."""
+    """The dtype that autocast lowers to for a setting ``dtype`` and images; None for none.
+
+    The setting is one of ``DTYPES``, or ``"float16"``, which asks whoever differentiates to scale.
+    """
     if dtype == "auto":
         # a model of another dtype has been made cheaper, or exact, by its user
         return torch.bfloat16 if x.dtype == torch.float32 and has_fast_bfloat16(x.device) else None
-    return torch.bfloat16 if dtype == "bfloat16" else None
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(dtype)
 
 
 class Cheap:

@@ -58,7 +58,10 @@ class Objective(Protocol):
         ...
 
     def gradient(self, x: Tensor, t: int) -> tuple[Tensor, Tensor]:
-        """(N, C, H, W) -> the values (N,) and their gradient (N, C, H, W), no graph."""
+        """(N, C, H, W) -> the values (N,) and their gradient (N, C, H, W), no graph.
+
+        The gradient of an image may be that of a positive multiple of its value: steps do not depend on its length.
+        """
         ...
 
     def only(self, rows: Tensor | slice) -> "Objective":
@@ -78,6 +81,19 @@ def _differentiate(value: Tensor, inputs: Sequence[Tensor], upstream: Tensor | N
     if all(g is None for g in gradients):
         raise ValueError("model gives an output that does not depend on the image; there is no gradient to follow")
     return tuple(torch.zeros_like(x) if g is None else g for g, x in zip(gradients, inputs, strict=True))
+
+
+def _scale(features: Tensor) -> Tensor | None:
+    """(N,): what gradients by features in float16 are multiplied by, powers of two; None for those of other dtypes.
+
+    Elements of the gradient of a cosine are about ``1 / (|f| sqrt(n))``, of which float16 would keep nothing. Scaled
+    they stay below the square root of their number, over 16.
+    """
+    if features.dtype != torch.float16:
+        return None
+    flat = features.detach().flatten(1).to(torch.float32)
+    length = row_sum(flat.square()).sqrt() * (max(1, flat.shape[1]) ** 0.5 / 16)
+    return torch.where(length > 0, length, 1.0).log2().floor().clamp(0, 30).exp2()
 
 
 def pairwise(anchor: Tensor, views: Sequence[Tensor], theta: Tensor) -> Tensor:
@@ -193,15 +209,15 @@ class Equivariance:
         if self._pairing != "all":
             return torch.stack(self.similarities(x).unbind(1)).sum(0)
         with torch.no_grad():
-            return self._all_pairs(x, x, self.sample(x, 0, None))
+            return self._all_pairs(x, x, self.sample(x, 0, None))[0]
 
     def gradient(self, x: Tensor, t: int) -> tuple[Tensor, Tensor]:
         sampled = self.sample(x, t, self._count)
         with torch.enable_grad():
             image, source = _leaf(x), _leaf(x)  # what views are compared with, and what they are of
             if self._pairing == "all":
-                value = self._all_pairs(image, source, sampled)
-                own, through = _differentiate(value.sum(), [image, source])
+                value, scale = self._all_pairs(image, source, sampled)
+                own, through = _differentiate(value, [image, source], scale)
                 return value.detach(), own.add_(through, alpha=self._view_gradient)
             gradient = self._toward if self._view_gradient == 0 else self._both
             values, total = gradient(image, source, sampled)
@@ -213,7 +229,7 @@ class Equivariance:
             targets = [self.features(view) for view in self.render(source, sampled)]
         features = self.anchor(image)
         theta = torch.stack([view.theta for view in sampled])
-        values, upstream = ops.similarity_target(features, targets, theta, self._reduction)
+        values, upstream = ops.similarity_target(features, targets, theta, self._reduction, _scale(features))
         return values, _differentiate(features, [image], upstream)[0]
 
     def _both(self, image: Tensor, source: Tensor, sampled: Sequence[Sampled]) -> tuple[Tensor, Tensor]:
@@ -225,13 +241,15 @@ class Equivariance:
         anchor = features.detach()
         # Summed in the dtype of the features, as each view's part is rounded to it; a wider sum would take as much
         # memory again, and the network's own rounding in that dtype is larger.
-        upstream = torch.zeros_like(anchor)
+        upstream, scale = torch.zeros_like(anchor), _scale(anchor)
         values: list[Tensor] = []
         views, slopes = self.render(source, sampled), []  # all at once, while the image is in cache
         for view, drawn in zip(views, sampled, strict=True):
             leaf = _leaf(view)
             features_of_view = self.features(leaf.clone())
-            s, g = ops.similarity_gradient(anchor, features_of_view, drawn.theta[None], upstream, self._reduction)
+            s, g = ops.similarity_gradient(
+                anchor, features_of_view, drawn.theta[None], upstream, self._reduction, scale
+            )
             values.append(s)
             slope: Tensor | None = None
             if features_of_view.requires_grad:  # a view's features may not depend on the image
@@ -253,7 +271,7 @@ class Equivariance:
         image, source = x.view_as(x), x.view_as(x)
         with ops.use("reference"):  # the native operators are differentiable once
             if self._pairing == "all":
-                value = full._all_pairs(image, source, sampled)
+                value, _ = full._all_pairs(image, source, sampled)
             else:
                 anchor = full.anchor(image)
                 values = [
@@ -265,11 +283,14 @@ class Equivariance:
             own, *through = torch.autograd.grad(value.sum(), wanted, create_graph=True)
         return own + self._view_gradient * through[0] if through else own
 
-    def _all_pairs(self, image: Tensor, source: Tensor, sampled: Sequence[Sampled]) -> Tensor:
+    def _all_pairs(self, image: Tensor, source: Tensor, sampled: Sequence[Sampled]) -> tuple[Tensor, Tensor]:
+        """The values (N,), and what to multiply their gradients by."""
         anchor = self.anchor(image)
+        scale = _scale(anchor)
         anchor = anchor.to(torch.promote_types(anchor.dtype, torch.float32))
         views = [self.features(view) for view in self.render(source, sampled)]
-        return pairwise(anchor, views, torch.stack([view.theta for view in sampled]))
+        value = pairwise(anchor, views, torch.stack([view.theta for view in sampled]))
+        return value, torch.ones_like(value) if scale is None else scale.to(value.dtype)
 
 
 def _warped_back(

@@ -199,7 +199,12 @@ def similarity(anchor: Tensor, views: Sequence[Tensor], theta: Tensor, reduction
 
 
 def similarity_gradient(
-    anchor: Tensor, view: Tensor, theta: Tensor, total: Tensor, reduction: str = "image"
+    anchor: Tensor,
+    view: Tensor,
+    theta: Tensor,
+    total: Tensor,
+    reduction: str = "image",
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Similarity of a single view and its gradients, in one call and with no graph: what a step of an ascent wants.
 
@@ -209,6 +214,7 @@ def similarity_gradient(
         theta: (1, N, 2, 3), as :func:`equifast.views.sample` gives it: its values are not checked again.
         total: in the shape and dtype of ``anchor``; the gradient with respect to ``anchor`` is added to it.
         reduction: as in :func:`similarity`.
+        scale: (N,), what the gradients of each image are multiplied by, lest they vanish in float16.
 
     Returns:
         The similarity (N, 1), and its gradient with respect to ``view``, (N, C, h, w).
@@ -223,7 +229,7 @@ def similarity_gradient(
     if anchor.numel() == 0 or view.numel() == 0:
         return anchor.new_zeros((len(anchor), 1), dtype=_accumulator(anchor)), torch.zeros_like(view)
     alone = all(total.untyped_storage().data_ptr() != f.untyped_storage().data_ptr() for f in (anchor, view))
-    if alone and _native_gradient(anchor, reduction) and _alike(total, anchor):
+    if alone and scale is None and _native_gradient(anchor, reduction) and _alike(total, anchor):
         matrices = _constant("theta", theta, "similarity")
         added: tuple[Tensor, Tensor] = torch.ops.equifast.similarity_gradient(total, anchor, view, matrices)
         torch.autograd.graph.increment_version(total)
@@ -231,13 +237,13 @@ def similarity_gradient(
     with torch.enable_grad():
         leaves = [anchor.requires_grad_(), view.requires_grad_()]
         s = similarity(anchor, [view], theta, reduction)
-        for_anchor, for_view = torch.autograd.grad(s.sum(), leaves)
+        for_anchor, for_view = torch.autograd.grad(s, leaves, _upstream(s, scale))
     total += for_anchor
     return s.detach(), for_view
 
 
 def similarity_target(
-    anchor: Tensor, views: Sequence[Tensor], theta: Tensor, reduction: str = "image"
+    anchor: Tensor, views: Sequence[Tensor], theta: Tensor, reduction: str = "image", scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Similarity and its gradient with respect to the anchor alone, to which views are targets; no graph.
 
@@ -246,6 +252,7 @@ def similarity_target(
         views: K tensors (N, C, h, w).
         theta: (K, N, 2, 3), as :func:`equifast.views.sample` gives it: its values are not checked again.
         reduction: as in :func:`similarity`.
+        scale: as in :func:`similarity_gradient`.
 
     Returns:
         The similarities (N, K), and the gradient of their sum over the views with respect to ``anchor``, in its shape.
@@ -260,15 +267,19 @@ def similarity_target(
     anchor, views = anchor.detach(), [view.detach() for view in views]
     if anchor.numel() == 0 or any(view.numel() == 0 for view in views):
         return anchor.new_zeros((len(anchor), len(views)), dtype=_accumulator(anchor)), torch.zeros_like(anchor)
-    if _native_gradient(anchor, reduction):
+    if scale is None and _native_gradient(anchor, reduction):
         found: tuple[Tensor, Tensor] = torch.ops.equifast.similarity_target(
             anchor, views, _constant("theta", theta, "similarity")
         )
         return found
     with torch.enable_grad():
         s = similarity(anchor.requires_grad_(), views, theta, reduction)
-        (for_anchor,) = torch.autograd.grad(s.sum(), [anchor])
+        (for_anchor,) = torch.autograd.grad(s, [anchor], _upstream(s, scale))
     return s.detach(), for_anchor
+
+
+def _upstream(s: Tensor, scale: Tensor | None) -> Tensor:
+    return torch.ones_like(s) if scale is None else scale.to(s.dtype)[:, None].expand_as(s)
 
 
 def _native_gradient(anchor: Tensor, reduction: str) -> bool:

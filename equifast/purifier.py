@@ -105,7 +105,7 @@ class Purifier:
         eps: radius of the ball, in units of image values.
         seed: 0..2**32-1, or None: a fresh one per call, from torch's global generator.
         dtype: ``"auto"`` (bfloat16 autocast for float32 images where the hardware has it, else none), ``"float32"``
-            (no autocast) or ``"bfloat16"`` (autocast).
+            (no autocast), ``"bfloat16"`` or ``"float16"`` (autocast; in the latter gradients are scaled).
         norm: ``"linf"`` or ``"l2"``.
         views: the set of views (:mod:`equifast.views`).
         views_per_step: how many of them a step uses, or ``"all"``; None for what the preset says, where ``views`` is
@@ -166,7 +166,7 @@ class Purifier:
         base = PRESETS[_checks.choice("preset", preset, tuple(PRESETS))]
         ball = make(norm, eps)
         _checks.seed(seed)
-        _checks.choice("dtype", dtype, DTYPES)
+        _checks.choice("dtype", dtype, (*DTYPES, "float16"))
         pairing = base.pairing if pairing is None else _checks.choice("pairing", pairing, PAIRINGS)
         _checks.choice("reduction", reduction, ("image", "pixel"))
         if pairing == "all" and reduction == "pixel":

@@ -222,6 +222,34 @@ def test_bfloat16_autocast_on_request() -> None:
     assert (Purifier(model).score(purified) > Purifier(model).score(x)).all()
 
 
+@pytest.mark.parametrize(
+    "settings", [{}, {"view_gradient": 0}, {"pairing": "all"}, {"reduction": "pixel"}, {"half": True}], ids=str
+)
+def test_float16_keeps_small_gradients(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those by features are far below what float16 holds: they are scaled, image by image, and point the same way."""
+    settings = dict(settings)
+    half = settings.pop("half", False)  # of the model itself, instead of autocast
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Tanh(), nn.Conv2d(8, 16, 3, padding=1))
+    with torch.no_grad():
+        model[2].weight.mul_(3000)  # features of some hundreds
+    x = cases.images(2, 96, 120)
+    x[1] *= 0.01
+
+    def gradient(model: nn.Module, x: torch.Tensor, dtype: str) -> torch.Tensor:
+        purifier = Purifier(model, dtype=dtype, **settings)
+        with purifier._objective(x, torch.arange(2), 0, None) as (images, objective, _, _):
+            return objective.gradient(images, 0)[1].flatten(1).double()
+
+    narrow = (copy.deepcopy(model).half(), x.half(), "float32") if half else (model, x, "float16")
+    expected, found = gradient(model, x, "float32"), gradient(*narrow)
+    assert (nn.functional.cosine_similarity(found, expected) > 0.99).all()
+    assert found.isfinite().all()
+    monkeypatch.setattr("equifast.objectives._scale", lambda features: None)
+    if settings.get("reduction") != "pixel":  # where each position has a cosine of its own gradients are larger
+        assert (nn.functional.cosine_similarity(gradient(*narrow), expected) < 0.99).any()
+
+
 def test_memory_layouts_agree() -> None:
     x, purifier = cases.images(), Purifier(cases.dense().double())
     x = x.double()
