@@ -75,7 +75,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             views_per_step=None,
             momentum=1.0,
             average=(Flip(),),
-            view_gradient=0.3,
+            view_gradient=0.15,
         ),
         "strong": Preset(
             steps=8,
