@@ -65,7 +65,7 @@ def number(
     wanted = "a finite number"
     wanted += "" if above is None else f" above {above:g}"
     wanted += "" if least is None else f" of at least {least:g}"
-    wanted += "" if most is None else f" of at most {most:g}"
+    wanted += "" if most is None else f" and at most {most:g}" if least is not None else f" of at most {most:g}"
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} is {value!r}; it must be {wanted}")
     if (

@@ -113,7 +113,7 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "view gradient": (
         lambda: Purifier(MODEL, view_gradient=1.5),
-        "view_gradient is 1.5; it must be a finite number of at least 0 of at most 1",
+        "view_gradient is 1.5; it must be a finite number of at least 0 and at most 1",
     ),
     "reduction": (
         lambda: Purifier(MODEL, reduction="sum"),

@@ -171,7 +171,7 @@ def test_a_view_keeps_its_numbers_whichever_are_chosen() -> None:
         (lambda: views.Shift(math.inf), "fraction is inf; it must be a finite number"),
         (
             lambda: views.ColorJitter(hue=0.7),
-            "hue is 0.7; it must be a finite number of at least 0 of at most 0.5",
+            "hue is 0.7; it must be a finite number of at least 0 and at most 0.5",
         ),
         (lambda: views.Compose(views.Flip(), 3), "views has a int; every one must be a View"),  # type: ignore[arg-type]
     ],

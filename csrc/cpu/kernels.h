@@ -51,7 +51,7 @@ struct SimilarityParams {
   const double* upstream;  // (N, K)
   Gradient anchor_gradient;  // (N, C, H, W)
   bool add;  // to what the anchor's gradient holds: of a single view, with one cosine per image
-  const Gradient* view_gradient;  // K times (N, C, h, w); null: not wanted, of a single view
+  const Gradient* view_gradient;  // K times (N, C, h, w); null: not wanted
 };
 
 struct StepParams {
