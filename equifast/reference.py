@@ -216,19 +216,22 @@ def color_jitter(images: Tensor, parameters: Tensor) -> Tensor:
     """
     _checks.color_jitter(images, parameters)
 
-    def factor(column: int) -> Tensor:
-        return parameters[:, column].to(images.dtype).view(-1, 1, 1, 1)
-
     if images.numel() == 0:
         return images.clone()
-    x = _clamp_unit(images * factor(0))
+    # In float16 the gradient of the mean, a sum over all pixels, would overflow.
+    wide = images.to(torch.promote_types(images.dtype, torch.float32))
+
+    def factor(column: int) -> Tensor:
+        return parameters[:, column].to(wide.dtype).view(-1, 1, 1, 1)
+
+    x = _clamp_unit(wide * factor(0))
     gray = _gray(x)
     mean = (row_sum(gray.flatten(1)) / (x.shape[2] * x.shape[3])).view(-1, 1, 1, 1)
     x = _clamp_unit(mean + (x - mean) * factor(1))
     gray = _gray(x)
     x = _clamp_unit(gray + (x - gray) * factor(2))
     x = _shift_hue(x, factor(3)[:, 0])
-    return torch.where((parameters[:, 4] != 0).view(-1, 1, 1, 1), _gray(x).expand_as(x), x)
+    return torch.where((parameters[:, 4] != 0).view(-1, 1, 1, 1), _gray(x).expand_as(x), x).to(images.dtype)
 
 
 def _clamp_unit(x: Tensor) -> Tensor:

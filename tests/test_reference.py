@@ -234,11 +234,16 @@ def test_gradients_of_color_jitter() -> None:
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_color_jitter_in_half(dtype: torch.dtype) -> None:
-    x, parameters = random(2, 3, 9, 7), torch.tensor([[1.31, 0.71, 1.53, 0.13, 0], [0.7, 1.2, 0.4, -0.3, 1]])
-    actual = reference.color_jitter(x.to(dtype), parameters)
+    """Computed in float32: a gradient of the mean sums over all pixels, which float16 may not hold."""
+    x, parameters = random(2, 3, 96, 120), torch.tensor([[1.31, 0.71, 1.53, 0.13, 0], [0.7, 1.2, 0.4, -0.3, 1]])
+    narrow = x.to(dtype).requires_grad_()
+    wide = narrow.detach().float().requires_grad_()
+    actual, expected = reference.color_jitter(narrow, parameters), reference.color_jitter(wide, parameters)
     assert actual.dtype == dtype
-    expected = reference.color_jitter(x.to(dtype).float(), parameters)
-    torch.testing.assert_close(actual.float(), expected, atol=8 * HALF[dtype], rtol=0)  # rounded after every operation
+    torch.testing.assert_close(actual.float(), expected, atol=HALF[dtype], rtol=0)
+    (found,) = torch.autograd.grad(actual, [narrow], torch.full_like(actual, 1000))
+    (right,) = torch.autograd.grad(expected, [wide], torch.full_like(expected, 1000))
+    torch.testing.assert_close(found.float(), right, atol=0, rtol=2 * HALF[dtype])
 
 
 def test_empty_and_tiny() -> None:
