@@ -1,5 +1,6 @@
 """The one projected-gradient ascent: the purifier and every attack are this loop with another objective."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,10 @@ class Ascent:
         keep: ``"last"`` iterate, or the ``"best"`` of all, by the objective (with restarts, ``"last"`` keeps the
             best of the last iterates). Where the objective is random this costs another value per iterate: all are
             compared at one realization.
+        adaptive: whether the steps are those of Auto-PGD (Croce and Hein 2020, Algorithm 1): each goes three quarters
+            of its way and a quarter of the last one's again, and an image's step size, ``step_size`` at first, halves
+            where progress stalls, which takes it back to its best iterate. For ``keep="best"`` without noise and
+            momentum.
         stop: an image whose value at a step is at least this stays as it is and leaves the batch; None for no such
             level. For one run that keeps its last iterate.
     """
@@ -46,6 +51,7 @@ class Ascent:
     momentum: float | None = None
     restarts: int = 1
     keep: str = "last"
+    adaptive: bool = False
     stop: float | None = None
 
     def __post_init__(self) -> None:
@@ -61,6 +67,9 @@ class Ascent:
             raise ValueError(
                 "start is 'origin' with several restarts; it must be 'uniform' or 'corner', or they are equal"
             )
+        _checks.boolean("adaptive", self.adaptive)
+        if self.adaptive and (self.keep != "best" or self.noise or self.momentum is not None):
+            raise ValueError("adaptive is True with keep='last', noise or momentum; it must be with keep='best' alone")
         if self.stop is not None and (self.restarts > 1 or self.keep == "best"):
             raise ValueError("stop is given with several restarts or keep='best'; it is for one run's last iterate")
         if self.steps * self.restarts > rng.MAX_STEP:
@@ -86,6 +95,7 @@ class Ascent:
         progress: Progress | None = None,
         slope: Callable[[Tensor, int], Tensor] | None = None,
         last: int = 0,
+        visit: Callable[[Tensor], object] | None = None,
     ) -> Tensor:
         """Climb ``objective`` from ``x``.
 
@@ -99,6 +109,7 @@ class Ascent:
             last: how many steps at the end have a derivative, through ``slope``; up to them the ascent counts as the
                 identity. Each is run again for its derivative, so that one at a time takes memory. For one run that
                 keeps its last iterate.
+            visit: called with the images after every step.
 
         Returns:
             (N, C, H, W), in the ball and in [0, 1]; no graph where ``last`` is 0.
@@ -125,6 +136,7 @@ class Ascent:
             first_step = restart * max(1, self.steps)
             x = self.ball.start(origin, self.start, seed=seed, stream=stream, ids=ids, draw=draw, step=first_step)
             momentum = torch.zeros_like(origin, dtype=torch.promote_types(origin.dtype, torch.float32))
+            schedule = _Schedule(self, origin) if self.adaptive else None
             for t in range(self.steps):
                 if slope is not None and t >= self.steps - last:
                     if t == self.steps - last:
@@ -143,8 +155,13 @@ class Ascent:
                         return finished
                 if self.keep == "best":
                     offer(x, value if objective.fixed else objective.value(x))
-                gradient, momentum = self._accumulated(gradient, momentum)
-                x = self.ball.step(x, gradient, origin, **place(first, t))
+                if schedule is not None:
+                    x = schedule.step(x, value, gradient, t)
+                else:
+                    gradient, momentum = self._accumulated(gradient, momentum)
+                    x = self.ball.step(x, gradient, origin, **place(first, t))
+                if visit is not None:
+                    visit(x)
                 if progress is not None:
                     progress(first + t + 1, total)
             if compare:
@@ -153,6 +170,64 @@ class Ascent:
             finished[staying] = x
             return finished
         return best if compare else x
+
+
+class _Schedule:
+    """The steps of Auto-PGD in one run: the step size of each image, and what decides when it halves."""
+
+    _BLEND, _PROGRESS = 0.75, 0.75  # alpha and rho of the paper
+    _FIRST, _SHORTER, _SHORTEST = 0.22, 0.03, 0.06  # between checkpoints, of the number of steps
+
+    def __init__(self, ascent: Ascent, origin: Tensor) -> None:
+        self._ball, self._origin = ascent.ball, origin
+        self._size = origin.new_full((len(origin), 1, 1, 1), ascent.step_size)
+        self._checkpoints = _checkpoints(ascent.steps, self._FIRST, self._SHORTER, self._SHORTEST)
+        self._before: Tensor | None = None
+        self._last = torch.full((len(origin),), torch.inf, device=origin.device)  # the first is no progress
+        self._best = -self._last
+        self._best_x, self._best_gradient = origin, origin
+        self._rises = torch.zeros_like(self._last)
+        self._since = 0  # the last checkpoint
+        self._best_then, self._halved = self._best, torch.zeros_like(self._last, dtype=torch.bool)
+
+    def step(self, x: Tensor, value: Tensor, gradient: Tensor, t: int) -> Tensor:
+        """From ``x``, of which the value (N,) and the gradient are given, to the next point."""
+        self._rises += value > self._last
+        better = value > self._best
+        self._best = torch.where(better, value, self._best)
+        self._best_x, self._best_gradient = (
+            _where(better, x, self._best_x),
+            _where(better, gradient, self._best_gradient),
+        )
+        self._last = value
+        if t in self._checkpoints:
+            stalls = self._rises < self._PROGRESS * (t - self._since)
+            stuck = ~self._halved & (self._best <= self._best_then)
+            self._halved = stalls | stuck
+            self._size = torch.where(self._halved.view(-1, 1, 1, 1), self._size / 2, self._size)
+            x, gradient = _where(self._halved, self._best_x, x), _where(self._halved, self._best_gradient, gradient)
+            self._last = torch.where(self._halved, self._best, self._last)
+            self._rises = torch.zeros_like(self._rises)
+            self._since, self._best_then = t, self._best
+        moved = self._ball.project(x + self._size * self._ball.direction(gradient), self._origin)
+        if self._before is not None:
+            ahead = x + self._BLEND * (moved - x) + (1 - self._BLEND) * (x - self._before)
+            moved = self._ball.project(ahead, self._origin)
+        self._before = x
+        return moved
+
+
+def _where(rows: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return torch.where(rows.view(-1, 1, 1, 1), a, b)
+
+
+def _checkpoints(steps: int, first: float, shorter: float, shortest: float) -> frozenset[int]:
+    """Before which steps step sizes may halve: the paper's fractions of the number of steps, rounded up."""
+    places, previous, place = [], 0.0, first
+    while place < 1:
+        places.append(math.ceil(place * steps - 1e-9))
+        previous, place = place, place + max(place - previous - shorter, shortest)
+    return frozenset(places) - {0}
 
 
 class _Unrolled(torch.autograd.Function):

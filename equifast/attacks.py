@@ -4,7 +4,9 @@ An attack sees what it attacks as a callable from images to logits; :class:`BPDA
 """
 
 import copy
-from collections.abc import Callable, Sequence
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,12 +15,42 @@ from torch import Tensor, nn
 from equifast import _checks, rng
 from equifast._cheap import DTYPES, Cheap
 from equifast.ascent import Ascent, Progress
-from equifast.balls import make
+from equifast.balls import Linf, make
 from equifast.features import evaluating, output
-from equifast.objectives import TaskLoss, check_labels, cross_entropy
-from equifast.purifier import Defended, DefendedModel, Purify
+from equifast.objectives import (
+    Objective,
+    Scaled,
+    Sum,
+    TaskLoss,
+    check_labels,
+    confusions,
+    cross_entropies,
+    cross_entropy,
+    label_mean,
+    margins,
+)
+from equifast.purifier import Defended, DefendedModel, Purifier, Purify
+from equifast.reference import row_sum
 
-__all__ = ["BPDA", "FGSM", "MIM", "PGD", "Attack"]
+__all__ = [
+    "APGD",
+    "BPDA",
+    "CW",
+    "CWL2",
+    "FGSM",
+    "IFGSM",
+    "MIM",
+    "PGD",
+    "Adaptive",
+    "Attack",
+    "CosPGD",
+    "Houdini",
+    "SegPGD",
+    "Square",
+]
+
+
+Prediction = Callable[[Tensor, Tensor, int], Iterator[Tensor]]
 
 
 class Attack:
@@ -34,7 +66,7 @@ class Attack:
         start: ``"origin"``, ``"uniform"`` or ``"corner"``.
         restarts: runs from random starts, of which each image keeps the one with the largest loss.
         keep: ``"last"`` iterate or ``"best"`` by the loss.
-        momentum: as in :class:`equifast.ascent.Ascent`.
+        momentum, adaptive: as in :class:`equifast.ascent.Ascent`.
         seed: 0..2**32-1, or None for a fresh one per call.
         ignore_index: the dense label that does not count.
         dtype: ``"float32"``: the model runs as it is. ``"auto"`` and ``"bfloat16"``: gradients come from a copy of the
@@ -46,6 +78,8 @@ class Attack:
     Raises:
         TypeError, ValueError: for any setting that cannot be, in one sentence that names it.
     """
+
+    least_classes = 1
 
     def __init__(
         self,
@@ -60,6 +94,7 @@ class Attack:
         restarts: int = 1,
         keep: str = "last",
         momentum: float | None = None,
+        adaptive: bool = False,
         seed: int | None = 0,
         ignore_index: int = 255,
         dtype: str = "float32",
@@ -71,7 +106,10 @@ class Attack:
         self.dtype = _checks.choice("dtype", dtype, DTYPES)
         self._cheap: Cheap | None = None
         self.model = model
-        self.eot: int | None = None  # BPDA sets it: then the model is random and takes ids and draw
+        # BPDA sets them: with eot the model is random and takes ids and draw
+        self.eot: int | None = None
+        self.draw: int | None = None
+        self.trajectory = False
         self.targeted = targeted
         self.seed = seed
         self.ignore_index = ignore_index
@@ -83,11 +121,22 @@ class Attack:
             restarts=restarts,
             keep=keep,
             momentum=momentum,
+            adaptive=adaptive,
         )
 
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:
-        """What the attack increases (targeted: decreases): (N, C) or (N, C, H, W) logits and labels -> (N,)."""
+        """What the attack increases (targeted: decreases), by which restarts and iterates are compared.
+
+        (N, C) or (N, C, H, W) logits and labels -> (N,).
+        """
         return cross_entropy(logits, y, self.ignore_index)
+
+    def step_loss(self, logits: Tensor, y: Tensor, t: int) -> Tensor:
+        """What step ``t`` of a run follows: :meth:`loss`, where it is not overridden."""
+        return self.loss(logits, y)
+
+    def _mean(self, values: Tensor, y: Tensor) -> Tensor:
+        return label_mean(values, y, self.ignore_index)
 
     def _cheaper(self, x: Tensor) -> Callable[..., Any]:
         """The model as it runs for images as ``x``."""
@@ -105,7 +154,9 @@ class Attack:
         return defended
 
     def _draws(self, t: int) -> Sequence[int]:
-        return (0,) if self.eot is None else range(1 + t * self.eot, 1 + (t + 1) * self.eot)
+        if self.eot is None or self.draw is not None:
+            return (self.draw or 0,)
+        return range(1 + t * self.eot, 1 + (t + 1) * self.eot)
 
     def __call__(self, x: Tensor, y: Tensor, ids: Tensor | None = None, progress: Progress | None = None) -> Tensor:
         """Attack a batch.
@@ -135,25 +186,55 @@ class Attack:
             if len(x) == 0:
                 return x.clone()
             seed = rng.fresh_seed() if self.seed is None else self.seed
-            sign = -1.0 if self.targeted else 1.0
-            checked = False
+            with evaluating(x, self.model, lean=True):
+                predict = self._prediction(x, y)
+                return self._search(predict, x, y, seed=seed, ids=numbers, progress=progress)
 
-            def predict(images: Tensor, numbers: Tensor, draw: int) -> Tensor:
-                nonlocal checked
-                logits = output(model(images) if self.eot is None else model(images, ids=numbers, draw=draw))
+    def _prediction(self, x: Tensor, y: Tensor) -> Prediction:
+        """``(images, ids, draw) -> logits``, of which the first are checked against the labels."""
+        model, checked = self._cheaper(x), False
+
+        def predict(images: Tensor, numbers: Tensor, draw: int) -> Iterator[Tensor]:
+            nonlocal checked
+            if self.trajectory:
+                found: Iterable[Any] = model.trajectory(images, ids=numbers, draw=draw)  # type: ignore[attr-defined]
+            else:
+                found = (model(images) if self.eot is None else model(images, ids=numbers, draw=draw),)
+            for result in found:
+                logits = output(result)
                 if not checked:
                     check_labels(logits, y, self.ignore_index)
+                    self._check_classes(logits)
                     checked = True
-                return logits
+                yield logits
 
-            def loss(logits: Tensor, y: Tensor) -> Tensor:
-                return sign * self.loss(logits, y)
+        return predict
 
-            objective = TaskLoss(predict, loss, y, numbers, self._draws)
-            with evaluating(x, self.model, lean=True):
-                model = self._cheaper(x)
-                # a start of its own: not the corner from which a purifier of the same seed starts
-                return self.ascent(objective, x, seed=seed, ids=numbers, party=1, progress=progress)
+    def _check_classes(self, logits: Tensor) -> None:
+        if logits.shape[1] < self.least_classes:
+            raise ValueError(
+                f"logits have {logits.shape[1]} classes; {type(self).__name__} needs at least {self.least_classes}"
+            )
+
+    def _objective(self, predict: Prediction, x: Tensor, y: Tensor, ids: Tensor) -> Objective:
+        """What the ascent climbs."""
+        sign = -1.0 if self.targeted else 1.0
+
+        def loss(logits: Tensor, y: Tensor) -> Tensor:
+            return sign * self.loss(logits, y)
+
+        def climbed(logits: Tensor, t: int, y: Tensor) -> Tensor:
+            return sign * self.step_loss(logits, y, t % max(1, self.ascent.steps))
+
+        own = type(self).step_loss is not Attack.step_loss
+        return TaskLoss(predict, loss, (y,), ids, self._draws, climbed if own else None)
+
+    def _search(
+        self, predict: Prediction, x: Tensor, y: Tensor, *, seed: int, ids: Tensor, progress: Progress | None
+    ) -> Tensor:
+        objective = self._objective(predict, x, y, ids)
+        # a start of its own: not the corner from which a purifier of the same seed starts
+        return self.ascent(objective, x, seed=seed, ids=ids, party=1, progress=progress)
 
 
 class PGD(Attack):
@@ -167,6 +248,18 @@ class FGSM(Attack):
         super().__init__(model, **{"eps": eps, "step_size": eps, "steps": 1, "start": "origin", **settings})
 
 
+class IFGSM(Attack):
+    """Iterated signed steps of 1/255 from the image, the attack on segmentation of Arnab et al. 2018.
+
+    ``steps`` are ``min(255 eps + 4, 1.25 * 255 eps)``, rounded up, where not given (Kurakin et al. 2017).
+    """
+
+    def __init__(self, model: Callable[..., Any], *, eps: float = 4 / 255, **settings: Any) -> None:
+        levels = 255 * _checks.number("eps", eps, above=0)
+        steps = math.ceil(min(levels + 4, 1.25 * levels) - 1e-6)
+        super().__init__(model, **{"eps": eps, "step_size": 1 / 255, "steps": steps, "start": "origin", **settings})
+
+
 class MIM(Attack):
     """Iterated sign steps along the accumulated gradient (Dong et al. 2018); ``momentum`` is its decay."""
 
@@ -174,12 +267,348 @@ class MIM(Attack):
         super().__init__(model, **{"momentum": momentum, "start": "origin", **settings})
 
 
+class CW(Attack):
+    """Projected gradient ascent on the margin of Carlini and Wagner 2017 (their loss f6).
+
+    The margin of a label is the largest logit of another class minus its own, and is driven up to ``confidence``.
+    """
+
+    least_classes = 2
+
+    def __init__(self, model: Callable[..., Any], *, confidence: float = 0.0, **settings: Any) -> None:
+        super().__init__(model, **settings)
+        self.confidence = _checks.number("confidence", confidence, least=0)
+
+    def loss(self, logits: Tensor, y: Tensor) -> Tensor:
+        """The mean margin of the labels; each no further beyond 0 than ``confidence``."""
+        margin = margins(logits, y, self.ignore_index)
+        enough = {"min": -self.confidence} if self.targeted else {"max": self.confidence}
+        return self._mean(margin.clamp(**enough), y)
+
+
+class Houdini(Attack):
+    """Ascent on a surrogate of the task loss (Cisse et al. 2017, Eq. 4).
+
+    For each label the probability that its margin is exceeded by Gaussian noise; times the task loss of the image, 1 -
+    mean IoU where labels are dense (of a class, a constant). Where the model is still right, the runner-up takes the
+    place of its prediction, as the term would be constant.
+    """
+
+    least_classes = 2
+
+    def loss(self, logits: Tensor, y: Tensor) -> Tensor:
+        """The mean probability times the task loss."""
+        return self._mean(torch.special.ndtr(margins(logits, y, self.ignore_index)), y) * self._task(logits, y)
+
+    def step_loss(self, logits: Tensor, y: Tensor, t: int) -> Tensor:
+        """What has the gradient of the loss up to a factor per image, which a step does not see, and no underflow."""
+        margin = margins(logits, y, self.ignore_index)
+        exponent = -margin.detach().square() / 2  # the density of the noise there
+        if y.dim() > 1:
+            exponent = torch.where(y == self.ignore_index, -torch.inf, exponent)
+        largest = exponent.flatten(1).amax(1) if y.dim() > 1 else exponent
+        largest = torch.where(largest.isfinite(), largest, 0.0).view(-1, *[1] * (y.dim() - 1))
+        return self._mean((exponent - largest).exp() * margin, y)
+
+    def _task(self, logits: Tensor, y: Tensor) -> Tensor:
+        if y.dim() == 1:
+            return torch.ones(len(y), device=y.device)
+        classes = logits.shape[1]
+        counts = confusions(logits.detach().argmax(1), y, classes, self.ignore_index).to(logits.dtype)
+        hit = counts.diagonal(dim1=1, dim2=2)
+        union = counts.sum(1) + counts.sum(2) - hit
+        present = (union > 0).to(hit.dtype)
+        return 1 - (hit / union.clamp(min=1)).sum(1) / present.sum(1).clamp(min=1)
+
+
+class SegPGD(Attack):
+    """Cross-entropy that turns from right labels to wrong ones (Gu et al. 2022).
+
+    In step ``t`` of ``T`` labels that the model gets wrong weigh ``t / 2T``, the others ``1 - t / 2T``; targeted, those
+    that it does not give yet weigh the latter.
+    """
+
+    def step_loss(self, logits: Tensor, y: Tensor, t: int) -> Tensor:
+        """The weighted cross-entropy."""
+        share = t / (2 * self.ascent.steps)
+        done = (logits.detach().argmax(1) == y) == self.targeted
+        return self._mean(cross_entropies(logits, y, self.ignore_index) * torch.where(done, share, 1 - share), y)
+
+
+class CosPGD(Attack):
+    """Cross-entropy weighted by how alike prediction and label are (Agnihotri et al. 2024).
+
+    The weight of a label is the cosine of the softmax of the logits and its one-hot vector, without a gradient;
+    targeted, 1 minus that.
+    """
+
+    def step_loss(self, logits: Tensor, y: Tensor, t: int) -> Tensor:
+        """The weighted cross-entropy."""
+        probabilities = logits.detach().softmax(1)
+        index = (y if y.dim() == 1 else torch.where(y == self.ignore_index, 0, y))[:, None]
+        cosine = probabilities.gather(1, index)[:, 0] / probabilities.norm(dim=1)
+        weight = 1 - cosine if self.targeted else cosine
+        return self._mean(cross_entropies(logits, y, self.ignore_index) * weight, y)
+
+
+class APGD(Attack):
+    """Auto-PGD (Croce and Hein 2020): step sizes of each image that halve where progress stalls, and no parameters.
+
+    Args:
+        objective: ``"ce"``, cross-entropy; ``"dlr"``, the difference of logits ratio; ``"targeted-dlr"``, which in each
+            restart aims at another class, the next in the order in which the model has them on the given image. Of
+            several restarts each image keeps the one with the largest ratio. Ratios take at least three classes,
+            respectively four.
+    """
+
+    def __init__(self, model: Callable[..., Any], *, objective: str = "ce", **settings: Any) -> None:
+        self.objective = _checks.choice("objective", objective, ("ce", "dlr", "targeted-dlr"))
+        self.least_classes = {"ce": 2, "dlr": 3, "targeted-dlr": 4}[objective]
+        several = 9 if objective == "targeted-dlr" else 1
+        default = {"steps": 100, "adaptive": True, "keep": "best", "restarts": several}
+        super().__init__(model, **{**default, **settings})
+        if objective != "ce" and self.targeted:
+            raise ValueError(f"objective is {objective!r} with targeted; it must be 'ce'")
+        # the largest step, that of the start: twice the radius
+        self.ascent = dataclasses.replace(self.ascent, step_size=2 * self.ascent.ball.eps)
+
+    def loss(self, logits: Tensor, y: Tensor) -> Tensor:
+        """Cross-entropy, or the mean over the labels of their margin over the difference of first and third logit."""
+        if self.objective == "ce":
+            return super().loss(logits, y)
+        top = logits.topk(3, 1).values
+        return self._mean(margins(logits, y, self.ignore_index) / (top[:, 0] - top[:, 2] + 1e-12), y)
+
+    def _objective(self, predict: Prediction, x: Tensor, y: Tensor, ids: Tensor) -> Objective:
+        if self.objective != "targeted-dlr":
+            return super()._objective(predict, x, y, ids)
+        with torch.no_grad():
+            *_, logits = predict(x.clone(), ids, self._draws(0)[0])
+        index = (y if y.dim() == 1 else torch.where(y == self.ignore_index, 0, y))[:, None]
+        order = logits.scatter(1, index, -torch.inf).argsort(dim=1, descending=True, stable=True)
+        others = logits.shape[1] - 1
+
+        def climbed(logits: Tensor, t: int, y: Tensor, index: Tensor, order: Tensor) -> Tensor:
+            rank = t // self.ascent.steps % others
+            difference = logits.gather(1, order[:, rank : rank + 1]) - logits.gather(1, index)
+            top = logits.topk(4, 1).values
+            scale = top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12
+            return self._mean(difference[:, 0] / scale, y)
+
+        def loss(logits: Tensor, y: Tensor, *_: Tensor) -> Tensor:
+            return self.loss(logits, y)
+
+        return TaskLoss(predict, loss, (y, index, order), ids, self._draws, climbed)
+
+
+class Adaptive(Attack):
+    """An attacker who keeps the image equivariant, lest it be purified (Mao et al. 2023, Eq. 6).
+
+    Climbs the task loss plus ``weight`` times the mean similarity of the purifier's views, both of the attacked image.
+
+    Args:
+        model: the undefended model; :class:`BPDA` puts a defense before it.
+        purifier: whose features, views and pairing the similarity has.
+        weight: a number, or several of which each image keeps the result with the largest task loss; with a defense, of
+            the defended model, at draws of the attacker's.
+    """
+
+    def __init__(
+        self, model: Callable[..., Any], purifier: Purifier, *, weight: float | Sequence[float] = 1.0, **settings: Any
+    ) -> None:
+        super().__init__(model, **settings)
+        if not isinstance(purifier, Purifier):
+            raise TypeError(f"purifier is a {type(purifier).__name__}; it must be a Purifier")
+        weights = [weight] if isinstance(weight, int | float) else list(weight)
+        if not weights:
+            raise ValueError("weight is empty; it must be a number, or several")
+        self.weights = tuple(_checks.number("weight", each) for each in weights)
+        self.purifier = purifier
+
+    def _search(
+        self, predict: Prediction, x: Tensor, y: Tensor, *, seed: int, ids: Tensor, progress: Progress | None
+    ) -> Tensor:
+        task = self._objective(predict, x, y, ids)
+        best, most = x.clone(), torch.full((len(x),), -torch.inf, device=x.device)
+        for number, weight in enumerate(self.weights):
+
+            def advance(done: int, total: int, number: int = number) -> None:
+                if progress is not None:
+                    progress(number * total + done, len(self.weights) * total)
+
+            # draw 0 is left to the evaluation
+            with self.purifier.objective(x, ids, draw=1) as similarity:
+                both = Sum(task, Scaled(similarity, weight))
+                found = self.ascent(both, x, seed=seed, ids=ids, party=1, progress=advance)
+            value = task.value(found)
+            better = value > most
+            best[better], most[better] = found[better], value[better]
+        return best
+
+
+class Square(Attack):
+    """Random search with squares of color, a black box attack (Andriushchenko et al. 2020, Algorithms 1 and 2).
+
+    It asks the model for logits ``steps`` times, first for those of the image itself, and for no gradients; an image
+    that has no label left to change is left alone. For ``norm="linf"``. Of a random defense, each query sees another
+    draw.
+
+    Args:
+        share: the part of the image that the first squares cover.
+    """
+
+    least_classes = 2
+    _SHRINKS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries out of 10,000 at which that halves
+
+    def __init__(self, model: Callable[..., Any], *, share: float = 0.8, **settings: Any) -> None:
+        super().__init__(model, **{"steps": 1000, **settings})
+        self.share = _checks.number("share", share, above=0, most=1)
+        if not isinstance(self.ascent.ball, Linf):
+            raise ValueError("norm is 'l2'; for Square it must be 'linf'")
+        if self.ascent.restarts > 1:
+            raise ValueError(f"restarts is {self.ascent.restarts}; for Square it must be 1")
+
+    def loss(self, logits: Tensor, y: Tensor) -> Tensor:
+        """The mean margin of the labels that are still to change; 0 where none is."""
+        margin = margins(logits, y, self.ignore_index)
+        return self._mean(margin.clamp(min=0) if self.targeted else margin.clamp(max=0), y)
+
+    def _search(
+        self, predict: Prediction, x: Tensor, y: Tensor, *, seed: int, ids: Tensor, progress: Progress | None
+    ) -> Tensor:
+        sign = -1.0 if self.targeted else 1.0
+        objective = TaskLoss(predict, lambda logits, y: sign * self.loss(logits, y), (y,), ids, self._draws)
+        ball, steps, stream = self.ascent.ball, self.ascent.steps, rng.Stream.START.of(2)
+        channels, height, width = x.shape[1:]
+        stripes = rng.uniform(seed, stream, ids, 0, 0, channels * width).view(-1, channels, 1, width)
+        best, best_value = x.clone(), x.new_full((len(x),), -torch.inf)
+        on = torch.arange(len(x), device=x.device)  # images that still have labels to change
+        for t in range(steps):
+            if t == 0:
+                tried = x  # the result is not better than this
+            elif t == 1:
+                tried = (x + ball.eps * _signs(stripes).to(x))[on]
+            else:
+                side = max(1, round(math.sqrt(self._share(t, steps) * height * width)))
+                u = rng.uniform(seed, stream, ids[on], 0, t, 2 + channels)
+                change = _square(u[:, :2], (height, width), (min(side, height), min(side, width)))
+                color = 2 * ball.eps * _signs(u[:, 2:]).to(x)
+                tried = best[on] + torch.where(change, color[:, :, None, None], 0.0)
+            tried = ball.project(tried, x[on])
+            value = objective.only(on).value(tried, t).to(best_value)
+            better = value > best_value[on]
+            best[on[better]], best_value[on[better]] = tried[better], value[better]
+            on = on[best_value[on] < 0]
+            if progress is not None:
+                progress(t + 1, steps)
+            if len(on) == 0:
+                break
+        return best
+
+    def _share(self, t: int, steps: int) -> float:
+        return self.share / 2.0 ** sum(t * 10_000 > shrink * steps for shrink in self._SHRINKS)
+
+
+def _signs(u: Tensor) -> Tensor:
+    return torch.where(u < 0.5, -1.0, 1.0)
+
+
+def _square(u: Tensor, size: tuple[int, int], sides: tuple[int, int]) -> Tensor:
+    """Masks (N, 1, H, W) of a rectangle each, at a place by (N, 2) uniform numbers."""
+    inside = []
+    for number, (whole, side) in enumerate(zip(size, sides, strict=True)):
+        first = (u[:, number] * (whole - side + 1)).floor()[:, None]
+        place = torch.arange(whole, device=u.device)
+        inside.append((place >= first) & (place < first + side))
+    return (inside[0][:, :, None] & inside[1][:, None, :])[:, None]
+
+
+class CWL2(Attack):
+    """The nearest image in Euclidean distance that fools the model (Carlini and Wagner 2017, section VI.A).
+
+    Minimizes ``|delta|^2 + c * margin`` by Adam over the inverse hyperbolic tangent of the image, and searches ``c`` by
+    bisection. There is no ball: what changes is how far it must go. An image that it cannot fool stays as it is.
+
+    Args:
+        confidence: by how much the margin must be won.
+        steps: of Adam, for each ``c``.
+        rate: its learning rate.
+        searches: how many ``c`` are tried.
+        constant: the first.
+        share: the part of an image's labels that must be won, where labels are dense.
+        targeted, seed, ignore_index, dtype: as in :class:`Attack`.
+    """
+
+    least_classes = 2
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *,
+        confidence: float = 0.0,
+        steps: int = 200,
+        rate: float = 0.01,
+        searches: int = 9,
+        constant: float = 1e-3,
+        share: float = 0.99,
+        targeted: bool = False,
+        seed: int | None = 0,
+        ignore_index: int = 255,
+        dtype: str = "float32",
+    ) -> None:
+        rest: dict[str, Any] = {"targeted": targeted, "seed": seed, "ignore_index": ignore_index, "dtype": dtype}
+        super().__init__(model, eps=1e6, norm="l2", steps=steps, start="origin", **rest)
+        self.confidence = _checks.number("confidence", confidence, least=0)
+        self.rate = _checks.number("rate", rate, above=0)
+        self.searches = _checks.integer("searches", searches, 1, 100)
+        self.constant = _checks.number("constant", constant, above=0)
+        self.share = _checks.number("share", share, above=0, most=1)
+
+    def _search(
+        self, predict: Prediction, x: Tensor, y: Tensor, *, seed: int, ids: Tensor, progress: Progress | None
+    ) -> Tensor:
+        best, least = x.clone(), x.new_full((len(x),), torch.inf)
+        low, high = torch.zeros_like(least), torch.full_like(least, torch.inf)
+        c = torch.full_like(least, self.constant)
+        start = torch.atanh((2 * x - 1) * (1 - 1e-6))
+        for search in range(self.searches):
+            won_once = torch.zeros_like(least, dtype=torch.bool)
+            w = start.clone().requires_grad_()
+            optimizer = torch.optim.Adam([w], lr=self.rate)
+            for t in range(self.ascent.steps):
+                step = search * self.ascent.steps + t
+                with torch.enable_grad():
+                    image = (w.tanh() + 1) / 2
+                    distance = row_sum((image - x).flatten(1).square())
+                    short, won = torch.zeros_like(least), torch.zeros_like(least)
+                    draws = self._draws(step)
+                    for draw in draws:
+                        *_, logits = predict(image.clone(), ids, draw)
+                        margin = margins(logits, y, self.ignore_index)
+                        margin = -margin if self.targeted else margin
+                        short = short + self._mean((self.confidence - margin).clamp(min=0), y) / len(draws)
+                        reached = (margin > 0) & (margin >= self.confidence)
+                        won = won + self._mean(reached.to(won.dtype), y) / len(draws)
+                    (gradient,) = torch.autograd.grad((distance + c * short).sum(), [w])
+                success = won >= (1.0 if y.dim() == 1 else self.share)
+                nearer = success & (distance < least)
+                best = torch.where(nearer.view(-1, 1, 1, 1), image, best).detach()
+                least, won_once = torch.where(nearer, distance, least).detach(), won_once | success
+                w.grad = gradient
+                optimizer.step()
+                if progress is not None:
+                    progress(step + 1, self.searches * self.ascent.steps)
+            high, low = torch.where(won_once, c.minimum(high), high), torch.where(won_once, low, c.maximum(low))
+            c = torch.where(high.isfinite(), (low + high) / 2, 10 * low)
+        return best.clamp(0, 1)
+
+
 class BPDA:
     """An attacker who knows the defense: backward pass differentiable approximation, with expectation over draws.
 
     The forward pass runs the defense, the backward pass takes a purification for the identity (Athalye et al. 2018);
     a defense that is differentiable is differentiated. Step ``t`` averages over ``eot`` draws of the defense that no
-    other step uses, and never over draw 0, which is left to the evaluation.
+    other step uses, and never over draw 0, which is left to the evaluation; or it sees one draw only.
 
     Args:
         attack: an attack on the undefended model, with all its settings.
@@ -187,12 +616,24 @@ class BPDA:
             attack's model; or a whole defended model (:class:`equifast.purifier.DefendedModel`), as
             :class:`equifast.Defended` and :class:`equifast.defenses.Averaging` are, attacked in place of it.
         eot: number of draws per step (expectation over transformation).
+        draw: the one draw that every step sees, instead: of an attacker who knows the defender's random numbers.
+        trajectory: whether gradients are the mean of those at the images after every step of the purification, instead
+            of that at the last. For a :class:`equifast.Purifier` with one run that keeps its last iterate.
 
     Raises:
-        TypeError, ValueError: if ``attack`` is no attack, ``defense`` not callable or ``eot`` not from 1 on.
+        TypeError, ValueError: if ``attack`` is no attack, ``defense`` not callable, ``eot`` not from 1 on, or the
+            defense has no such trajectory.
     """
 
-    def __init__(self, attack: Attack, defense: Purify | DefendedModel, eot: int = 1) -> None:
+    def __init__(
+        self,
+        attack: Attack,
+        defense: Purify | DefendedModel,
+        eot: int = 1,
+        *,
+        draw: int | None = None,
+        trajectory: bool = False,
+    ) -> None:
         if not isinstance(attack, Attack):
             raise TypeError(f"attack is a {type(attack).__name__}; it must be an attack of equifast.attacks")
         if not callable(defense):
@@ -206,8 +647,17 @@ class BPDA:
             defended = Defended(attack.model, defense)
         else:
             raise TypeError(f"attack has a model that is a {type(attack.model).__name__}; it must be a Module")
+        if draw is not None:
+            _checks.integer("draw", draw, 0, rng.MAX_DRAW)
+            if eot != 1:
+                raise ValueError(f"draw is given with eot {eot}; of one draw the expectation is its value")
+        if _checks.boolean("trajectory", trajectory):
+            if not isinstance(defended, Defended) or not isinstance(defended.purifier, Purifier):
+                raise TypeError(f"trajectory is True for a {type(defense).__name__}; it must be for a Purifier")
+            defended.purifier._check_last(1)
         self._attack = copy.copy(attack)
         self._attack.model, self._attack.eot = defended, eot
+        self._attack.draw, self._attack.trajectory = draw, trajectory
 
     def __call__(self, x: Tensor, y: Tensor, ids: Tensor | None = None, progress: Progress | None = None) -> Tensor:
         """Attack a batch; arguments and result as those of :class:`Attack`."""

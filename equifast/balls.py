@@ -53,6 +53,10 @@ class Ball:
         """One step of steepest ascent, and its projection."""
         raise NotImplementedError
 
+    def direction(self, gradient: Tensor) -> Tensor:
+        """The direction of steepest ascent, (N, C, H, W) -> a step of size 1."""
+        raise NotImplementedError
+
     def relaxed_step(self, x: Tensor, gradient: Tensor, origin: Tensor, **how: Unpack[Step]) -> Tensor:
         """The same point as :meth:`step`, with a derivative by all three tensors, where that has none a relaxed one."""
         return self.step(x, gradient, origin, **how)
@@ -78,6 +82,9 @@ class Linf(Ball):
     def step(self, x: Tensor, gradient: Tensor, origin: Tensor, **how: Unpack[Step]) -> Tensor:
         noise = how["sigma"], how["seed"], how["ids"], how["draw"], how["t"]
         return ops.signed_step(x, gradient, origin, self.eps, how["size"], *noise)
+
+    def direction(self, gradient: Tensor) -> Tensor:
+        return gradient.sign()
 
     def relaxed_step(self, x: Tensor, gradient: Tensor, origin: Tensor, **how: Unpack[Step]) -> Tensor:
         """The derivative of the sign is that of a tanh, of values over their mean magnitude in the image."""
@@ -108,12 +115,14 @@ class L2(Ball):
     def step(self, x: Tensor, gradient: Tensor, origin: Tensor, **how: Unpack[Step]) -> Tensor:
         if x.numel() == 0:
             return x.clone()
-        # squares and their sums leave half precision
-        direction = unit(gradient.to(_wide(x)))
+        direction = self.direction(gradient)
         if how["sigma"] > 0:
             noise = rng.normal(how["seed"], rng.Stream.NOISE, how["ids"], how["draw"], how["t"], x[0].numel())
             direction = unit(direction + how["sigma"] * unit(noise).view(x.shape).to(direction.dtype))
         return self.project(x.to(direction.dtype) + how["size"] * direction, origin)
+
+    def direction(self, gradient: Tensor) -> Tensor:
+        return unit(gradient.to(_wide(gradient)))  # squares and their sums leave half precision
 
     def project(self, x: Tensor, origin: Tensor) -> Tensor:
         center = origin.to(_wide(origin))

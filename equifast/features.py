@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from equifast import _checks
 
-__all__ = ["Features", "evaluating", "output", "suggest"]
+__all__ = ["Features", "LogProbabilities", "evaluating", "output", "suggest"]
 
 Model = Callable[[Tensor], Any]
 
@@ -126,6 +126,22 @@ class Features:
         if not caught:
             raise ValueError(f"features is {self.where!r}, a submodule that the model's forward pass does not call")
         return output(caught[0])
+
+
+class LogProbabilities:
+    """``log_softmax(f / temperature)`` over the channels of features f, in their dtype.
+
+    What is impossible weighs more in it than in logits, and what is certain less.
+    """
+
+    def __init__(self, features: Callable[[Tensor], Tensor], temperature: float) -> None:
+        self.features = features
+        self.temperature = temperature
+
+    def __call__(self, x: Tensor) -> Tensor:
+        f = self.features(x)
+        with torch.autocast(x.device.type, enabled=False):  # which would take it to float32; sums are in it anyway
+            return functional.log_softmax(f / self.temperature, 1)
 
 
 def suggest(model: nn.Module, x: Tensor) -> str | None:

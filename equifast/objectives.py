@@ -1,7 +1,7 @@
 """What an ascent climbs: equivariance of a model on an image, and the task losses of the attacks."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -16,10 +16,16 @@ __all__ = [
     "PAIRINGS",
     "Equivariance",
     "Objective",
+    "Scaled",
+    "Sum",
     "TaskLoss",
     "average_predictions",
+    "confusions",
+    "cross_entropies",
     "cross_entropy",
     "disagreement",
+    "label_mean",
+    "margins",
     "number_of_pairs",
     "pairwise",
 ]
@@ -162,6 +168,7 @@ class Equivariance:
         self._reduction = reduction
         self._seed, self._ids, self._draw = seed, ids, draw
         self._autocast = autocast
+        self._scales = True
 
     def anchor(self, x: Tensor) -> Tensor:
         """F(x) of the image itself, which a model whose first operation is in place must not reach."""
@@ -204,6 +211,14 @@ class Equivariance:
         part._ids = self._ids[rows]
         return part
 
+    def whole(self, factor: float) -> Objective:
+        """``factor`` times this value, with its own gradient: the whole one, and not a multiple of it."""
+        part = copy.copy(self)
+        part._view_gradient = 1.0
+        part._scales = False
+        part._autocast = None if self._autocast == torch.float16 else self._autocast  # which needs that
+        return Scaled(part, factor)
+
     def value(self, x: Tensor) -> Tensor:
         """(N,): the sum over all views of the set, as the first step would draw them."""
         if self._pairing != "all":
@@ -229,7 +244,7 @@ class Equivariance:
             targets = [self.features(view) for view in self.render(source, sampled)]
         features = self.anchor(image)
         theta = torch.stack([view.theta for view in sampled])
-        values, upstream = ops.similarity_target(features, targets, theta, self._reduction, _scale(features))
+        values, upstream = ops.similarity_target(features, targets, theta, self._reduction, self._scale(features))
         return values, _differentiate(features, [image], upstream)[0]
 
     def _both(self, image: Tensor, source: Tensor, sampled: Sequence[Sampled]) -> tuple[Tensor, Tensor]:
@@ -241,7 +256,7 @@ class Equivariance:
         anchor = features.detach()
         # Summed in the dtype of the features, as each view's part is rounded to it; a wider sum would take as much
         # memory again, and the network's own rounding in that dtype is larger.
-        upstream, scale = torch.zeros_like(anchor), _scale(anchor)
+        upstream, scale = torch.zeros_like(anchor), self._scale(anchor)
         values: list[Tensor] = []
         views, slopes = self.render(source, sampled), []  # all at once, while the image is in cache
         for view, drawn in zip(views, sampled, strict=True):
@@ -262,6 +277,9 @@ class Equivariance:
             (through,) = torch.autograd.grad([view for view, _ in moved], [source], [slope for _, slope in moved])
             total.add_(through, alpha=self._view_gradient)
         return torch.cat(values, 1), total
+
+    def _scale(self, features: Tensor) -> Tensor | None:
+        return _scale(features) if self._scales else None
 
     def slope(self, x: Tensor, t: int) -> Tensor:
         """(N, C, H, W) -> the gradient at step ``t``, with a graph of its own derivative by ``x``; no autocast."""
@@ -286,7 +304,7 @@ class Equivariance:
     def _all_pairs(self, image: Tensor, source: Tensor, sampled: Sequence[Sampled]) -> tuple[Tensor, Tensor]:
         """The values (N,), and what to multiply their gradients by."""
         anchor = self.anchor(image)
-        scale = _scale(anchor)
+        scale = self._scale(anchor)
         anchor = anchor.to(torch.promote_types(anchor.dtype, torch.float32))
         views = [self.features(view) for view in self.render(source, sampled)]
         value = pairwise(anchor, views, torch.stack([view.theta for view in sampled]))
@@ -343,6 +361,29 @@ def disagreement(predict: Callable[[Tensor], Tensor], x: Tensor, sampled: Sequen
         return total / count.clamp(min=1)
 
 
+def label_mean(values: Tensor, y: Tensor, ignore_index: int = 255) -> Tensor:
+    """The mean of a value per label over those of an image that count.
+
+    Args:
+        values: (N,), or (N, H, W), one per label.
+        y: labels of the same shape, where dense with ``ignore_index`` where a pixel does not count.
+
+    Returns:
+        (N,); 0 for an image without a label that counts.
+    """
+    if y.dim() == 1:  # 255 is a class like any other
+        return values
+    counted = y != ignore_index
+    total = row_sum(torch.where(counted, values, 0.0).flatten(1))
+    return total / row_sum(counted.flatten(1).to(values.dtype)).clamp(min=1)
+
+
+def cross_entropies(logits: Tensor, y: Tensor, ignore_index: int = 255) -> Tensor:
+    """Cross-entropy of each label, (N,) or (N, H, W); 0 where a pixel does not count."""
+    ignored = -100 if y.dim() == 1 else ignore_index
+    return functional.cross_entropy(logits, y, ignore_index=ignored, reduction="none")
+
+
 def cross_entropy(logits: Tensor, y: Tensor, ignore_index: int = 255) -> Tensor:
     """Cross-entropy of each image, for dense labels the mean over its labeled pixels.
 
@@ -353,51 +394,82 @@ def cross_entropy(logits: Tensor, y: Tensor, ignore_index: int = 255) -> Tensor:
     Returns:
         (N,); 0 for an image without a labeled pixel.
     """
-    if y.dim() == 1:  # 255 is a class like any other
-        return functional.cross_entropy(logits, y, reduction="none")
-    losses = functional.cross_entropy(logits, y, ignore_index=ignore_index, reduction="none")
-    counted = (y != ignore_index).flatten(1).to(losses.dtype)
-    return row_sum(losses.flatten(1)) / row_sum(counted).clamp(min=1)
+    return label_mean(cross_entropies(logits, y, ignore_index), y, ignore_index)
+
+
+def margins(logits: Tensor, y: Tensor, ignore_index: int = 255) -> Tensor:
+    """The largest logit of another class minus that of the label: above 0 where the model is wrong.
+
+    Args:
+        logits: (N, C) or (N, C, H, W), at least two classes.
+        y: (N,) or (N, H, W) int64.
+
+    Returns:
+        A value per label, in the shape of ``y``; arbitrary where a pixel does not count.
+    """
+    index = (y if y.dim() == 1 else torch.where(y == ignore_index, 0, y))[:, None]
+    own = logits.gather(1, index)
+    others = logits.scatter(1, index, -torch.inf)
+    return (others.amax(1, keepdim=True) - own)[:, 0]
+
+
+def confusions(predictions: Tensor, y: Tensor, classes: int, ignore_index: int = 255) -> Tensor:
+    """Confusion matrices of each image: (N, H, W) classes and labels -> (N, classes, classes) int64.
+
+    Rows are true classes, columns predicted ones; pixels labeled ``ignore_index`` do not count.
+    """
+    n = len(y)
+    image = torch.arange(n, device=y.device).view(-1, 1, 1).expand_as(y)
+    counted = y != ignore_index
+    cell = (image[counted] * classes + y[counted]) * classes + predictions[counted]
+    return torch.bincount(cell, minlength=n * classes * classes).view(n, classes, classes)
 
 
 class TaskLoss:
     """The expectation of a loss per image over the randomness of what is attacked.
 
     Args:
-        predict: ``(x, ids, draw) -> logits``.
-        loss: ``(logits, y) -> (N,)``, what the attack increases.
-        y: labels of the images.
+        predict: ``(x, ids, draw) -> logits``; several of them where the gradient is to be the mean of theirs, of which
+            the last counts for the value.
+        loss: ``(logits, *labels) -> (N,)``, what the attack increases, by which points are compared.
+        labels: tensors with a first dimension of N that the losses take.
         ids: (N,) ids of the images.
         draws: ``t -> `` the draws that step ``t`` averages over.
+        climbed: ``(logits, t, *labels) -> (N,)``, what step ``t`` climbs instead, where that is not the loss.
     """
 
     def __init__(
         self,
-        predict: Callable[[Tensor, Tensor, int], Tensor],
-        loss: Callable[[Tensor, Tensor], Tensor],
-        y: Tensor,
+        predict: Callable[[Tensor, Tensor, int], Iterable[Tensor]],
+        loss: Callable[..., Tensor],
+        labels: tuple[Tensor, ...],
         ids: Tensor,
         draws: Callable[[int], Sequence[int]],
+        climbed: Callable[..., Tensor] | None = None,
     ) -> None:
-        self._predict, self._loss, self._y, self._ids, self._draws = predict, loss, y, ids, draws
-
-    def _of(self, x: Tensor, draw: int) -> Tensor:
-        return self._loss(self._predict(x.clone(), self._ids, draw), self._y)  # models may work in place
+        self._predict, self._loss, self._labels, self._ids, self._draws = predict, loss, labels, ids, draws
+        self._climbed = climbed
 
     def only(self, rows: Tensor | slice) -> "TaskLoss":
         """The same for some of the images, ``rows`` a mask (N,) or a slice."""
-        return TaskLoss(self._predict, self._loss, self._y[rows], self._ids[rows], self._draws)
+        part = copy.copy(self)
+        part._labels, part._ids = tuple(y[rows] for y in self._labels), self._ids[rows]
+        return part
 
     @property
     def fixed(self) -> bool:
         """Whether what is attacked has no randomness: every step has the same draws."""
         return self._draws(0) == self._draws(1)
 
-    def value(self, x: Tensor) -> Tensor:
-        """(N,): the loss at the draws of the first step."""
-        draws = self._draws(0)
+    def value(self, x: Tensor, t: int = 0) -> Tensor:
+        """(N,): the loss at the draws of a step, the first where none is given."""
+        draws = self._draws(t)
         with torch.no_grad():
-            return torch.stack([self._of(x, draw) for draw in draws]).mean(0)
+            return torch.stack([self._last(x, draw) for draw in draws]).mean(0)
+
+    def _last(self, x: Tensor, draw: int) -> Tensor:
+        *_, logits = self._predict(x.clone(), self._ids, draw)  # models may work in place
+        return self._loss(logits, *self._labels)
 
     def gradient(self, x: Tensor, t: int) -> tuple[Tensor, Tensor]:
         draws = self._draws(t)
@@ -405,10 +477,63 @@ class TaskLoss:
         for draw in draws:
             with torch.enable_grad():
                 leaf = _leaf(x)
-                value = self._of(leaf, draw)
-                total = total + _differentiate(value.sum(), [leaf])[0] / len(draws)
+                found, count = torch.zeros_like(x), 0
+                for logits in self._predict(leaf.clone(), self._ids, draw):
+                    value = self._loss(logits, *self._labels)
+                    climbed = value if self._climbed is None else self._climbed(logits, t, *self._labels)
+                    found = found + _differentiate(climbed.sum(), [leaf])[0]
+                    count += 1
+                total = total + found / (count * len(draws))
             values = values + value.detach() / len(draws)
         return values, total
+
+
+class Scaled:
+    """``factor`` times an objective."""
+
+    def __init__(self, objective: Objective, factor: float) -> None:
+        self._objective, self._factor = objective, factor
+
+    @property
+    def fixed(self) -> bool:
+        """As that of the objective."""
+        return self._objective.fixed
+
+    def value(self, x: Tensor) -> Tensor:
+        """(N,)."""
+        return self._factor * self._objective.value(x)
+
+    def gradient(self, x: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        value, gradient = self._objective.gradient(x, t)
+        return self._factor * value, self._factor * gradient
+
+    def only(self, rows: Tensor | slice) -> "Scaled":
+        """The same for some of the images."""
+        return Scaled(self._objective.only(rows), self._factor)
+
+
+class Sum:
+    """The sum of two objectives whose gradients are those of their values."""
+
+    def __init__(self, first: Objective, second: Objective) -> None:
+        self._first, self._second = first, second
+
+    @property
+    def fixed(self) -> bool:
+        """Whether both are."""
+        return self._first.fixed and self._second.fixed
+
+    def value(self, x: Tensor) -> Tensor:
+        """(N,)."""
+        return self._first.value(x) + self._second.value(x)
+
+    def gradient(self, x: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        (value, gradient), (more, along) = self._first.gradient(x, t), self._second.gradient(x, t)
+        return value + more, gradient + along
+
+    def only(self, rows: Tensor | slice) -> "Sum":
+        """The same for some of the images."""
+        return Sum(self._first.only(rows), self._second.only(rows))
 
 
 def check_labels(logits: Tensor, y: Tensor, ignore_index: int) -> None:

@@ -16,8 +16,8 @@ from equifast._cheap import DTYPES, autocast
 from equifast._folded import Folded
 from equifast.ascent import Ascent, Progress
 from equifast.balls import STARTS, make
-from equifast.features import Features, evaluating, output
-from equifast.objectives import PAIRINGS, Equivariance, average_predictions, number_of_pairs
+from equifast.features import Features, LogProbabilities, evaluating, output
+from equifast.objectives import PAIRINGS, Equivariance, Objective, average_predictions, number_of_pairs
 from equifast.views import Flip, View, as_set, fast, paper, sample
 
 __all__ = ["PRESETS", "Defended", "DefendedModel", "Preset", "Purifier", "Purify", "purify"]
@@ -41,6 +41,8 @@ class Preset:
         average: views over which :class:`Defended` averages its predictions beside the image; none where empty.
         pairing: ``"anchor"`` or ``"all"``.
         view_gradient: the weight of the gradient through views, 0 to 1.
+        temperature: of the log-probabilities that are compared where the features are the model's own dense output;
+            None for logits as they are.
     """
 
     steps: int
@@ -53,6 +55,7 @@ class Preset:
     average: tuple[View, ...] = ()
     pairing: str = "anchor"
     view_gradient: float = 1.0
+    temperature: float | None = None
 
 
 PRESETS: Mapping[str, Preset] = MappingProxyType(
@@ -118,6 +121,9 @@ class Purifier:
             the gradient is that of the objective. With less the image moves to what its views say more than they to
             what it says; with 0 views are targets, constants to the gradient, and cost a forward pass alone. None for
             what the preset says.
+        temperature: above 0, log-probabilities ``log_softmax(f / temperature)`` over the channels are compared instead
+            of the features f; 0 for f. None for what the preset says where f is the model's own dense output, and for f
+            where it is another.
         reduction: ``"image"`` or ``"pixel"`` (not with ``pairing="all"``).
         stop: a mean similarity over a step's views, in [-1, 1]: an image that has reached it stays as it is, and the
             rest of its batch goes on without it; None for none.
@@ -156,6 +162,7 @@ class Purifier:
         keep: str = "last",
         pairing: str | None = None,
         view_gradient: float | None = None,
+        temperature: float | None = None,
         reduction: str = "image",
         stop: float | None = None,
         average: bool | Sequence[View] | None = None,
@@ -192,6 +199,11 @@ class Purifier:
             if view_gradient is None
             else _checks.number("view_gradient", view_gradient, least=0, most=1)
         )
+        if temperature is None:
+            temperature = base.temperature if features is None else None
+        else:
+            temperature = _checks.number("temperature", temperature, least=0) or None
+        self.temperature = temperature
         self.reduction = reduction
         self.average = base.average
         if isinstance(average, bool):
@@ -236,6 +248,7 @@ class Purifier:
             "views_per_step": self.views_per_step,
             "pairing": self.pairing,
             "view_gradient": self.view_gradient,
+            "temperature": self.temperature,
             "reduction": self.reduction,
             "average": [repr(view) for view in self.average],
             "fold": self.fold,
@@ -318,6 +331,30 @@ class Purifier:
             del bounds[-2]  # none alone, which large convolutions round otherwise
         return [slice(first, last) for first, last in itertools.pairwise(bounds) if first < last]
 
+    def iterates(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> list[Tensor]:
+        """Purify a batch and return the images after every step, the last one the result; arguments as for a call.
+
+        For a purifier with one run that keeps its last iterate and does not stop early. All images run at once.
+
+        Raises:
+            ValueError: as for a call, or where the purifier is another.
+        """
+        self._check_last(1)
+        seen: list[Tensor] = []
+        with self._objective(x, ids, draw, self.views_per_step) as (images, objective, seed, numbers):
+            self.ascent(objective, images, seed=seed, ids=numbers, draw=draw, visit=seen.append)
+        return seen or [images.clone()]
+
+    @contextlib.contextmanager
+    def objective(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Iterator[Objective]:
+        """The mean similarity over a step's views, with its whole gradient, as an objective for an ascent on ``x``.
+
+        A context, in which the model is in eval mode: for attackers who keep an image equivariant.
+        """
+        with self._objective(x, ids, draw, self.views_per_step) as (_, objective, _, _):
+            pairs = number_of_pairs(self.pairing, self.views_per_step or len(self.views))
+            yield objective.whole(1 / pairs)
+
     def _check_last(self, last: int) -> None:
         _checks.integer("last", last, 1, max(1, self.ascent.steps))
         ascent = self.ascent
@@ -355,7 +392,7 @@ class Purifier:
                 if self._folded is not None:
                     features = features.on(self._folded(x, lambda model, images: features.on(model)(images)))
                 objective = Equivariance(
-                    features,
+                    features if self.temperature is None else LogProbabilities(features, self.temperature),
                     self.views,
                     count=count,
                     pairing=self.pairing,
@@ -441,6 +478,16 @@ class Defended(DefendedModel):
         except ValueError:  # a builtin, which does not tell
             pass
         self.purifier = purifier
+
+    def trajectory(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Iterator[Tensor]:
+        """Logits of the images after every step of the purification, one after the other; the last are the model's own.
+
+        Each has the straight-through gradient to ``x``. For a :class:`Purifier` that keeps its last iterate.
+        """
+        if not isinstance(self.purifier, Purifier):
+            raise TypeError(f"purifier is a {type(self.purifier).__name__}; a trajectory is that of a Purifier")
+        for purified in self.purifier.iterates(x, ids, draw):
+            yield self._predict(x, purified + (x - x.detach()), ids, draw)
 
     def forward(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
         """(N, 3, H, W) -> logits, (N, C) or (N, C, h, w)."""

@@ -44,6 +44,10 @@ def theta(name: str, n: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.tensor(THETAS[name], dtype=dtype).repeat(1, n, 1, 1)
 
 
+def _dense_part(model: nn.Module) -> str | None:
+    return "features" if isinstance(model, Classifier) else None
+
+
 # attacks: every one must raise the loss, stay in its ball, and be independent of the batch
 ATTACKS: dict[str, Callable[[Any], attacks.Attack]] = {
     "fgsm": lambda model: attacks.FGSM(model),
@@ -51,6 +55,18 @@ ATTACKS: dict[str, Callable[[Any], attacks.Attack]] = {
     "pgd-l2": lambda model: attacks.PGD(model, steps=5, norm="l2", eps=0.5, step_size=0.15),
     "pgd-restarts": lambda model: attacks.PGD(model, steps=3, restarts=2, keep="best"),
     "mim": lambda model: attacks.MIM(model, steps=5),
+    "ifgsm": lambda model: attacks.IFGSM(model),
+    "cw": lambda model: attacks.CW(model, steps=5, confidence=1.0),
+    "cw-restarts": lambda model: attacks.CW(model, steps=3, restarts=2, keep="best", start="corner"),
+    "houdini": lambda model: attacks.Houdini(model, steps=5),
+    "houdini-l2": lambda model: attacks.Houdini(model, steps=5, norm="l2", eps=0.5, step_size=0.15),
+    "segpgd": lambda model: attacks.SegPGD(model, steps=5),
+    "cospgd": lambda model: attacks.CosPGD(model, steps=5, restarts=2),
+    "apgd": lambda model: attacks.APGD(model, steps=8),
+    "apgd-l2": lambda model: attacks.APGD(model, steps=8, norm="l2", eps=0.5, objective="dlr"),
+    "apgd-targeted": lambda model: attacks.APGD(model, steps=5, objective="targeted-dlr", restarts=2),
+    "adaptive": lambda model: attacks.Adaptive(model, Purifier(model, _dense_part(model)), steps=4, weight=(0, 0.3)),
+    "square": lambda model: attacks.Square(model, steps=40),
 }
 
 # defenses: image to image

@@ -161,6 +161,57 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: attacks.MIM(MODEL, momentum=-1),
         "momentum is -1; it must be a finite number of at least 0",
     ),
+    "temperature": (
+        lambda: Purifier(MODEL, temperature=-1),
+        "temperature is -1; it must be a finite number of at least 0",
+    ),
+    "confidence": (
+        lambda: attacks.CW(MODEL, confidence=-1),
+        "confidence is -1; it must be a finite number of at least 0",
+    ),
+    "objective": (
+        lambda: attacks.APGD(MODEL, objective="margin"),
+        "objective is 'margin'; it must be one of 'ce', 'dlr', 'targeted-dlr'",
+    ),
+    "targeted ratio": (
+        lambda: attacks.APGD(MODEL, objective="dlr", targeted=True),
+        "objective is 'dlr' with targeted; it must be 'ce'",
+    ),
+    "adaptive": (
+        lambda: attacks.PGD(MODEL, adaptive=True),
+        "adaptive is True with keep='last', noise or momentum; it must be with keep='best' alone",
+    ),
+    "adaptive without a purifier": (
+        lambda: attacks.Adaptive(MODEL, defenses.RandomNoise()),  # type: ignore[arg-type]
+        "purifier is a RandomNoise; it must be a Purifier",
+    ),
+    "weight": (
+        lambda: attacks.Adaptive(MODEL, Purifier(MODEL), weight=()),
+        "weight is empty; it must be a number, or several",
+    ),
+    "square in another norm": (
+        lambda: attacks.Square(MODEL, norm="l2"),
+        "norm is 'l2'; for Square it must be 'linf'",
+    ),
+    "share": (lambda: attacks.Square(MODEL, share=0), "share is 0; it must be a finite number above 0"),
+    "draw of an attack": (
+        lambda: attacks.BPDA(attacks.PGD(MODEL), Purifier(MODEL), draw=-1),
+        "draw is -1; it must be an integer from 0 to 65535",
+    ),
+    "draw and eot": (
+        lambda: attacks.BPDA(attacks.PGD(MODEL), Purifier(MODEL), eot=2, draw=0),
+        "draw is given with eot 2; of one draw the expectation is its value",
+    ),
+    "trajectory": (
+        lambda: attacks.BPDA(attacks.PGD(MODEL), defenses.Averaging(MODEL), trajectory=True),
+        "trajectory is True for a Averaging; it must be for a Purifier",
+    ),
+    "too few classes": (
+        lambda: attacks.APGD(cases.dense(classes=3), objective="targeted-dlr")(
+            X, torch.zeros(2, 20, 28, dtype=torch.int64)
+        ),
+        "logits have 3 classes; APGD needs at least 4",
+    ),
     "stop": (lambda: Purifier(MODEL, stop=1.5), "stop is 1.5; it must be"),
     "stop and restarts": (
         lambda: Purifier(MODEL, stop=0.9, restarts=2),

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
+
+from equifast.objectives import confusions
 
 __all__ = ["Estimate", "accuracy", "confusion", "difference", "mean_iou"]
 
@@ -41,12 +42,7 @@ def confusion(prediction: Tensor, labels: Tensor, classes: int, ignore_index: in
         (N, classes, classes) int64: pixels by true class (rows) and predicted class (columns).
     """
     # torchmetrics would do, but importing it imports torchvision, and fails where that does not fit torch
-    n = len(labels)
-    image = torch.arange(n, device=labels.device).view(-1, 1, 1).expand_as(labels)
-    counted = labels != ignore_index
-    cell = (image[counted] * classes + labels[counted]) * classes + prediction[counted]
-    counts = torch.bincount(cell, minlength=n * classes * classes).view(n, classes, classes)
-    matrices: Array = counts.numpy(force=True)
+    matrices: Array = confusions(prediction, labels, classes, ignore_index).numpy(force=True)
     return matrices
 
 
