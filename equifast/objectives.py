@@ -2,23 +2,27 @@
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from equifast import _checks, ops
 from equifast.reference import invert, row_sum
-from equifast.views import Sampled, View, sample
+from equifast.views import Sampled, Turn, View, sample
 
 __all__ = [
     "PAIRINGS",
+    "Agreement",
+    "Contrast",
     "Equivariance",
+    "Invariance",
     "Objective",
     "Scaled",
     "Sum",
     "TaskLoss",
+    "TurnPrediction",
     "average_predictions",
     "confusions",
     "cross_entropies",
@@ -28,6 +32,7 @@ __all__ = [
     "margins",
     "number_of_pairs",
     "pairwise",
+    "pooled",
 ]
 
 PAIRINGS = ("anchor", "all")
@@ -130,18 +135,15 @@ def pairwise(anchor: Tensor, views: Sequence[Tensor], theta: Tensor) -> Tensor:
     return (row_sum(total.flatten(1).square()) - squares) / 2
 
 
-class Equivariance:
-    """How much a model agrees with itself under views: the objective that purification climbs (paper: Eq. 2).
+class Agreement:
+    """The base of what purification climbs: what a model says of an image and of views of it, per view.
+
+    A subclass gives :meth:`columns`; more where it can do with less time or memory than autograd on all views at once.
 
     Args:
         extract: the features F, images (N, 3, H, W) -> (N, C, h, w).
         views: the set of views.
         count: how many of them a step uses, drawn without replacement.
-        pairing: ``"anchor"``, each view with the image; ``"all"``, every pair (``reduction="image"`` only).
-        view_gradient: the weight of the gradient that reaches the image through its views. With 1 it is that of the
-            value; with 0 the features of views are targets, constants to it: the image moves to what its views say, and
-            not they to what it says.
-        reduction: as in :func:`equifast.ops.similarity`.
         seed, ids, draw: the realization, as in :mod:`equifast.rng`.
         autocast: the dtype in which the model runs where autocast lowers it, or None.
     """
@@ -152,9 +154,6 @@ class Equivariance:
         views: Sequence[View],
         *,
         count: int | None,
-        pairing: str,
-        view_gradient: float,
-        reduction: str,
         seed: int,
         ids: Tensor,
         draw: int,
@@ -163,12 +162,12 @@ class Equivariance:
         self._extract = extract
         self._views = views
         self._count = count
-        self._pairing = pairing
-        self._view_gradient = view_gradient
-        self._reduction = reduction
         self._seed, self._ids, self._draw = seed, ids, draw
         self._autocast = autocast
-        self._scales = True
+
+    def columns(self, x: Tensor, sampled: Sequence[Sampled]) -> Tensor:
+        """(N, K), differentiable: what is climbed, view by view."""
+        raise NotImplementedError
 
     def anchor(self, x: Tensor) -> Tensor:
         """F(x) of the image itself, which a model whose first operation is in place must not reach."""
@@ -190,22 +189,12 @@ class Equivariance:
         """The image under views."""
         return rendered(x, sampled)
 
-    def similarities(self, x: Tensor, t: int = 0, count: int | None = None) -> Tensor:
-        """(N, K): similarity of each view to the image, with no graph; all views where ``count`` is None."""
-        with torch.no_grad():
-            anchor = self.anchor(x)
-            columns = [
-                ops.similarity(anchor, [self.features(*self.render(x, [view]))], view.theta[None], self._reduction)
-                for view in self.sample(x, t, count)
-            ]
-        return torch.cat(columns, 1)
-
     @property
     def fixed(self) -> bool:
         """Every step draws its views."""
         return False
 
-    def only(self, rows: Tensor | slice) -> "Equivariance":
+    def only(self, rows: Tensor | slice) -> Self:
         """The same for some of the images, ``rows`` a mask (N,) or a slice."""
         part = copy.copy(self)
         part._ids = self._ids[rows]
@@ -214,15 +203,82 @@ class Equivariance:
     def whole(self, factor: float) -> Objective:
         """``factor`` times this value, with its own gradient: the whole one, and not a multiple of it."""
         part = copy.copy(self)
-        part._view_gradient = 1.0
-        part._scales = False
-        part._autocast = None if self._autocast == torch.float16 else self._autocast  # which needs that
+        part._autocast = None if self._autocast == torch.float16 else self._autocast  # which needs another scale
         return Scaled(part, factor)
+
+    def similarities(self, x: Tensor, t: int = 0, count: int | None = None) -> Tensor:
+        """(N, K): the columns, with no graph; of all views where ``count`` is None."""
+        with torch.no_grad():
+            return self.columns(x, self.sample(x, t, count))
+
+    def value(self, x: Tensor) -> Tensor:
+        """(N,): the sum over all views of the set, as the first step would draw them."""
+        return torch.stack(self.similarities(x).unbind(1)).sum(0)
+
+    def gradient(self, x: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            leaf = _leaf(x)
+            columns = self.columns(leaf, self.sample(x, t, self._count))
+            (gradient,) = _differentiate(columns.sum(), [leaf])
+        return torch.stack(columns.detach().unbind(1)).sum(0), gradient
+
+    def slope(self, x: Tensor, t: int) -> Tensor:
+        """(N, C, H, W) -> the gradient at step ``t``, with a graph of its own derivative by ``x``; no autocast."""
+        full = copy.copy(self)
+        full._autocast = None
+        image = x.view_as(x)
+        with ops.use("reference"):  # the native operators are differentiable once
+            columns = full.columns(image, self.sample(x, t, self._count))
+            return torch.autograd.grad(columns.sum(), image, create_graph=True)[0]
+
+
+class Equivariance(Agreement):
+    """How much a model agrees with itself under views: the objective that purification climbs (paper: Eq. 2).
+
+    Args:
+        extract, views, count, seed, ids, draw, autocast: as in :class:`Agreement`.
+        pairing: ``"anchor"``, each view with the image; ``"all"``, every pair (``reduction="image"`` only).
+        view_gradient: the weight of the gradient that reaches the image through its views. With 1 it is that of the
+            value; with 0 the features of views are targets, constants to it: the image moves to what its views say, and
+            not they to what it says.
+        reduction: as in :func:`equifast.ops.similarity`.
+    """
+
+    def __init__(
+        self,
+        extract: Callable[[Tensor], Tensor],
+        views: Sequence[View],
+        *,
+        pairing: str,
+        view_gradient: float,
+        reduction: str,
+        **rest: Any,
+    ) -> None:
+        super().__init__(extract, views, **rest)
+        self._pairing = pairing
+        self._view_gradient = view_gradient
+        self._reduction = reduction
+        self._scales = True
+
+    def similarities(self, x: Tensor, t: int = 0, count: int | None = None) -> Tensor:
+        """(N, K): similarity of each view to the image, with no graph, one view at a time."""
+        with torch.no_grad():
+            anchor = self.anchor(x)
+            columns = [
+                ops.similarity(anchor, [self.features(*self.render(x, [view]))], view.theta[None], self._reduction)
+                for view in self.sample(x, t, count)
+            ]
+        return torch.cat(columns, 1)
+
+    def whole(self, factor: float) -> Objective:
+        part = copy.copy(self)
+        part._view_gradient, part._scales = 1.0, False
+        return Agreement.whole(part, factor)
 
     def value(self, x: Tensor) -> Tensor:
         """(N,): the sum over all views of the set, as the first step would draw them."""
         if self._pairing != "all":
-            return torch.stack(self.similarities(x).unbind(1)).sum(0)
+            return super().value(x)
         with torch.no_grad():
             return self._all_pairs(x, x, self.sample(x, 0, None))[0]
 
@@ -282,7 +338,6 @@ class Equivariance:
         return _scale(features) if self._scales else None
 
     def slope(self, x: Tensor, t: int) -> Tensor:
-        """(N, C, H, W) -> the gradient at step ``t``, with a graph of its own derivative by ``x``; no autocast."""
         sampled = self.sample(x, t, self._count)
         full = copy.copy(self)
         full._autocast = None
@@ -309,6 +364,79 @@ class Equivariance:
         views = [self.features(view) for view in self.render(source, sampled)]
         value = pairwise(anchor, views, torch.stack([view.theta for view in sampled]))
         return value, torch.ones_like(value) if scale is None else scale.to(value.dtype)
+
+
+def pooled(features: Tensor) -> Tensor:
+    """(N, C, h, w) -> (N, C): means over positions, in float32 or wider."""
+    n, c, h, w = features.shape
+    wide = features.to(torch.promote_types(features.dtype, torch.float32))
+    return row_sum(wide.reshape(n * c, h * w)).view(n, c) / (h * w)
+
+
+class Invariance(Agreement):
+    """Cosine similarity of pooled features of an image and of each view: what is there, and not where."""
+
+    def columns(self, x: Tensor, sampled: Sequence[Sampled]) -> Tensor:
+        anchor = functional.normalize(pooled(self.anchor(x)), eps=1e-6)
+        others = [functional.normalize(pooled(self.features(v)), eps=1e-6) for v in self.render(x, sampled)]
+        return torch.stack([row_sum(anchor * other) for other in others], 1)
+
+
+class TurnPrediction(Agreement):
+    """How well a head tells by how many quarters an image was turned: log-probabilities (Shi et al. 2020).
+
+    Args:
+        head: pooled features (N, C) -> logits (N, 4). The views are of the class :class:`equifast.views.Turn`.
+    """
+
+    def __init__(
+        self, extract: Callable[[Tensor], Tensor], views: Sequence[View], *, head: nn.Module, **rest: Any
+    ) -> None:
+        super().__init__(extract, views, **rest)
+        self._head = head
+
+    def columns(self, x: Tensor, sampled: Sequence[Sampled]) -> Tensor:
+        found = []
+        for drawn, view in zip(sampled, self.render(x, sampled), strict=True):
+            assert isinstance(drawn.view, Turn)
+            found.append(self._head(pooled(self.features(view))).log_softmax(1)[:, drawn.view.quarters])
+        return torch.stack(found, 1)
+
+
+class Contrast(Agreement):
+    """Whether a head tells views of an image from a bank of other images: log-probabilities (Mao et al. 2021).
+
+    Of each view, that its embedding belongs to the image's rather than to one of the bank (Chen et al. 2020, Eq. 1).
+
+    Args:
+        head: pooled features (N, C) -> embeddings (N, D).
+        bank: (B, D) embeddings of other images, at unit length.
+        temperature: what cosines are divided by.
+    """
+
+    def __init__(
+        self,
+        extract: Callable[[Tensor], Tensor],
+        views: Sequence[View],
+        *,
+        head: nn.Module,
+        bank: Tensor,
+        temperature: float,
+        **rest: Any,
+    ) -> None:
+        super().__init__(extract, views, **rest)
+        self._head, self._bank, self._temperature = head, bank, temperature
+
+    def columns(self, x: Tensor, sampled: Sequence[Sampled]) -> Tensor:
+        anchor = functional.normalize(self._head(pooled(self.anchor(x))))
+        found = []
+        for view in self.render(x, sampled):
+            other = functional.normalize(self._head(pooled(self.features(view))))
+            same = row_sum(anchor * other)[:, None]
+            different = (other[:, None] * self._bank.to(other.dtype)).sum(2)  # no product of matrices: N has no say
+            logits = torch.cat((same, different), 1) / self._temperature
+            found.append(logits.log_softmax(1)[:, 0])
+        return torch.stack(found, 1)
 
 
 def _warped_back(

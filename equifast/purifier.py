@@ -17,7 +17,7 @@ from equifast._folded import Folded
 from equifast.ascent import Ascent, Progress
 from equifast.balls import STARTS, make
 from equifast.features import Features, LogProbabilities, evaluating, output
-from equifast.objectives import PAIRINGS, Equivariance, Objective, average_predictions, number_of_pairs
+from equifast.objectives import PAIRINGS, Agreement, Equivariance, Objective, average_predictions, number_of_pairs
 from equifast.views import Flip, View, as_set, fast, paper, sample
 
 __all__ = ["PRESETS", "Defended", "DefendedModel", "Preset", "Purifier", "Purify", "purify"]
@@ -79,6 +79,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             momentum=1.0,
             average=(Flip(),),
             view_gradient=0.15,
+            temperature=2.0,
         ),
         "strong": Preset(
             steps=8,
@@ -378,8 +379,13 @@ class Purifier:
 
     @contextlib.contextmanager
     def _objective(
-        self, x: Tensor, ids: Tensor | None, draw: int, count: int | None
-    ) -> Iterator[tuple[Tensor, Equivariance, int, Tensor]]:
+        self,
+        x: Tensor,
+        ids: Tensor | None,
+        draw: int,
+        count: int | None,
+        make: Callable[..., Agreement] | None = None,
+    ) -> Iterator[tuple[Tensor, Agreement, int, Tensor]]:
         # checked under the caller's grad mode; the rest runs outside inference mode, whose tensors autograd refuses
         with torch.inference_mode(False):
             x = _checks.images("x", x, channels=3).detach()
@@ -391,19 +397,19 @@ class Purifier:
                 features = self._features
                 if self._folded is not None:
                     features = features.on(self._folded(x, lambda model, images: features.on(model)(images)))
-                objective = Equivariance(
-                    features if self.temperature is None else LogProbabilities(features, self.temperature),
-                    self.views,
-                    count=count,
-                    pairing=self.pairing,
-                    view_gradient=self.view_gradient,
-                    reduction=self.reduction,
-                    seed=seed,
-                    ids=numbers,
-                    draw=draw,
-                    autocast=autocast(self.dtype, x),
-                )
-                yield x, objective, seed, numbers
+                rest = {"count": count, "seed": seed, "ids": numbers, "draw": draw, "autocast": autocast(self.dtype, x)}
+                yield x, (make or self._agreement)(features, **rest), seed, numbers
+
+    def _agreement(self, features: Features, **rest: Any) -> Agreement:
+        """What is climbed."""
+        return Equivariance(
+            features if self.temperature is None else LogProbabilities(features, self.temperature),
+            self.views,
+            pairing=self.pairing,
+            view_gradient=self.view_gradient,
+            reduction=self.reduction,
+            **rest,
+        )
 
 
 def purify(model: Callable[[Tensor], Any], x: Tensor, **settings: Any) -> Tensor:

@@ -19,6 +19,7 @@ VIEWS: dict[str, views.View] = {
     "resize-range": views.Resize((0.5, 1.5), (0.8, 1.2)),
     "rotation": views.Rotation(15),
     "rotation-90": views.Rotation(90),
+    "turn": views.Turn(1),
     "shift": views.Shift(0.2),
     "jitter": views.ColorJitter(),
     "composed": views.Compose(
@@ -69,6 +70,12 @@ ATTACKS: dict[str, Callable[[Any], attacks.Attack]] = {
     "square": lambda model: attacks.Square(model, steps=40),
 }
 
+
+def fitted(purifier: Any) -> Any:
+    """A defense with a head, after a short training."""
+    return purifier.fit([images(12, seed=1), images(4, seed=2)], epochs=5)
+
+
 # defenses: image to image
 PURIFIERS: dict[str, Callable[[nn.Module], Any]] = {
     "fast": lambda model: Purifier(model, preset="fast"),
@@ -81,6 +88,9 @@ PURIFIERS: dict[str, Callable[[nn.Module], Any]] = {
     "l2": lambda model: Purifier(model, steps=2, norm="l2", eps=1.0, noise=True, start="uniform"),
     "restarts": lambda model: Purifier(model, steps=2, restarts=2, keep="best", momentum=0.9),
     "stopping": lambda model: Purifier(model, steps=3, stop=0.9),
+    "invariance": lambda model: defenses.Invariance(model, steps=2),
+    "rotation": lambda model: fitted(defenses.Rotation(model, steps=2)),
+    "contrastive": lambda model: fitted(defenses.Contrastive(model, steps=2)),
     "random": lambda model: defenses.RandomNoise(),
     "random-normal": lambda model: defenses.RandomNoise(0.05, "normal"),
 }
