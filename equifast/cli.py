@@ -1,4 +1,4 @@
-"""The command line: ``equifast demo``, ``equifast purify``, ``equifast bench``, ``equifast doctor``."""
+"""The command line: ``equifast demo``, ``purify``, ``evaluate``, ``bench`` and ``doctor``."""
 
 import hashlib
 import json
@@ -22,11 +22,13 @@ from torch import Tensor, nn
 from equifast import _C, __version__, ops
 from equifast._allocator import keep_freed_memory
 from equifast._cheap import has_fast_bfloat16
+from equifast.defenses import Averaging, Invariance, RandomNoise
 from equifast.demo import report
-from equifast.evaluate import PARTS, profile_step
+from equifast.evaluate import PARTS, Evaluation, Report, Strength, adaptive, known, open_data, profile_step
 from equifast.features import Features, evaluating, suggest
 from equifast.models import find_images, first_line, load_model, read_image, write_image
-from equifast.purifier import PRESETS, Purifier
+from equifast.purifier import PRESETS, Defended, DefendedModel, Purifier
+from equifast.views import Flip
 
 __all__ = ["app"]
 
@@ -204,13 +206,11 @@ def bench(
     device: Device = "cpu",
 ) -> None:
     """Show where a step of purification goes, on random images."""
-    match = re.fullmatch(r"(\d+)x(\d+)", size)
-    if match is None or "0" in match.groups():
-        raise typer.BadParameter(f"{size!r} is no size such as 176x240")
+    height, width = _size(size)
     try:
         network = load_model(model).to(_device(device))
         generator = torch.Generator().manual_seed(0)
-        x = torch.rand(images, 3, int(match[1]), int(match[2]), generator=generator).to(_device(device))
+        x = torch.rand(images, 3, height, width, generator=generator).to(_device(device))
         where = features if features is not None else _find_features(network, x)
         purifier = Purifier(network, where, preset)
         profile = profile_step(purifier, x, rounds)
@@ -234,6 +234,127 @@ def bench(
         markup=False,
         soft_wrap=True,
     )
+
+
+DEFENSES = ("none", "random", "averaging", "flip", "invariance", *PRESETS)
+
+
+@app.command()
+def evaluate(
+    data: Annotated[
+        Path,
+        typer.Argument(
+            help="An .npz file of images and labels; a folder of images/ and labels/; or "
+            "one with a folder for each class."
+        ),
+    ],
+    output: Output,
+    model: Model,
+    features: WhereFeatures = None,
+    defense: Annotated[
+        list[str] | None, typer.Option(help=f"Any of {', '.join(DEFENSES)}; none, averaging and fast where not given.")
+    ] = None,
+    attack: Annotated[
+        list[str] | None,
+        typer.Option(help="Attackers by name (PGD, APGD, BPDA, ...); PGD, through averaging and BPDA where not given."),
+    ] = None,
+    protocol: Annotated[str | None, typer.Option(help="adaptive: the attackers who know, instead of --attack.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="8 images, fewer steps, draws and queries: a look.")] = False,
+    images: Annotated[int | None, typer.Option(min=1, help="How many images, evenly over the data.")] = None,
+    size: Annotated[str | None, typer.Option(help="Height and width that image files are resized to.")] = None,
+    eps: Annotated[str, typer.Option(help="Radius of the attacks, as 4/255.")] = "4/255",
+    purify_eps: Annotated[str, typer.Option(help="Radius of the defenses, as 6/255.")] = "6/255",
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the attacks.")] = 20,
+    eot: Annotated[int, typer.Option(min=1, help="Draws per step of attackers with an expectation.")] = 20,
+    queries: Annotated[int, typer.Option(min=1, help="Queries of the black box.")] = 500,
+    batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 4,
+    seed: Annotated[int, typer.Option(help="Seed of defenses; attacks have the next.")] = 0,
+) -> None:
+    """Attack defended models and tell what is left: a table, table.json, and a record for each image and cell.
+
+    Started again with the same settings it computes what is missing.
+    """
+    try:
+        network = load_model(model)
+        shape = None if size is None else _size(size)
+        if quick and images is None:
+            images = min(8, len(open_data(data, None, shape)))  # type: ignore[arg-type]
+        chosen = open_data(data, images, shape)
+        strength = Strength(eps=_fraction(eps), steps=steps, eot=eot, queries=queries, seed=seed + 1)
+        strength = strength.quick if quick else strength
+        if features is None:
+            features = _find_features(network, chosen[0][0][None])
+        rows = {
+            name: _defended(name, network, features, _fraction(purify_eps), seed)
+            for name in defense or ("none", "averaging", "fast")
+        }
+        if protocol not in (None, "adaptive"):
+            raise ValueError(f"protocol is {protocol!r}; it must be 'adaptive'")
+        if protocol is not None and attack:
+            raise ValueError("protocol is given with attacks; it brings its own")
+        everyone = known(strength)
+        wanted = attack or ("PGD", "through averaging", "BPDA")
+        for name in wanted:
+            if name not in everyone:
+                raise ValueError(f"attack is {name!r}; it must be one of {', '.join(everyone)}")
+        attackers = [everyone[name] for name in wanted] if protocol is None else adaptive(strength)
+        arguments = {"data set": str(data), "size": size, "spec": model, "features": features}
+        evaluation = Evaluation(network, chosen, attackers, rows, eps=strength.eps, batch=batch, arguments=arguments)
+        with _progress() as progress:
+            task = progress.add_task("starting", total=1.0)
+            report = evaluation.run(
+                output,
+                lambda what, done, total: progress.update(task, description=what, completed=done, total=total),
+            )
+        part = output / "table.json.partial"
+        part.write_text(json.dumps(report.document(), indent=2) + "\n")
+        part.replace(output / "table.json")
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        raise _fail(first_line(error)) from error
+    _print(report)
+
+
+def _defended(name: str, network: nn.Module, features: str | None, eps: float, seed: int) -> DefendedModel:
+    if name == "averaging":
+        return Averaging(network, seed=seed)
+    if name == "flip":
+        return Averaging(network, [Flip()], seed=seed)
+    if name == "none":
+        return Defended(network, _nothing)
+    if name == "random":
+        return Defended(network, RandomNoise(eps, seed=seed))
+    if name == "invariance":
+        return Defended(network, Invariance(network, features, eps=eps, seed=seed))
+    if name in PRESETS:
+        return Defended(network, Purifier(network, features, name, eps, seed))
+    raise ValueError(f"defense is {name!r}; it must be one of {', '.join(DEFENSES)}")
+
+
+def _nothing(x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
+    return x.detach()
+
+
+def _print(report: Report) -> None:
+    rows = report.table()
+    attackers = list(dict.fromkeys(attack for row in rows.values() for attack in row if attack != "worst"))
+    if any("worst" in row for row in rows.values()):
+        attackers.append("worst")
+    table = Table(title=f"{report.figure}, {report.images} images, ± standard error by bootstrap over images")
+    for heading in ("", *rows):
+        table.add_column(heading, justify="right" if heading else "left")
+    for attack in attackers:
+        table.add_row(attack, *(str(row.get(attack, "")) for row in rows.values()))
+    table.add_row("s/image", *(f"{report.seconds[defense]['clean'][0]:.3f}" for defense in rows))
+    _out.print(table)
+    for warning in report.warnings():
+        _out.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if match is None:
+        raise typer.BadParameter(f"{text!r} is no size such as 176x240")
+    return int(match[1]), int(match[2])
 
 
 def _device(name: str) -> torch.device:

@@ -13,10 +13,9 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from equifast import demo
+from equifast.evaluate.data import SUFFIXES
 
 __all__ = ["SUFFIXES", "Normalized", "find_images", "first_line", "load_model", "read_image", "write_image"]
-
-SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
 
 
 class Normalized(nn.Module):

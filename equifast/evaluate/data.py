@@ -1,0 +1,148 @@
+"""Labeled images from files: what an evaluation runs on."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+__all__ = ["SUFFIXES", "Arrays", "ClassFolders", "LabelFolders", "open_data"]
+
+SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
+
+Item = tuple[Tensor, Tensor]
+"""An image (3, H, W) float32 in [0, 1], and its label: a number, or (H, W), int64."""
+
+
+def _pick(total: int, count: int | None, what: str) -> list[int]:
+    """Indices evenly over a data set, so that a few images are of all of it."""
+    if total == 0:
+        raise ValueError(f"{what} has no images")
+    if count is None:
+        return list(range(total))
+    if not 1 <= count <= total:
+        raise ValueError(f"images is {count}; {what} has {total}")
+    return [int(i) for i in np.linspace(0, total - 1, count).round()]
+
+
+class Arrays(Dataset[Item]):
+    """An ``.npz`` file with ``images``, uint8 (N, H, W, 3), and ``labels``, integers (N,) or (N, H, W).
+
+    Args:
+        path: the file.
+        images: how many, evenly over all of them; None for all.
+    """
+
+    def __init__(self, path: Path, images: int | None = None) -> None:
+        with np.load(path) as arrays:
+            if not {"images", "labels"} <= set(arrays.files):
+                raise ValueError(f"{path} has {', '.join(arrays.files) or 'nothing'}; it must have images and labels")
+            pixels, labels = arrays["images"], arrays["labels"]
+        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3 or len(pixels) != len(labels):
+            raise ValueError(
+                f"{path} has images {pixels.shape} of {pixels.dtype} and {len(labels)} labels; "
+                "it must have as many, uint8 (N, H, W, 3)"
+            )
+        rows = _pick(len(labels), images, str(path))
+        self._pixels, self._labels = pixels[rows], labels[rows].astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> Item:
+        pixels = torch.from_numpy(self._pixels[index]).permute(2, 0, 1)
+        return pixels.float().div(255).contiguous(), torch.as_tensor(self._labels[index])
+
+
+class _Files(Dataset[Item]):
+    """Image files, resized where a size is given."""
+
+    def __init__(self, paths: list[Path], folder: Path, images: int | None, size: tuple[int, int] | None) -> None:
+        self._paths = [paths[i] for i in _pick(len(paths), images, str(folder))]
+        self._size = size
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def _image(self, path: Path) -> Tensor:
+        with Image.open(path) as file:
+            image = file.convert("RGB")
+        if self._size is not None:  # PIL's bilinear resize is antialiased
+            image = image.resize(self._size[::-1], Image.Resampling.BILINEAR)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div(255).contiguous()
+
+
+def _images_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+
+
+class LabelFolders(_Files):
+    """A folder with ``images`` and ``labels``: PNG files of the same names, a pixel's class its gray value, 255 none.
+
+    Args:
+        folder: that folder.
+        images: how many, evenly over all of them by name; None for all.
+        size: (height, width) to which both are resized; None for none.
+    """
+
+    def __init__(self, folder: Path, images: int | None = None, size: tuple[int, int] | None = None) -> None:
+        super().__init__(_images_in(folder / "images"), folder / "images", images, size)
+        self._labels = [folder / "labels" / f"{path.stem}.png" for path in self._paths]
+        for path in self._labels:
+            if not path.is_file():
+                raise ValueError(f"{path} is not there; every image must have a file of labels")
+
+    def __getitem__(self, index: int) -> Item:
+        with Image.open(self._labels[index]) as file:
+            if file.mode not in ("L", "P"):
+                raise ValueError(f"{self._labels[index]} has mode {file.mode}; it must be gray or indexed")
+            label = file if self._size is None else file.resize(self._size[::-1], Image.Resampling.NEAREST)
+            y = torch.from_numpy(np.array(label)).long()
+        x = self._image(self._paths[index])
+        if x.shape[1:] != y.shape:
+            raise ValueError(f"{self._labels[index]} has size {tuple(y.shape)}; its image has {tuple(x.shape[1:])}")
+        return x, y
+
+
+class ClassFolders(_Files):
+    """A folder with a folder of images for each class; classes are numbered in the order of their names.
+
+    Args:
+        folder, images, size: as for :class:`LabelFolders`.
+    """
+
+    def __init__(self, folder: Path, images: int | None = None, size: tuple[int, int] | None = None) -> None:
+        names = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        super().__init__([path for name in names for path in _images_in(folder / name)], folder, images, size)
+        self._classes = {name: number for number, name in enumerate(names)}
+
+    def __getitem__(self, index: int) -> Item:
+        path = self._paths[index]
+        return self._image(path), torch.tensor(self._classes[path.parent.name])
+
+
+def open_data(path: str | Path, images: int | None = None, size: tuple[int, int] | None = None) -> Dataset[Item]:
+    """The labeled images that a path holds.
+
+    Args:
+        path: an ``.npz`` file (:class:`Arrays`), a folder with ``images`` and ``labels`` (:class:`LabelFolders`), or
+            one with a folder for each class (:class:`ClassFolders`).
+        images: how many, evenly over all of them; None for all.
+        size: (height, width) to which files are resized; None for none.
+
+    Raises:
+        ValueError: if it holds none, in one sentence.
+        OSError: if it cannot be read.
+    """
+    path = Path(path)
+    if path.suffix == ".npz":
+        if size is not None:
+            raise ValueError(f"size is given for {path}; arrays are taken as they are")
+        return Arrays(path, images)
+    if not path.is_dir():
+        raise ValueError(f"{path} is neither a folder nor an .npz file")
+    if (path / "images").is_dir() and (path / "labels").is_dir():
+        return LabelFolders(path, images, size)
+    return ClassFolders(path, images, size)

@@ -1,0 +1,134 @@
+"""Attackers who know a defense: the adaptive protocol."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from equifast import attacks
+from equifast.attacks import BPDA, PGD
+from equifast.defenses import Averaging
+from equifast.evaluate.study import Attacked, Attacker
+from equifast.purifier import Defended, DefendedModel, Purifier
+
+__all__ = ["Strength", "adaptive", "known"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strength:
+    """How hard attackers try.
+
+    Args:
+        eps: radius of the ball, in units of image values.
+        step_size: length of a step; a quarter of the radius where None.
+        steps: of every attack with gradients.
+        eot: draws per step of attackers who take an expectation over the defense's randomness.
+        queries: of the black box.
+        weights: of the similarity in :class:`equifast.attacks.Adaptive`.
+        last: steps of the ascent that the unrolled gradient goes through.
+        seed: of the attacks.
+        dtype: of the attacks' gradients.
+    """
+
+    eps: float = 4 / 255
+    step_size: float | None = None
+    steps: int = 20
+    eot: int = 20
+    queries: int = 500
+    weights: tuple[float, ...] = (0.1, 1.0, 10.0)
+    last: int = 2
+    seed: int = 1
+    dtype: str = "auto"
+
+    def settings(self, **changed: Any) -> dict[str, Any]:
+        """Of an iterated attack."""
+        size = self.eps / 4 if self.step_size is None else self.step_size
+        chosen = {"eps": self.eps, "step_size": size, "steps": self.steps, "seed": self.seed, "dtype": self.dtype}
+        return {**chosen, **changed}
+
+    @property
+    def quick(self) -> "Strength":
+        """The same with less patience: a look, not a figure."""
+        return Strength(
+            eps=self.eps, step_size=self.step_size, steps=10, eot=4, queries=100, weights=(1.0,), last=1, seed=self.seed
+        )
+
+
+def _purifier(defended: DefendedModel) -> Purifier | None:
+    """The purifier of a defended model, where it has one with a single run that keeps its last iterate."""
+    purifier = defended.purifier if isinstance(defended, Defended) else None
+    if not isinstance(purifier, Purifier) or purifier.ascent.steps == 0:
+        return None
+    single = purifier.ascent.restarts == 1 and purifier.ascent.keep == "last" and purifier.ascent.stop is None
+    return purifier if single else None
+
+
+def known(strength: Strength) -> dict[str, Attacker]:
+    """Attackers by name, all of one strength."""
+    s = strength
+
+    def plain(kind: type[attacks.Attack], **changed: Any) -> Callable[[nn.Module, DefendedModel], Attacked]:
+        return lambda model, defended: kind(model, **s.settings(**changed))
+
+    def knowing(eot: int = 1, **how: Any) -> Callable[[nn.Module, DefendedModel], Attacked]:
+        return lambda model, defended: BPDA(PGD(model, **s.settings()), defended, eot, **how)
+
+    def trajectory(model: nn.Module, defended: DefendedModel) -> Attacked | None:
+        if _purifier(defended) is None:
+            return None
+        return BPDA(PGD(model, **s.settings()), defended, trajectory=True)
+
+    def unrolled(model: nn.Module, defended: DefendedModel) -> Attacked | None:
+        purifier = _purifier(defended)
+        if purifier is None:
+            return None
+        through = Defended(model, purifier, gradient="unrolled", last=min(s.last, purifier.ascent.steps))
+        return BPDA(PGD(model, **s.settings(dtype="float32")), through)
+
+    def both(model: nn.Module, defended: DefendedModel) -> Attacked | None:
+        purifier = _purifier(defended)
+        if purifier is None:
+            return None
+        return BPDA(attacks.Adaptive(model, purifier, weight=s.weights, **s.settings()), defended)
+
+    def averaging(model: nn.Module, defended: DefendedModel) -> Attacked:
+        return BPDA(PGD(model, **s.settings()), Averaging(model))
+
+    def square(model: nn.Module, defended: DefendedModel) -> Attacked:
+        return BPDA(attacks.Square(model, eps=s.eps, steps=s.queries, seed=s.seed), defended)
+
+    apgd = s.settings()
+    del apgd["step_size"]
+    found = [
+        Attacker("FGSM", lambda model, defended: attacks.FGSM(model, eps=s.eps, seed=s.seed), knows=False),
+        *(
+            Attacker(kind.__name__, plain(kind), knows=False)
+            for kind in (PGD, attacks.MIM, attacks.CW, attacks.Houdini, attacks.SegPGD, attacks.CosPGD)
+        ),
+        Attacker("APGD", lambda model, defended: attacks.APGD(model, **apgd), knows=False),
+        Attacker("through averaging", averaging, knows=False),
+        Attacker("BPDA, one draw", knowing(draw=0)),
+        Attacker("BPDA", knowing()),
+        Attacker(f"BPDA, {s.eot} draws", knowing(s.eot)),
+        Attacker("BPDA, trajectory", trajectory),
+        Attacker("unrolled", unrolled),
+        Attacker("Adaptive", both),
+        Attacker(f"Square, {s.queries} queries", square),
+    ]
+    return {attacker.name: attacker for attacker in found}
+
+
+def adaptive(strength: Strength) -> list[Attacker]:
+    """The attackers of the adaptive protocol, from one who knows nothing to those who know all but the next draw.
+
+    PGD on the model, whose points every defense is tested on; the attack through averaging over views; BPDA that knows
+    the defender's draw; BPDA with expectation; along the trajectory; unrolled through the last steps; the paper's
+    adaptive attack; and random search.
+    """
+    everyone = known(strength)
+    names = (
+        *("PGD", "through averaging", "BPDA, one draw", f"BPDA, {strength.eot} draws", "BPDA, trajectory", "unrolled"),
+        *("Adaptive", f"Square, {strength.queries} queries"),
+    )
+    return [everyone[name] for name in names]

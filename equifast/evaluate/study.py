@@ -1,0 +1,462 @@
+"""Attackers against defenses, image by image: what is recorded, and what a table makes of it."""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from equifast import __version__, _checks
+from equifast.evaluate.metrics import Estimate, accuracy, confusion, difference, mean_iou
+from equifast.evaluate.worst import worst_accuracy, worst_iou
+from equifast.features import evaluating, output
+from equifast.purifier import DefendedModel, Purifier
+
+__all__ = ["Attacker", "Evaluation", "Report"]
+
+Array = NDArray[Any]
+Attacked = Callable[..., Tensor]
+"""``(x, y, ids, progress=...) -> x``, as attacks are."""
+Advance = Callable[[str, float, float], object]
+"""Called as ``(what, done, total)``: what is under way, and seconds of work, of which the total is an estimate."""
+
+CLEAN = "clean"
+
+
+@dataclass(frozen=True)
+class Attacker:
+    """A column of the table.
+
+    Args:
+        name: its heading.
+        make: ``(model, defended) -> attack``, or None where it is no attacker of that defense.
+        knows: whether the attack depends on the defense; where not, its images are attacked once for all defenses.
+    """
+
+    name: str
+    make: Callable[[nn.Module, DefendedModel], Attacked | None]
+    knows: bool = True
+
+
+def describe(thing: object) -> Any:
+    """Settings of an attack or a defense, as values that JSON can hold: what decides its results."""
+    if isinstance(thing, Purifier):
+        return {"class": type(thing).__name__, **thing.settings(), "views": [repr(v) for v in thing.views]}
+    if isinstance(thing, nn.Module | Tensor):
+        state = thing.state_dict().values() if isinstance(thing, nn.Module) else [thing]
+        tensors = hashlib.sha256()
+        for tensor in state:
+            tensors.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        kept = {} if not isinstance(thing, DefendedModel) else _attributes(thing, skip=("model", "predictor"))
+        return {"class": type(thing).__name__, "tensors": tensors.hexdigest()[:16], **kept}
+    if isinstance(thing, Mapping):
+        return {str(key): describe(value) for key, value in thing.items()}
+    if isinstance(thing, list | tuple):
+        return [describe(value) for value in thing]
+    if thing is None or isinstance(thing, bool | int | float | str):
+        return thing
+    if type(thing).__module__.partition(".")[0] == "equifast" and hasattr(thing, "__dict__"):
+        return {"class": type(thing).__name__, **_attributes(thing)}
+    return getattr(thing, "__qualname__", type(thing).__name__)
+
+
+def _attributes(thing: object, skip: Sequence[str] = ()) -> dict[str, Any]:
+    return {
+        name: describe(value)
+        for name, value in sorted(vars(thing).items())
+        if name not in skip
+        and not name.startswith(("_modules", "_parameters", "_buffers", "_cheap"))
+        and not (isinstance(thing, nn.Module) and name.startswith("_"))
+        and name != "training"
+    }
+
+
+@dataclass(frozen=True)
+class _Image:
+    key: str  # of the image and its label, whatever its place in the data
+    id: int
+    index: int
+    shape: tuple[int, ...]
+
+
+def _images(data: Dataset[Any]) -> list[_Image]:
+    """The images of a data set in an order of their own: that of the digests of image and label."""
+    found, seen = [], dict[str, int]()
+    for index in range(len(cast(Sized, data))):
+        x, y = _item(data, index)
+        digest = hashlib.sha256()
+        for tensor in (x, y):
+            digest.update(repr((tuple(tensor.shape), tensor.dtype)).encode())
+            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        key = digest.hexdigest()[:16]
+        again = seen[key] = seen.get(key, -1) + 1
+        found.append(_Image(key if not again else f"{key}-{again}", int(key[:15], 16), index, tuple(x.shape)))
+    if not found:
+        raise ValueError("data has no images; there must be at least one")
+    return sorted(found, key=lambda image: image.key)
+
+
+def _item(data: Dataset[Any], index: int) -> tuple[Tensor, Tensor]:
+    x, y = data[index][:2]
+    y = torch.as_tensor(y)
+    if not isinstance(x, Tensor) or x.dim() != 3 or not x.is_floating_point():
+        got = f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"data has an image that is {got}; it must be (3, H, W), floating point, in [0, 1]")
+    if y.dtype != torch.int64 or y.dim() not in (0, 2):
+        raise ValueError(f"data has a label {tuple(y.shape)} of {y.dtype}; it must be a number or (H, W), int64")
+    return x, y
+
+
+class Evaluation:
+    """Every attacker against every defense, on every image; each result is recorded once, and whole.
+
+    Started again in the same folder it computes what is missing. Results depend on the image and not on its place among
+    the others: its random numbers are those of the digest of image and label.
+
+    Args:
+        model: the undefended model, images (N, 3, H, W) in [0, 1] -> logits.
+        data: a map-style data set of (image, label).
+        attackers: the columns; ``clean`` images are always there.
+        defenses: the rows, models that predict: :class:`equifast.Defended`, :class:`equifast.defenses.Averaging`, or
+            whatever takes ``(x, ids, draw)``.
+        eps: the radius that no attack may leave, in the largest norm; None for attacks in another.
+        batch: images at a time.
+        ignore_index: the dense label that does not count.
+        arguments: what else decides the results, as values that JSON can hold.
+
+    Raises:
+        ValueError: for data without images, names that are given twice or are taken.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Dataset[Any],
+        attackers: Sequence[Attacker],
+        defenses: Mapping[str, DefendedModel],
+        *,
+        eps: float | None,
+        batch: int = 4,
+        ignore_index: int = 255,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.model, self.data = model, data
+        self.attackers, self.defenses = tuple(attackers), dict(defenses)
+        names = [CLEAN, *(attacker.name for attacker in attackers)]
+        if len(set(names)) < len(names):
+            raise ValueError(f"attackers are {', '.join(names[1:])}; names must differ, and from {CLEAN!r}")
+        if not defenses:
+            raise ValueError("defenses is empty; there must be at least one")
+        self.eps = None if eps is None else _checks.number("eps", eps, above=0)
+        self.batch = _checks.integer("batch", batch, 1, 2**31)
+        self.ignore_index = ignore_index
+        self.images = _images(data)
+        self._arguments = {**(arguments or {}), "version": __version__, "model": describe(model), "eps": eps}
+        self._dense = _item(data, 0)[1].dim() == 2
+
+    def run(self, folder: str | Path, progress: Advance | None = None) -> "Report":
+        """Compute what the folder lacks, and the table of all.
+
+        Args:
+            folder: where ``study.json`` and ``records.jsonl`` are kept.
+            progress: told of seconds, done and estimated, after every batch.
+
+        Raises:
+            ValueError: if the folder holds results of other data or settings, with what changed; if an attack leaves
+                its ball or [0, 1]; if a defense returns another shape than the model.
+            OSError: if it cannot be written; what was, stays readable.
+        """
+        folder = Path(folder)
+        cells = self._cells()
+        with _Records(folder, self._manifest(cells)) as records:
+            missing = self._missing(cells, records)
+            clock = _Clock(missing, progress)
+            for batch in self._batches():
+                self._run(batch, cells, records, clock)
+            return Report(self, cells, records.results)
+
+    def _cells(self) -> dict[tuple[str, str], Attacked | None]:
+        """What attacks each (defense, attacker); None for clean images. Cells that have no attacker are left out."""
+        cells: dict[tuple[str, str], Attacked | None] = {}
+        for attacker in self.attackers:
+            shared = None if attacker.knows else attacker.make(self.model, next(iter(self.defenses.values())))
+            for name, defended in self.defenses.items():
+                attack = attacker.make(self.model, defended) if attacker.knows else shared
+                if attack is not None:
+                    cells[name, attacker.name] = attack
+        return {**{(name, CLEAN): None for name in self.defenses}, **cells}
+
+    def _manifest(self, cells: Mapping[tuple[str, str], Attacked | None]) -> dict[str, Any]:
+        data = hashlib.sha256("".join(image.key for image in self.images).encode()).hexdigest()[:16]
+        made = {f"{defense} / {attack}": describe(made) for (defense, attack), made in cells.items()}
+        return {
+            **self._arguments,
+            "data": {"images": len(self.images), "digest": data},
+            "defenses": {name: describe(defended) for name, defended in self.defenses.items()},
+            "attackers": made,
+        }
+
+    def _batches(self) -> Iterator[list[_Image]]:
+        batch: list[_Image] = []
+        for image in sorted(self.images, key=lambda image: image.shape):
+            if batch and (len(batch) == self.batch or batch[0].shape != image.shape):
+                yield batch
+                batch = []
+            batch.append(image)
+        yield batch
+
+    def _missing(self, cells: Mapping[tuple[str, str], object], records: "_Records") -> dict[tuple[str, str], int]:
+        return {cell: sum((image.key, *cell) not in records.results for image in self.images) for cell in cells}
+
+    def _run(
+        self,
+        batch: list[_Image],
+        cells: Mapping[tuple[str, str], Attacked | None],
+        records: "_Records",
+        clock: "_Clock",
+    ) -> None:
+        shared = {attacker.name for attacker in self.attackers if not attacker.knows}
+        attacked: dict[str, dict[str, Tensor]] = {}  # by attacker and image, of those who do not know
+        for (name, attack_name), attack in cells.items():
+            left = [image for image in batch if (image.key, name, attack_name) not in records.results]
+            if not left:
+                continue
+            items = [_item(self.data, image.index) for image in left]
+            x, y = (torch.stack(parts) for parts in zip(*items, strict=True))
+            ids = torch.tensor([image.id for image in left])
+            begun, spent = time.perf_counter(), 0.0
+            if attack is not None:
+                kept = attacked.get(attack_name, {})
+                if all(image.key in kept for image in left):
+                    x = torch.stack([kept[image.key] for image in left])
+                else:
+                    clean = x
+                    x = attack(clean, y, ids)
+                    self._check(clean, x, attack_name)
+                    if attack_name in shared:
+                        attacked[attack_name] = dict(zip((image.key for image in left), x, strict=True))
+                spent = time.perf_counter() - begun
+            begun = time.perf_counter()
+            results = self._judge(self.defenses[name], x, y, ids)
+            seconds = time.perf_counter() - begun
+            records.add(
+                {
+                    "image": image.key,
+                    "index": image.index,
+                    "defense": name,
+                    "attack": attack_name,
+                    "result": result,
+                    "seconds": round(seconds / len(left), 6),
+                    "attack_seconds": round(spent / len(left), 6),
+                }
+                for image, result in zip(left, results, strict=True)
+            )
+            clock.done((name, attack_name), len(left), spent + seconds)
+
+    def _check(self, clean: Tensor, x: Tensor, name: str) -> None:
+        if x.shape != clean.shape:
+            raise ValueError(f"{name} gives images {tuple(x.shape)} for {tuple(clean.shape)}; it must keep the shape")
+        if not bool(torch.isfinite(x).all()):
+            raise ValueError(f"{name} gives images with values that are NaN or infinite")
+        if float(x.min()) < 0 or float(x.max()) > 1:
+            raise ValueError(f"{name} leaves [0, 1]: values from {float(x.min()):g} to {float(x.max()):g}")
+        moved = float((x - clean).abs().max())
+        if self.eps is not None and moved > self.eps + 1e-6:
+            raise ValueError(f"{name} leaves its ball: it moves a value by {moved:g}, and may by {self.eps:g}")
+
+    def _judge(self, defended: DefendedModel, x: Tensor, y: Tensor, ids: Tensor) -> list[Any]:
+        with evaluating(x, self.model), torch.no_grad():
+            logits = output(defended(x, ids=ids, draw=0))  # attackers draw from 1 on, or are told
+        if logits.dim() not in (2, 4) or len(logits) != len(x) or logits.shape[2:] != y.shape[1:]:
+            raise ValueError(
+                f"a defense gives logits {tuple(logits.shape)} for labels {tuple(y.shape)}; "
+                "they must be (N, C), or (N, C, H, W) as the labels"
+            )
+        prediction, classes = logits.argmax(1), logits.shape[1]
+        counted = y[y != self.ignore_index] if y.dim() > 1 else y
+        if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < classes:
+            raise ValueError(
+                f"data has labels from {int(counted.min())} to {int(counted.max())}; the model has {classes} classes"
+            )
+        if y.dim() == 1:
+            return [{"label": int(a), "predicted": int(b)} for a, b in zip(y, prediction, strict=True)]
+        matrices = confusion(prediction, y, classes, self.ignore_index)
+        return [
+            {"classes": classes, "pixels": [[int(i), int(j), int(m[i, j])] for i, j in np.argwhere(m)]}
+            for m in matrices
+        ]
+
+
+class _Clock:
+    """Tells how long the rest takes, from what each cell took so far; one not yet seen costs as the mean of others."""
+
+    def __init__(self, missing: dict[tuple[str, str], int], progress: Advance | None) -> None:
+        self._missing, self._progress = dict(missing), progress
+        self._spent: dict[tuple[str, str], tuple[float, int]] = {}
+
+    def done(self, cell: tuple[str, str], images: int, seconds: float) -> None:
+        before, count = self._spent.get(cell, (0.0, 0))
+        self._spent[cell] = before + seconds, count + images
+        self._missing[cell] -= images
+        if self._progress is None:
+            return
+        spent = sum(seconds for seconds, _ in self._spent.values())
+        each = {c: seconds / count for c, (seconds, count) in self._spent.items()}
+        unknown = sum(each.values()) / len(each)
+        rest = sum(each.get(c, unknown) * count for c, count in self._missing.items())
+        self._progress(" / ".join(cell), spent, spent + rest)
+
+
+class _Records:
+    """``study.json``, what is evaluated, and ``records.jsonl``, a line for each image and cell that is done."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self._manifest = json.loads(json.dumps(manifest))
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._path = folder, folder / "records.jsonl"
+        self.results: dict[tuple[str, str, str], dict[str, Any]] = {}
+        self._compare()
+        whole, torn = b"", False
+        if self._path.exists():
+            content = self._path.read_bytes()
+            end = content.rfind(b"\n") + 1
+            whole, torn = content[:end], end < len(content)
+        for text in whole.splitlines():
+            line = json.loads(text)
+            self.results.setdefault((line["image"], line["defense"], line["attack"]), line)
+        if torn:  # half a line, of a run that was killed while writing it
+            part = self._path.with_suffix(".partial")
+            part.write_bytes(whole)
+            part.replace(self._path)
+
+    def _compare(self) -> None:
+        """Refuses a folder of other data or settings; more attackers and defenses may come."""
+        path = self._folder / "study.json"
+        now = self._manifest
+        if path.exists():
+            was = json.loads(path.read_text())
+            changed = [key for key in now if key not in ("attackers", "defenses") and was.get(key) != now[key]]
+            for kind in ("attackers", "defenses"):
+                changed += [
+                    f"{kind[:-1]} {name}"
+                    for name, settings in now[kind].items()
+                    if name in was[kind] and was[kind][name] != settings
+                ]
+                now[kind] = {**was[kind], **now[kind]}
+            if changed:
+                raise ValueError(f"{self._folder} holds results of another {', '.join(changed)}; choose another folder")
+        elif self._path.exists():
+            raise ValueError(f"{self._folder} has records and no study.json; choose another folder")
+        part = path.with_suffix(".partial")
+        part.write_text(json.dumps(now, indent=2) + "\n")
+        part.replace(path)
+
+    def __enter__(self) -> "_Records":
+        self._file = self._path.open("ab", buffering=0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def add(self, lines: Iterator[dict[str, Any]]) -> None:
+        found = list(lines)
+        content = "".join(json.dumps(line) + "\n" for line in found).encode()
+        written = self._file.write(content)  # one append
+        if written != len(content):
+            raise OSError(f"{self._path} took {written} of {len(content)} bytes: the disk is full")
+        os.fsync(self._file.fileno())
+        for line in found:
+            self.results[line["image"], line["defense"], line["attack"]] = line
+
+
+class Report:
+    """The figures of an evaluation: accuracy, or mean IoU from the totals, in percent, by bootstrap over images.
+
+    ``results[defense][attack]`` are (N,) bool or (N, C, C) confusion matrices of each image, in the order of the
+    images' digests. ``worst`` of a defense takes, image by image, the attack that leaves fewest labels right; of dense
+    labels the attacks that make the mean IoU least (:func:`equifast.evaluate.worst_iou`).
+    """
+
+    def __init__(
+        self,
+        evaluation: Evaluation,
+        cells: Mapping[tuple[str, str], object],
+        records: Mapping[tuple[str, str, str], Mapping[str, Any]],
+    ) -> None:
+        self.dense = evaluation._dense
+        self.figure = "mIoU in %" if self.dense else "accuracy in %"
+        self.images = len(evaluation.images)
+        self.results: dict[str, dict[str, Array]] = {}
+        self.seconds: dict[str, dict[str, tuple[float, float]]] = {}
+        for defense, attack in cells:
+            lines = [records[image.key, defense, attack] for image in evaluation.images]
+            self.results.setdefault(defense, {})[attack] = np.stack([_array(line["result"]) for line in lines])
+            times = [(line["seconds"], line["attack_seconds"]) for line in lines]
+            mean = (sum(t[0] for t in times) / len(times), sum(t[1] for t in times) / len(times))
+            self.seconds.setdefault(defense, {})[attack] = mean
+
+    def estimate(self, results: Array) -> Estimate:
+        """The figure of results and its standard error."""
+        return mean_iou(results) if self.dense else accuracy(results)
+
+    def worst(self, defense: str) -> Array:
+        """The results of a defense under the worst of its attackers, image by image."""
+        found = [results for attack, results in self.results[defense].items() if attack != CLEAN]
+        stacked = np.stack(found or list(self.results[defense].values()))
+        chosen = worst_iou(stacked) if self.dense else worst_accuracy(stacked)
+        worst: Array = stacked[chosen, np.arange(stacked.shape[1])]
+        return worst
+
+    def difference(self, defense: str, other: str, attack: str | None = None) -> Estimate:
+        """The figure of one defense minus that of another, paired; of the worst case where no attack is named."""
+        a, b = (self.worst(d) if attack is None else self.results[d][attack] for d in (defense, other))
+        return difference(a, b)
+
+    def table(self) -> dict[str, dict[str, Estimate]]:
+        """``[defense][attack]`` figures; the worst of several attackers as ``worst``."""
+        rows = {}
+        for defense, columns in self.results.items():
+            rows[defense] = {attack: self.estimate(results) for attack, results in columns.items()}
+            if len(columns) > 1:
+                rows[defense]["worst"] = self.estimate(self.worst(defense))
+        return rows
+
+    def warnings(self) -> list[str]:
+        """Signs that an attack fails rather than the defense holds (Athalye et al. 2018, section 3.1)."""
+        found = []
+        for defense, row in self.table().items():
+            blind = {name: e for name, e in row.items() if name.startswith("Square")}
+            seeing = [e for name, e in row.items() if name not in (CLEAN, "worst", *blind)]
+            for name, estimate in blind.items():
+                if seeing and estimate.value < min(e.value for e in seeing) - estimate.standard_error:
+                    found.append(f"{defense}: {name}, a black box, does more damage than every attacker with gradients")
+        return found
+
+    def document(self) -> dict[str, Any]:
+        """All figures, as values that JSON can hold."""
+        rows = {
+            defense: {
+                attack: {"value": e.value, "error": None if np.isnan(e.standard_error) else e.standard_error}
+                for attack, e in row.items()
+            }
+            for defense, row in self.table().items()
+        }
+        return {"figure": self.figure, "images": self.images, "rows": rows, "warnings": self.warnings()}
+
+
+def _array(result: Mapping[str, Any]) -> Array:
+    if "label" in result:
+        return np.asarray(result["label"] == result["predicted"])
+    matrix = np.zeros((result["classes"], result["classes"]), np.int64)
+    for i, j, count in result["pixels"]:
+        matrix[i, j] = count
+    return matrix

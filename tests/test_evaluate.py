@@ -1,0 +1,426 @@
+"""Evaluations: what is recorded, what survives, and what the worst case is."""
+
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import cases
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Subset, TensorDataset
+from typer.testing import CliRunner
+
+from equifast import Defended, Purifier, attacks, defenses
+from equifast.attacks import BPDA
+from equifast.cli import app
+from equifast.evaluate import (
+    Attacker,
+    Evaluation,
+    Strength,
+    accuracy,
+    adaptive,
+    known,
+    mean_iou,
+    open_data,
+    worst_accuracy,
+    worst_iou,
+)
+
+MODEL = cases.dense().eval()
+EPS = 4 / 255
+
+
+def scenes(n: int = 6, model: nn.Module = MODEL, size: tuple[int, int] = (20, 28)) -> TensorDataset:
+    """Images and labels that the model mostly has right, with rows that do not count where dense."""
+    x = cases.images(n, *size)
+    with torch.no_grad():
+        y = model(x).argmax(1)
+    if y.dim() == 3:
+        y[:, :2] = 255
+        y[:, 8:] = (y[:, 8:] + 1) % 5
+    return TensorDataset(x, y)
+
+
+PGD = Attacker("PGD", lambda model, defended: attacks.PGD(model, steps=2), knows=False)
+KNOWING = Attacker("BPDA", lambda model, defended: BPDA(attacks.PGD(model, steps=1), defended))
+
+
+def evaluation(data: Dataset[Any] | None = None, **changed: Any) -> Evaluation:
+    rows = {
+        "none": Defended(MODEL, defenses.RandomNoise(1e-9)),
+        "fast": Defended(MODEL, Purifier(MODEL, steps=1)),
+        "averaging": defenses.Averaging(MODEL),
+    }
+    settings: dict[str, Any] = {"eps": EPS, "batch": 2, "attackers": [PGD, KNOWING], "defenses": rows, **changed}
+    return Evaluation(MODEL, scenes() if data is None else data, **settings)
+
+
+def records(folder: Path) -> dict[tuple[str, str, str], Any]:
+    lines = [json.loads(text) for text in (folder / "records.jsonl").read_text().splitlines()]
+    found = {(line["image"], line["defense"], line["attack"]): line["result"] for line in lines}
+    assert len(found) == len(lines), "a record is there twice"
+    return found
+
+
+def test_figures_are_those_of_the_attacks_by_hand(tmp_path: Path) -> None:
+    data, made = scenes(), evaluation()
+    report = made.run(tmp_path)
+    table = report.table()
+    assert set(table) == {"none", "fast", "averaging"}
+    assert set(table["fast"]) == {"clean", "PGD", "BPDA", "worst"}
+    order = [image.index for image in made.images]
+    x, y = data.tensors[0][order], data.tensors[1][order]
+    ids = torch.tensor([image.id for image in made.images])
+    defended = made.defenses["fast"]
+    knowing = KNOWING.make(MODEL, defended)
+    assert knowing is not None
+    from equifast.evaluate import confusion
+
+    for name, attacked in (
+        ("clean", x),
+        ("PGD", attacks.PGD(MODEL, steps=2)(x, y, ids)),
+        ("BPDA", knowing(x, y, ids)),
+    ):
+        with torch.no_grad():
+            matrices = confusion(defended(attacked, ids=ids).argmax(1), y, 5)
+        assert np.array_equal(report.results["fast"][name], matrices)
+        assert table["fast"][name] == mean_iou(matrices)
+    worst = report.worst("fast")
+    assert mean_iou(worst).value <= min(table["fast"][name].value for name in ("PGD", "BPDA"))
+    assert report.difference("fast", "fast").value == 0
+    document = json.loads(json.dumps(report.document()))
+    assert document["rows"]["none"]["PGD"]["value"] == table["none"]["PGD"].value
+
+
+def test_order_and_batches_leave_the_records_as_they_are(tmp_path: Path) -> None:
+    made = evaluation()
+    report = made.run(tmp_path / "a")
+    shuffled = evaluation(Subset(scenes(), [3, 1, 5, 0, 2, 4]), batch=3).run(tmp_path / "b")
+    assert records(tmp_path / "a") == records(tmp_path / "b")
+    assert report.table() == shuffled.table()
+    # and they go on in each other's folder
+    again = evaluation(Subset(scenes(), [5, 4, 3, 2, 1, 0]), batch=5).run(tmp_path / "a")
+    assert again.table() == report.table()
+
+
+def test_what_is_there_is_not_computed_again(tmp_path: Path) -> None:
+    told: list[tuple[str, float, float]] = []
+    evaluation(attackers=[PGD]).run(tmp_path)
+    before = (tmp_path / "records.jsonl").read_bytes()
+    evaluation(attackers=[PGD, KNOWING]).run(tmp_path, progress=lambda *at: told.append(at))
+    assert (tmp_path / "records.jsonl").read_bytes().startswith(before)
+    assert {what for what, _, _ in told} == {f"{name} / BPDA" for name in ("none", "fast", "averaging")}
+    assert all(done <= total + 1e-9 for _, done, total in told)
+    assert told[-1][1] == pytest.approx(told[-1][2])
+    told.clear()
+    evaluation(attackers=[KNOWING]).run(tmp_path, progress=lambda *at: told.append(at))  # fewer, of those
+    assert not told
+
+
+def test_half_a_line_is_written_again(tmp_path: Path) -> None:
+    report = evaluation().run(tmp_path)
+    kept, path = records(tmp_path), tmp_path / "records.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert evaluation().run(tmp_path).table() == report.table()
+    assert records(tmp_path) == kept
+
+
+@pytest.mark.parametrize(
+    ("changed", "what"),
+    [
+        ({"data": scenes(5)}, "data"),
+        ({"eps": 5 / 255}, "eps"),
+        ({"arguments": {"size": 3}}, "size"),
+        ({"attackers": [Attacker("PGD", lambda model, defended: attacks.PGD(model, steps=3), False)]}, "attacker"),
+        ({"defenses": {"fast": Defended(MODEL, Purifier(MODEL, steps=2))}}, "defense fast"),
+        ({"defenses": {"averaging": defenses.Averaging(MODEL, seed=4)}}, "defense averaging"),
+    ],
+)
+def test_a_folder_of_something_else_is_refused(tmp_path: Path, changed: dict[str, Any], what: str) -> None:
+    evaluation(arguments={"size": 2}).run(tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    settings = {"arguments": {"size": 2}, **changed}
+    with pytest.raises(ValueError, match=f"holds results of another .*{what}") as caught:
+        evaluation(settings.pop("data", None), **settings).run(tmp_path)
+    assert "choose another folder" in str(caught.value)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_another_model_is_refused(tmp_path: Path) -> None:
+    evaluation(attackers=[PGD]).run(tmp_path)
+    other = cases.dense(seed=1).eval()
+    made = Evaluation(other, scenes(), [PGD], {"averaging": defenses.Averaging(other)}, eps=EPS)
+    with pytest.raises(ValueError, match="holds results of another model"):
+        made.run(tmp_path)
+
+
+def test_a_full_disk_leaves_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = itertools.count()
+
+    def sync(descriptor: int) -> None:
+        if next(calls) == 5:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", sync)
+    with pytest.raises(OSError, match="No space left"):
+        evaluation().run(tmp_path)
+    assert len(records(tmp_path)) >= 10
+    assert evaluation().run(tmp_path).table() == evaluation().run(tmp_path / "other").table()
+
+
+class Liar(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def __call__(self, x: Tensor, y: Tensor, ids: Tensor | None = None) -> Tensor:
+        return {"ball": (x + 0.1).clamp(0, 1), "range": x + 0.01, "nan": x * torch.nan, "shape": x[:, :, 1:]}[self.how]
+
+
+@pytest.mark.parametrize(
+    ("how", "sentence"),
+    [
+        ("ball", "leaves its ball: it moves a value by 0.1"),
+        ("range", r"leaves \[0, 1\]"),
+        ("nan", "gives images with values that are NaN or infinite"),
+        ("shape", r"gives images \(2, 3, 19, 28\)"),
+    ],
+)
+def test_attacks_that_cheat_are_found_out(tmp_path: Path, how: str, sentence: str) -> None:
+    data = TensorDataset(torch.ones(2, 3, 20, 28) * (0.5 if how == "ball" else 1), scenes(2).tensors[1])
+    made = evaluation(data, attackers=[Attacker("liar", lambda model, defended: Liar(how))])
+    with pytest.raises(ValueError, match=f"liar {sentence}"):
+        made.run(tmp_path)
+
+
+class Cropped(defenses.Averaging):
+    def forward(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
+        return super().forward(x, ids, draw)[:, :, 1:]
+
+
+def test_what_else_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"a defense gives logits \(2, 5, 19, 28\) for labels \(2, 20, 28\)"):
+        evaluation(defenses={"cropped": Cropped(MODEL)}).run(tmp_path / "a")
+    x, y = scenes(2).tensors
+    with pytest.raises(ValueError, match="data has labels from 0 to 9; the model has 5 classes"):
+        evaluation(TensorDataset(x, y.clamp(max=0).index_fill(2, torch.tensor(3), 9)), attackers=[]).run(tmp_path / "b")
+    with pytest.raises(ValueError, match="data has no images"):
+        evaluation(TensorDataset(x[:0], y[:0]))
+    with pytest.raises(ValueError, match=r"data has a label \(20, 28\) of torch.float32"):
+        evaluation(TensorDataset(x, y.float()))
+    with pytest.raises(ValueError, match="names must differ"):
+        evaluation(attackers=[PGD, PGD])
+    with pytest.raises(ValueError, match="defenses is empty"):
+        evaluation(defenses={})
+
+
+def test_images_that_are_there_twice_count_twice(tmp_path: Path) -> None:
+    report = evaluation(Subset(scenes(), [0, 1, 0, 0]), attackers=[PGD]).run(tmp_path)
+    assert report.images == 4
+    assert len(records(tmp_path)) == 4 * 2 * 3
+
+
+def test_classes(tmp_path: Path) -> None:
+    model = cases.classifier().eval()
+    data = scenes(5, model)
+    rows = {"averaging": defenses.Averaging(model), "fast": Defended(model, Purifier(model, "features", steps=1))}
+    attackers = [
+        PGD,
+        Attacker("strong", lambda model, defended: BPDA(attacks.PGD(model, eps=0.5, steps=8), defended)),
+    ]
+    report = Evaluation(model, data, attackers, rows, eps=0.5, batch=5).run(tmp_path)
+    assert report.figure == "accuracy in %"
+    for columns in report.results.values():
+        assert columns["clean"].shape == (5,)
+        worst = np.stack([columns["PGD"], columns["strong"]]).min(0)
+        assert np.array_equal(report.worst(next(d for d, c in report.results.items() if c is columns)), worst)
+    assert report.table()["fast"]["worst"] == accuracy(report.worst("fast"))
+
+
+def test_worst_of_accuracy_and_of_iou_against_every_choice() -> None:
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        confusions = generator.integers(0, 6, (3, 4, 3, 3))
+        chosen = worst_accuracy(confusions)
+        right = np.trace(confusions, axis1=2, axis2=3)
+        assert np.array_equal(right[chosen, np.arange(4)], right.min(0))
+        greedy = worst_iou(confusions)
+        values = {
+            choice: mean_iou(confusions[list(choice), np.arange(4)], resamples=2).value
+            for choice in itertools.product(range(3), repeat=4)
+        }
+        found = values[tuple(int(i) for i in greedy)]
+        assert found <= min(values[(a,) * 4] for a in range(3))
+        assert found <= values[tuple(int(i) for i in chosen)]
+        # no single change makes it less
+        for i, a in itertools.product(range(4), range(3)):
+            other = greedy.copy()
+            other[i] = a
+            assert values[tuple(int(k) for k in other)] >= found - 1e-9
+    correct = generator.random((4, 7)) < 0.5
+    assert np.array_equal(correct[worst_accuracy(correct), np.arange(7)], correct.all(0))
+
+
+def test_the_adaptive_protocol(tmp_path: Path) -> None:
+    strength = Strength(eps=EPS, steps=2, eot=2, queries=3, weights=(0.0, 1.0), dtype="float32")
+    rows = {
+        "fast": Defended(MODEL, Purifier(MODEL, steps=1)),
+        "averaging": defenses.Averaging(MODEL),
+        "random": Defended(MODEL, defenses.RandomNoise()),
+    }
+    report = evaluation(scenes(2, size=(12, 16)), attackers=adaptive(strength), defenses=rows).run(tmp_path)
+    table = report.table()
+    everyone = {"clean", "worst", *(attacker.name for attacker in adaptive(strength))}
+    assert set(table["fast"]) == everyone
+    assert everyone - set(table["random"]) == {"BPDA, trajectory", "unrolled", "Adaptive"}
+    assert set(table["averaging"]) == set(table["random"])
+    names = set(known(strength))
+    assert {"PGD", "MIM", "CW", "Houdini", "SegPGD", "CosPGD", "APGD", "FGSM"} <= names
+    assert strength.quick.eps == EPS
+    assert strength.quick.eot == 4
+
+
+def test_a_black_box_that_sees_more_is_a_warning() -> None:
+    from equifast.evaluate.study import Report
+
+    report = Report.__new__(Report)
+    report.dense, right = False, np.ones(20, bool)
+    report.results = {"a": {"clean": right, "PGD": right, "Square, 9 queries": ~right}, "b": {"clean": right}}
+    assert len(report.warnings()) == 1
+    assert report.warnings()[0].startswith("a: Square, 9 queries, a black box, does more damage")
+    report.results["a"]["PGD"] = ~right
+    assert not report.warnings()
+
+
+# The files that data come from, and the command.
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    x, y = scenes(size=(10, 14)).tensors
+    pixels = (x * 255).byte().permute(0, 2, 3, 1).numpy()
+    np.savez(tmp_path / "dense.npz", images=pixels, labels=y.numpy())
+    for name in ("images", "labels", "cats", "dogs"):
+        (tmp_path / "dense" / name if name in ("images", "labels") else tmp_path / "classes" / name).mkdir(parents=True)
+    for i, (image, label) in enumerate(zip(pixels, y.numpy().astype(np.uint8), strict=True)):
+        Image.fromarray(image).save(tmp_path / "dense" / "images" / f"{i}.png")
+        Image.fromarray(label).save(tmp_path / "dense" / "labels" / f"{i}.png")
+        Image.fromarray(image).save(tmp_path / "classes" / ("cats", "dogs")[i % 2] / f"{i}.png")
+    (tmp_path / "model.py").write_text(
+        f"import sys\nsys.path.append({str(Path(cases.__file__).parent)!r})\nimport cases\n"
+        "def dense():\n    return cases.dense()\n"
+    )
+    return tmp_path
+
+
+def test_data_from_files(folder: Path) -> None:
+    arrays, files = open_data(folder / "dense.npz"), open_data(folder / "dense")
+    assert len(arrays) == len(files) == 6  # type: ignore[arg-type]
+    for i in range(6):
+        (x, y), (also, labels) = arrays[i], files[i]
+        assert torch.equal(x, also)
+        assert torch.equal(y, labels)
+        assert y.dtype == torch.int64
+    few = open_data(folder / "dense", images=2, size=(20, 12))
+    assert few[1][0].shape == (3, 20, 12)
+    assert few[1][1].shape == (20, 12)
+    assert torch.equal(open_data(folder / "dense.npz", images=2)[1][0], arrays[5][0])
+    classes = open_data(folder / "classes")
+    assert [int(classes[i][1]) for i in range(6)] == [0, 0, 0, 1, 1, 1]
+
+
+def test_data_that_are_refused(folder: Path) -> None:
+    np.savez(folder / "half.npz", images=np.zeros((1, 4, 4, 3)), labels=np.zeros(1))
+    np.savez(folder / "other.npz", x=np.zeros(1))
+    (folder / "empty").mkdir()
+    (folder / "dense" / "labels" / "3.png").unlink()
+    for path, settings, sentence in (
+        ("half.npz", {}, "must have as many, uint8"),
+        ("other.npz", {}, "has x; it must have images and labels"),
+        ("dense", {}, "3.png is not there; every image must have a file of labels"),
+        ("empty", {}, "has no images"),
+        ("absent", {}, "is neither a folder nor an .npz file"),
+        ("dense.npz", {"images": 7}, "images is 7; .* has 6"),
+        ("dense.npz", {"size": (2, 2)}, "arrays are taken as they are"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            open_data(folder / path, **settings)  # type: ignore[arg-type]
+
+
+def command(folder: Path, *more: object) -> list[str]:
+    settings = ["--model", f"{folder / 'model.py'}:dense", "--steps", "2", "--images", "4", *map(str, more)]
+    return ["evaluate", str(folder / "dense.npz"), "-o", str(folder / "out"), *settings]
+
+
+def test_command(folder: Path) -> None:
+    done = CliRunner().invoke(app, command(folder, "--attack", "PGD", "--defense", "none", "--defense", "fast"))
+    assert done.exit_code == 0, done.output
+    assert "│ PGD" in done.output
+    document = json.loads((folder / "out" / "table.json").read_text())
+    assert document["images"] == 4
+    assert set(document["rows"]["none"]) == {"clean", "PGD", "worst"}
+    more = ["--protocol", "adaptive", "--eot", "2", "--queries", "2", "--defense", "averaging", "--images", "2"]
+    done = CliRunner().invoke(app, [str(folder / "other") if a.endswith("out") else a for a in command(folder, *more)])
+    assert done.exit_code == 0, done.output
+    assert "Square" in done.output
+    quick = ["evaluate", str(folder / "dense"), "-o", str(folder / "quick"), "--model", f"{folder / 'model.py'}:dense"]
+    done = CliRunner().invoke(app, [*quick, "--defense", "none", "--attack", "PGD", "--quick"])
+    assert done.exit_code == 0, done.output
+    assert "6 images" in done.output
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (("--attack", "nuke"), "attack is 'nuke'; it must be one of FGSM, PGD"),
+        (("--defense", "wall"), "defense is 'wall'; it must be one of none, random"),
+        (("--protocol", "casual"), "protocol is 'casual'; it must be 'adaptive'"),
+        (("--protocol", "adaptive", "--attack", "PGD"), "it brings its own"),
+        (("--eps", "0"), "eps is 0"),
+    ],
+)
+def test_command_refuses(folder: Path, more: tuple[str, ...], sentence: str) -> None:
+    done = CliRunner().invoke(app, command(folder, *more))
+    assert done.exit_code == 2
+    assert sentence in done.output.replace("\n", " ")
+    assert not (folder / "out" / "table.json").exists()
+
+
+def test_killed_at_any_moment(folder: Path) -> None:
+    """SIGKILL at random moments, until it ends by itself: nothing is lost, nothing twice, the table is the same."""
+    arguments = command(folder, "--batch", 1, "--defense", "fast", "--defense", "none")
+    whole = CliRunner().invoke(app, [str(folder / "whole") if a == str(folder / "out") else a for a in arguments])
+    assert whole.exit_code == 0, whole.output
+    chance, path, kills = random.Random(0), folder / "out" / "records.jsonl", 0
+    while True:
+        before = path.read_bytes() if path.exists() else b""
+        run = subprocess.Popen(
+            [sys.executable, "-m", "equifast.cli", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        # once it writes
+        while run.poll() is None and (not path.exists() or path.stat().st_size <= len(before)):
+            time.sleep(0.005)
+        time.sleep(chance.uniform(0, 0.3))
+        run.send_signal(signal.SIGKILL)
+        ended = run.wait() == 0
+        after = path.read_bytes()
+        assert after.startswith(before[: before.rfind(b"\n") + 1])
+        kills += not ended
+        if ended or kills == 6:
+            break
+    assert kills >= 2
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert records(folder / "out") == records(folder / "whole")
+    assert (folder / "out" / "table.json").read_bytes() == (folder / "whole" / "table.json").read_bytes()
