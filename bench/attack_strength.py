@@ -35,7 +35,9 @@ Made = Callable[[Study, int, int], attacks.Attack]
 
 def _plain(kind: type[attacks.Attack], **settings: Any) -> Made:
     def make(study: Study, steps: int, queries: int) -> attacks.Attack:
-        own = {"eps": study.eps, "step_size": study.step_size, "steps": steps, "seed": ATTACK_SEED}
+        own = {"eps": study.eps, "steps": steps, "seed": ATTACK_SEED}
+        if kind is not attacks.APGD:
+            own["step_size"] = study.step_size
         return kind(study.model, **{**own, **settings})
 
     return make

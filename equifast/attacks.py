@@ -364,12 +364,13 @@ class APGD(Attack):
     def __init__(self, model: Callable[..., Any], *, objective: str = "ce", **settings: Any) -> None:
         self.objective = _checks.choice("objective", objective, ("ce", "dlr", "targeted-dlr"))
         self.least_classes = {"ce": 2, "dlr": 3, "targeted-dlr": 4}[objective]
+        if "step_size" in settings:
+            raise TypeError("step_size is given; APGD begins with twice the radius and finds its own")
         several = 9 if objective == "targeted-dlr" else 1
         default = {"steps": 100, "adaptive": True, "keep": "best", "restarts": several}
         super().__init__(model, **{**default, **settings})
         if objective != "ce" and self.targeted:
             raise ValueError(f"objective is {objective!r} with targeted; it must be 'ce'")
-        # the largest step, that of the start: twice the radius
         self.ascent = dataclasses.replace(self.ascent, step_size=2 * self.ascent.ball.eps)
 
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:

@@ -173,6 +173,10 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: attacks.APGD(MODEL, objective="margin"),
         "objective is 'margin'; it must be one of 'ce', 'dlr', 'targeted-dlr'",
     ),
+    "step size of auto-pgd": (
+        lambda: attacks.APGD(MODEL, step_size=0.1),
+        "step_size is given; APGD begins with twice the radius and finds its own",
+    ),
     "targeted ratio": (
         lambda: attacks.APGD(MODEL, objective="dlr", targeted=True),
         "objective is 'dlr' with targeted; it must be 'ce'",
