@@ -1,0 +1,70 @@
+"""What an attacker who knows pays: BPDA of 20 steps in units of one purification, and of one defended prediction.
+
+    python bench/bench_bpda.py --output bench/results/bpda.json
+
+A step of BPDA purifies, and takes the gradient of the prediction on the result: it cannot cost less than a
+purification. Timed in turns, in one process.
+"""
+
+import statistics
+import time
+from functools import partial
+from typing import Annotated, Any
+
+import torch
+import typer
+from _data import DATA
+from _study import ATTACK_SEED, DEFENSE_SEED, Data, Output, machine, versions, write
+from front import study_of
+from rich.console import Console
+from rich.table import Table
+
+import equifast
+from equifast.attacks import BPDA, PGD
+
+
+def main(
+    data: Data = DATA,
+    steps: Annotated[int, typer.Option(help="Steps of BPDA.")] = 20,
+    rounds: Annotated[int, typer.Option(help="How often each is timed.")] = 3,
+    output: Output = None,
+) -> None:
+    """A table for CamVid and CIFAR-10."""
+    equifast.keep_freed_memory()
+    table = Table(title=f"BPDA, {steps} steps, against fast; medians of {rounds}")
+    headings = ("", "ms/image: purification", "prediction", "BPDA", "BPDA / purification", "BPDA / prediction")
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading else "left")
+    found: dict[str, Any] = {}
+    for data_set in ("camvid", "cifar"):
+        study = study_of(data_set, data, "standard", "val", None)
+        x, y, ids = study.images[: study.batch], study.labels[: study.batch], torch.arange(study.batch)
+        purifier = equifast.Purifier(study.model, study.features, eps=study.eps_purify, seed=DEFENSE_SEED)
+        defended = equifast.Defended(study.model, purifier)
+        attack = PGD(study.model, eps=study.eps, step_size=study.step_size, steps=steps, seed=ATTACK_SEED, dtype="auto")
+        knowing = BPDA(attack, purifier)
+        times: dict[str, list[float]] = {"purification": [], "prediction": [], "BPDA": []}
+        runs = (
+            ("purification", partial(purifier, x, ids)),
+            ("prediction", partial(defended, x, ids)),
+            ("BPDA", partial(knowing, x, y, ids)),
+        )
+        with torch.no_grad():
+            for number in range(rounds + 1):
+                for name, run in runs:
+                    start = time.perf_counter()
+                    run()
+                    if number:  # the first warms up
+                        times[name].append(time.perf_counter() - start)
+        entry = {name: statistics.median(each) / len(x) for name, each in times.items()}
+        ratios = [entry["BPDA"] / entry[name] for name in ("purification", "prediction")]
+        found[data_set] = {**entry, "over purification": ratios[0], "over prediction": ratios[1], "steps": steps}
+        milliseconds = [f"{1e3 * entry[name]:.1f}" for name in times]
+        table.add_row(data_set, *milliseconds, *(f"{ratio:.1f}" for ratio in ratios))
+    Console().print(table)
+    if output is not None:
+        write({**found, "versions": versions(), "machine": machine()}, output)
+
+
+if __name__ == "__main__":
+    typer.run(main)
