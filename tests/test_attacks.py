@@ -233,7 +233,7 @@ def test_targeted_ratio_aims_at_another_class_in_every_restart() -> None:
 def test_adaptive_follows_both_terms_of_the_attacked_image() -> None:
     model, x = cases.dense().eval(), cases.images(3)
     y = labels(model, x)
-    purifier = Purifier(model, dtype="float32", seed=3)
+    purifier = Purifier(model, dtype="float32", seed=3, temperature=2.0)
     settings: dict[str, object] = {"steps": 2, "start": "corner", "step_size": 2 / 255}
     plain = attacks.PGD(model, **settings)(x, y)  # type: ignore[arg-type]
     assert torch.equal(attacks.Adaptive(model, purifier, weight=0.0, **settings)(x, y), plain)  # type: ignore[arg-type]
@@ -241,11 +241,12 @@ def test_adaptive_follows_both_terms_of_the_attacked_image() -> None:
     start = attacks.PGD(model, **{**settings, "steps": 0})(x, y)  # type: ignore[arg-type]
     leaf = start.clone().requires_grad_()
     sampled = views.sample(purifier.views, (20, 28), seed=3, ids=torch.zeros(3, dtype=torch.int64), draw=1, step=0)
-    features = model(leaf)
-    total = cross_entropy(features, y).sum()
+    logits = model(leaf)
+    total = cross_entropy(logits, y).sum()
+    features = (logits / 2).log_softmax(1)
     for view in sampled:
         rendered = reference.warp(view.color(leaf), view.theta[None], [view.size])[0]
-        similarity = reference.similarity(features, [model(rendered)], view.theta[None])
+        similarity = reference.similarity(features, [(model(rendered) / 2).log_softmax(1)], view.theta[None])
         total = total + weight * similarity.sum() / len(sampled)
     (gradient,) = torch.autograd.grad(total, leaf)
     expected = (start + 2 / 255 * gradient.sign()).clamp(x - 4 / 255, x + 4 / 255).clamp(0, 1)

@@ -25,7 +25,8 @@ class Profile:
 
     Args:
         seconds: of each of ``PARTS``, medians over rounds. ``views`` is drawing and rendering them, and the way back;
-            ``forward`` and ``backward`` are the network; ``other`` is what lies between.
+            ``forward`` and ``backward`` are the network, and the log-probabilities of its output where a purifier
+            compares these; ``other`` is what lies between.
         passes: how many forward and backward passes of the image, by area, a step makes of each image; forward passes
             alone count half.
         folded: whether a folded copy of the model runs.
