@@ -177,8 +177,8 @@ CANDIDATES: dict[str, Candidate] = {
     "fast, 3 steps of 0.4": (purify, {"steps": 3, "relative_step": 0.4}),
     "fast, no momentum": (purify, {"momentum": 0}),
     "fast, from the image": (purify, {"start": "origin"}),
-    "fast, logits": (purify, {"temperature": 0}),  # was `fast` before
     "fast, temperature 1": (purify, {"temperature": 1.0}),
+    "fast, temperature 2": (purify, {"temperature": 2.0}),
     "fast, targets": (purify, {"view_gradient": 0}),
     "fast, view gradient 0.1": (purify, {"view_gradient": 0.1}),
     "fast, view gradient 0.3": (purify, {"view_gradient": 0.3}),

@@ -89,7 +89,7 @@ class _Other(Purifier):
         for name in self._NOT_ITS:
             if name in settings:
                 raise TypeError(f"{name} is given; {type(self).__name__} has no such setting")
-        super().__init__(model, features, pairing="anchor", temperature=0, **settings)
+        super().__init__(model, features, pairing="anchor", **settings)
 
 
 class Invariance(_Other):

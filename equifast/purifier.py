@@ -41,8 +41,6 @@ class Preset:
         average: views over which :class:`Defended` averages its predictions beside the image; none where empty.
         pairing: ``"anchor"`` or ``"all"``.
         view_gradient: the weight of the gradient through views, 0 to 1.
-        temperature: of the log-probabilities that are compared where the features are the model's own dense output;
-            None for logits as they are.
     """
 
     steps: int
@@ -55,7 +53,6 @@ class Preset:
     average: tuple[View, ...] = ()
     pairing: str = "anchor"
     view_gradient: float = 1.0
-    temperature: float | None = None
 
 
 PRESETS: Mapping[str, Preset] = MappingProxyType(
@@ -79,7 +76,6 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             momentum=1.0,
             average=(Flip(),),
             view_gradient=0.15,
-            temperature=2.0,
         ),
         "strong": Preset(
             steps=8,
@@ -122,9 +118,8 @@ class Purifier:
             the gradient is that of the objective. With less the image moves to what its views say more than they to
             what it says; with 0 views are targets, constants to the gradient, and cost a forward pass alone. None for
             what the preset says.
-        temperature: above 0, log-probabilities ``log_softmax(f / temperature)`` over the channels are compared instead
-            of the features f; 0 for f. None for what the preset says where f is the model's own dense output, and for f
-            where it is another.
+        temperature: compare log-probabilities, ``log_softmax(f / temperature)`` over the channels of the features f;
+            None for f itself. More is repaired under plain attacks, and less under those who know (docs/corner.md).
         reduction: ``"image"`` or ``"pixel"`` (not with ``pairing="all"``).
         stop: a mean similarity over a step's views, in [-1, 1]: an image that has reached it stays as it is, and the
             rest of its batch goes on without it; None for none.
@@ -200,11 +195,7 @@ class Purifier:
             if view_gradient is None
             else _checks.number("view_gradient", view_gradient, least=0, most=1)
         )
-        if temperature is None:
-            temperature = base.temperature if features is None else None
-        else:
-            temperature = _checks.number("temperature", temperature, least=0) or None
-        self.temperature = temperature
+        self.temperature = None if temperature is None else _checks.number("temperature", temperature, above=0)
         self.reduction = reduction
         self.average = base.average
         if isinstance(average, bool):

@@ -84,6 +84,7 @@ PURIFIERS: dict[str, Callable[[nn.Module], Any]] = {
     "all-pairs": lambda model: Purifier(model, steps=2, pairing="all"),
     "anchor": lambda model: Purifier(model, steps=2, view_gradient=1),
     "pixel": lambda model: Purifier(model, steps=2, reduction="pixel"),
+    "log-probabilities": lambda model: Purifier(model, steps=2, temperature=2.0),
     "anchor-pixel": lambda model: Purifier(model, steps=2, view_gradient=1, reduction="pixel"),
     "l2": lambda model: Purifier(model, steps=2, norm="l2", eps=1.0, noise=True, start="uniform"),
     "restarts": lambda model: Purifier(model, steps=2, restarts=2, keep="best", momentum=0.9),

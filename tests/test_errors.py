@@ -163,7 +163,7 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "temperature": (
         lambda: Purifier(MODEL, temperature=-1),
-        "temperature is -1; it must be a finite number of at least 0",
+        "temperature is -1; it must be a finite number above 0",
     ),
     "confidence": (
         lambda: attacks.CW(MODEL, confidence=-1),
