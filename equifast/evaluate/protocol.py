@@ -74,6 +74,9 @@ def known(strength: Strength) -> dict[str, Attacker]:
     def knowing(eot: int = 1, **how: Any) -> Callable[[nn.Module, DefendedModel], Attacked]:
         return lambda model, defended: BPDA(PGD(model, **s.settings()), defended, eot, **how)
 
+    def margin(model: nn.Module, defended: DefendedModel) -> Attacked:
+        return BPDA(attacks.CW(model, confidence=5.0, **s.settings()), defended)
+
     def trajectory(model: nn.Module, defended: DefendedModel) -> Attacked | None:
         if _purifier(defended) is None:
             return None
@@ -111,6 +114,7 @@ def known(strength: Strength) -> dict[str, Attacker]:
         Attacker("BPDA, one draw", knowing(draw=0)),
         Attacker("BPDA", knowing()),
         Attacker(f"BPDA, {s.eot} draws", knowing(s.eot)),
+        Attacker("BPDA, margin", margin),
         Attacker("BPDA, trajectory", trajectory),
         Attacker("unrolled", unrolled),
         Attacker("Adaptive", both),
@@ -123,12 +127,12 @@ def adaptive(strength: Strength) -> list[Attacker]:
     """The attackers of the adaptive protocol, from one who knows nothing to those who know all but the next draw.
 
     PGD on the model, whose points every defense is tested on; the attack through averaging over views; BPDA that knows
-    the defender's draw; BPDA with expectation; along the trajectory; unrolled through the last steps; the paper's
-    adaptive attack; and random search.
+    the defender's draw; BPDA with expectation, on the margin, and along the trajectory; unrolled through the last
+    steps; the paper's adaptive attack; and random search.
     """
     everyone = known(strength)
     names = (
-        *("PGD", "through averaging", "BPDA, one draw", f"BPDA, {strength.eot} draws", "BPDA, trajectory", "unrolled"),
-        *("Adaptive", f"Square, {strength.queries} queries"),
+        *("PGD", "through averaging", "BPDA, one draw", f"BPDA, {strength.eot} draws", "BPDA, margin"),
+        *("BPDA, trajectory", "unrolled", "Adaptive", f"Square, {strength.queries} queries"),
     )
     return [everyone[name] for name in names]
