@@ -59,6 +59,7 @@ app = typer.Typer(add_completion=False, help=__doc__)
 
 SIX = tuple(view for view in views.paper() if not view.enlarges)
 FEWER = (*views.fast()[:2], views.fast()[4])
+SMALLER_FIFTH = (*views.fast()[:4], views.Compose(views.fast()[4], views.Resize((0.3, 1.0), (0.8, 1.2), least=32)))
 SETS: dict[str, tuple[views.View, ...]] = {
     "eight": views.paper(),
     "six": SIX,
@@ -185,6 +186,8 @@ CANDIDATES: dict[str, Candidate] = {
     "fast, view gradient 0.5": (purify, {"view_gradient": 0.5}),
     "fast, view gradient 1": (purify, {"view_gradient": 1}),
     "fast, all pairs": (purify, {"pairing": "all", "view_gradient": 1}),
+    "fast, fifth view smaller": (purify, {"views": SMALLER_FIFTH}),
+    "fast, fifth view smaller, temperature 2": (purify, {"views": SMALLER_FIFTH, "temperature": 2.0}),
     "fast, three views": (purify, {"views": FEWER}),
     "fast, three views, steps of 0.75": (purify, {"views": FEWER, "relative_step": 0.75}),
     "fast, three views, steps of 0.75, view gradient 1": (
