@@ -26,6 +26,7 @@ from equifast.objectives import (
     confusions,
     cross_entropies,
     cross_entropy,
+    label_index,
     label_mean,
     margins,
 )
@@ -123,6 +124,11 @@ class Attack:
             momentum=momentum,
             adaptive=adaptive,
         )
+
+    @property
+    def total_steps(self) -> int:
+        """How often a call asks for draws of a random defense."""
+        return self.ascent.steps * self.ascent.restarts
 
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:
         """What the attack increases (targeted: decreases), by which restarts and iterates are compared.
@@ -345,7 +351,7 @@ class CosPGD(Attack):
     def step_loss(self, logits: Tensor, y: Tensor, t: int) -> Tensor:
         """The weighted cross-entropy."""
         probabilities = logits.detach().softmax(1)
-        index = (y if y.dim() == 1 else torch.where(y == self.ignore_index, 0, y))[:, None]
+        index = label_index(y, self.ignore_index)
         cosine = probabilities.gather(1, index)[:, 0] / probabilities.norm(dim=1)
         weight = 1 - cosine if self.targeted else cosine
         return self._mean(cross_entropies(logits, y, self.ignore_index) * weight, y)
@@ -385,7 +391,7 @@ class APGD(Attack):
             return super()._objective(predict, x, y, ids)
         with torch.no_grad():
             *_, logits = predict(x.clone(), ids, self._draws(0)[0])
-        index = (y if y.dim() == 1 else torch.where(y == self.ignore_index, 0, y))[:, None]
+        index = label_index(y, self.ignore_index)
         order = logits.scatter(1, index, -torch.inf).argsort(dim=1, descending=True, stable=True)
         others = logits.shape[1] - 1
 
@@ -565,6 +571,10 @@ class CWL2(Attack):
         self.constant = _checks.number("constant", constant, above=0)
         self.share = _checks.number("share", share, above=0, most=1)
 
+    @property
+    def total_steps(self) -> int:
+        return self.searches * self.ascent.steps
+
     def _search(
         self, predict: Prediction, x: Tensor, y: Tensor, *, seed: int, ids: Tensor, progress: Progress | None
     ) -> Tensor:
@@ -598,7 +608,7 @@ class CWL2(Attack):
                 w.grad = gradient
                 optimizer.step()
                 if progress is not None:
-                    progress(step + 1, self.searches * self.ascent.steps)
+                    progress(step + 1, self.total_steps)
             high, low = torch.where(won_once, c.minimum(high), high), torch.where(won_once, low, c.maximum(low))
             c = torch.where(high.isfinite(), (low + high) / 2, 10 * low)
         return best.clamp(0, 1)
@@ -639,8 +649,7 @@ class BPDA:
             raise TypeError(f"attack is a {type(attack).__name__}; it must be an attack of equifast.attacks")
         if not callable(defense):
             raise TypeError(f"defense is a {type(defense).__name__}; it must be callable")
-        total = attack.ascent.steps * attack.ascent.restarts
-        _checks.integer("eot", eot, 1, max(1, rng.MAX_DRAW // max(1, total)))
+        _checks.integer("eot", eot, 1, max(1, rng.MAX_DRAW // max(1, attack.total_steps)))
         defended: nn.Module
         if isinstance(defense, DefendedModel):
             defended = defense

@@ -269,21 +269,22 @@ def evaluate(
     queries: Annotated[int, typer.Option(min=1, help="Queries of the black box.")] = 500,
     batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 4,
     seed: Annotated[int, typer.Option(help="Seed of defenses; attacks have the next.")] = 0,
+    device: Device = "cpu",
 ) -> None:
     """Attack defended models and tell what is left: a table, table.json, and a record for each image and cell.
 
     Started again with the same settings it computes what is missing.
     """
     try:
-        network = load_model(model)
+        network = load_model(model).to(_device(device))
         shape = None if size is None else _size(size)
         if quick and images is None:
-            images = min(8, len(open_data(data, None, shape)))  # type: ignore[arg-type]
+            images = min(8, len(open_data(data, None, shape)))
         chosen = open_data(data, images, shape)
         strength = Strength(eps=_fraction(eps), steps=steps, eot=eot, queries=queries, seed=seed + 1)
         strength = strength.quick if quick else strength
         if features is None:
-            features = _find_features(network, chosen[0][0][None])
+            features = _find_features(network, chosen[0][0][None].to(_device(device)))
         rows = {
             name: _defended(name, network, features, _fraction(purify_eps), seed)
             for name in defense or ("none", "averaging", "fast")
@@ -298,7 +299,7 @@ def evaluate(
             if name not in everyone:
                 raise ValueError(f"attack is {name!r}; it must be one of {', '.join(everyone)}")
         attackers = [everyone[name] for name in wanted] if protocol is None else adaptive(strength)
-        arguments = {"data set": str(data), "size": size, "spec": model, "features": features}
+        arguments = {"size": size, "spec": model, "device": _device(device).type}
         evaluation = Evaluation(network, chosen, attackers, rows, eps=strength.eps, batch=batch, arguments=arguments)
         with _progress() as progress:
             task = progress.add_task("starting", total=1.0)

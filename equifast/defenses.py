@@ -81,7 +81,7 @@ class Averaging(DefendedModel):
 class _Other(Purifier):
     """The base of purifiers that climb something else than equivariance."""
 
-    _NOT_ITS: tuple[str, ...] = ("pairing", "view_gradient", "temperature", "reduction")
+    _NOT_ITS = ("pairing", "view_gradient", "temperature", "reduction")
 
     def __init__(
         self, model: Callable[[Tensor], Any], features: str | Callable[[Tensor], Any] | None = None, **settings: Any
@@ -225,13 +225,19 @@ class _WithHead(_Other):
             raise RuntimeError(f"{type(self).__name__} has no head yet; call fit(loader) or load(path)")
         return self.head
 
+    def _origin(self) -> dict[str, str]:
+        """Whose head it is: of which defense, on which features."""
+        where = self._features.where
+        named = where if isinstance(where, str) else "the model's output" if where is None else "a function"
+        return {"defense": type(self).__name__, "features": named}
+
     def save(self, path: str | Path) -> None:
         """Write the head, and what it needs, to a safetensors file; RuntimeError where there is none yet."""
         path = Path(path)
         beside = path.with_name(path.name + ".partial")
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self._state().items()}
         try:
-            save_file(tensors, beside, {"defense": type(self).__name__, "features": repr(self._features.where)})
+            save_file(tensors, beside, self._origin())
             beside.replace(path)
         finally:
             beside.unlink(missing_ok=True)
@@ -240,16 +246,17 @@ class _WithHead(_Other):
         """Read what :meth:`save` wrote.
 
         Raises:
-            ValueError: if the file is none of such, or of another defense.
+            ValueError: if the file is none of such, or of another defense or other features.
         """
         try:
             with safe_open(str(path), "pt") as file:
-                made = (file.metadata() or {}).get("defense")
+                made = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{path} is no safetensors file: {error}") from None
-        if made != type(self).__name__:
-            raise ValueError(f"{path} is of {made}; it must be of {type(self).__name__}")
+        for key, own in self._origin().items():
+            if made.get(key) != own:
+                raise ValueError(f"{path} has {key} {made.get(key)!r}; it must have {own!r}")
         self._restore(tensors)
         return self
 
@@ -275,15 +282,14 @@ class Rotation(_WithHead):
             ``temperature`` and ``reduction``.
     """
 
-    _NOT_ITS = (*_Other._NOT_ITS, "views")
     _OUT = 4
 
     def __init__(
         self, model: Callable[[Tensor], Any], features: str | Callable[[Tensor], Any] | None = None, **settings: Any
     ) -> None:
-        super().__init__(model, features, **settings)
-        self.views = tuple(Turn(quarters) for quarters in range(4))
-        self.views_per_step = min(self.views_per_step or 4, 4)
+        if "views" in settings:
+            raise TypeError("views is given; Rotation has no such setting")
+        super().__init__(model, features, views=[Turn(quarters) for quarters in range(4)], **settings)
 
     def _agreement(self, features: Features, **rest: Any) -> Agreement:
         return TurnPrediction(features, self.views, head=self._on(rest["ids"].device), **rest)

@@ -28,6 +28,7 @@ __all__ = [
     "cross_entropies",
     "cross_entropy",
     "disagreement",
+    "label_index",
     "label_mean",
     "margins",
     "number_of_pairs",
@@ -525,6 +526,11 @@ def cross_entropy(logits: Tensor, y: Tensor, ignore_index: int = 255) -> Tensor:
     return label_mean(cross_entropies(logits, y, ignore_index), y, ignore_index)
 
 
+def label_index(y: Tensor, ignore_index: int = 255) -> Tensor:
+    """Labels (N,) or (N, H, W) as an index of the classes of logits, (N, 1) or (N, 1, H, W); 0 where none counts."""
+    return (y if y.dim() == 1 else torch.where(y == ignore_index, 0, y))[:, None]
+
+
 def margins(logits: Tensor, y: Tensor, ignore_index: int = 255) -> Tensor:
     """The largest logit of another class minus that of the label: above 0 where the model is wrong.
 
@@ -535,7 +541,7 @@ def margins(logits: Tensor, y: Tensor, ignore_index: int = 255) -> Tensor:
     Returns:
         A value per label, in the shape of ``y``; arbitrary where a pixel does not count.
     """
-    index = (y if y.dim() == 1 else torch.where(y == ignore_index, 0, y))[:, None]
+    index = label_index(y, ignore_index)
     own = logits.gather(1, index)
     others = logits.scatter(1, index, -torch.inf)
     return (others.amax(1, keepdim=True) - own)[:, 0]

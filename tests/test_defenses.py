@@ -84,13 +84,15 @@ def test_heads_are_saved_whole_or_not_at_all(name: str, tmp_path: Path, monkeypa
     again = cases.fitted(HEADS[name](model))
     assert torch.equal(again(x), purifier(x))  # under one seed training gives one head
     other = next(kind for key, kind in HEADS.items() if key != name)
-    with pytest.raises(ValueError, match="it must be of"):
+    with pytest.raises(ValueError, match=f"has defense '{HEADS[name].__name__}'; it must have"):
         other(model).load(path)
+    with pytest.raises(ValueError, match=r"has features .*model's output.*; it must have 'body'"):
+        HEADS[name](model, "body").load(path)
     (tmp_path / "text").write_text("no tensors here")
     with pytest.raises(ValueError, match="is no safetensors file"):
         HEADS[name](model).load(tmp_path / "text")
     save_file({"a": x}, tmp_path / "foreign")
-    with pytest.raises(ValueError, match="is of None"):
+    with pytest.raises(ValueError, match="has defense None; it must have"):
         HEADS[name](model).load(tmp_path / "foreign")
 
     def broken(*_: object) -> None:

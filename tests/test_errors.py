@@ -202,6 +202,10 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: attacks.BPDA(attacks.PGD(MODEL), Purifier(MODEL), draw=-1),
         "draw is -1; it must be an integer from 0 to 65535",
     ),
+    "draws of a search": (
+        lambda: attacks.BPDA(attacks.CWL2(MODEL), Purifier(MODEL), eot=40),
+        "eot is 40; it must be an integer from 1 to 36",
+    ),
     "draw and eot": (
         lambda: attacks.BPDA(attacks.PGD(MODEL), Purifier(MODEL), eot=2, draw=0),
         "draw is given with eot 2; of one draw the expectation is its value",

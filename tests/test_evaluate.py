@@ -144,6 +144,8 @@ def test_half_a_line_is_written_again(tmp_path: Path) -> None:
         ({"arguments": {"size": 3}}, "size"),
         ({"attackers": [Attacker("PGD", lambda model, defended: attacks.PGD(model, steps=3), False)]}, "attacker"),
         ({"defenses": {"fast": Defended(MODEL, Purifier(MODEL, steps=2))}}, "defense fast"),
+        ({"defenses": {"fast": Defended(MODEL, Purifier(MODEL, "body", steps=1))}}, "defense fast"),
+        ({"ignore_index": 254}, "ignore_index"),
         ({"defenses": {"averaging": defenses.Averaging(MODEL, seed=4)}}, "defense averaging"),
     ],
 )
@@ -155,6 +157,24 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path, changed: dict[str
         evaluation(settings.pop("data", None), **settings).run(tmp_path)
     assert "choose another folder" in str(caught.value)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_a_line_of_somebody_else_is_refused(tmp_path: Path) -> None:
+    evaluation(attackers=[]).run(tmp_path)
+    with (tmp_path / "records.jsonl").open("a") as file:
+        file.write("hello\n")
+    with pytest.raises(ValueError, match="has a line that equifast did not write"):
+        evaluation(attackers=[]).run(tmp_path)
+
+
+def test_another_head_is_refused(tmp_path: Path) -> None:
+    for epochs in (5, 6):
+        purifier = defenses.Rotation(MODEL, steps=1).fit([cases.images(8)], epochs=epochs)
+        made = evaluation(scenes(2), attackers=[], defenses={"rotation": Defended(MODEL, purifier)})
+        if epochs == 5:
+            made.run(tmp_path)
+    with pytest.raises(ValueError, match="holds results of another defense rotation"):
+        made.run(tmp_path)
 
 
 def test_another_model_is_refused(tmp_path: Path) -> None:
@@ -326,7 +346,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_data_from_files(folder: Path) -> None:
     arrays, files = open_data(folder / "dense.npz"), open_data(folder / "dense")
-    assert len(arrays) == len(files) == 6  # type: ignore[arg-type]
+    assert len(arrays) == len(files) == 6
     for i in range(6):
         (x, y), (also, labels) = arrays[i], files[i]
         assert torch.equal(x, also)

@@ -123,7 +123,9 @@ class ClassFolders(_Files):
         return self._image(path), torch.tensor(self._classes[path.parent.name])
 
 
-def open_data(path: str | Path, images: int | None = None, size: tuple[int, int] | None = None) -> Dataset[Item]:
+def open_data(
+    path: str | Path, images: int | None = None, size: tuple[int, int] | None = None
+) -> Arrays | LabelFolders | ClassFolders:
     """The labeled images that a path holds.
 
     Args:

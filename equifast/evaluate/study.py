@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from equifast import __version__, _checks
+from equifast import __version__, _checks, ops
 from equifast.evaluate.metrics import Estimate, accuracy, confusion, difference, mean_iou
 from equifast.evaluate.worst import worst_accuracy, worst_iou
 from equifast.features import evaluating, output
@@ -50,7 +50,9 @@ class Attacker:
 def describe(thing: object) -> Any:
     """Settings of an attack or a defense, as values that JSON can hold: what decides its results."""
     if isinstance(thing, Purifier):
-        return {"class": type(thing).__name__, **thing.settings(), "views": [repr(v) for v in thing.views]}
+        head = getattr(thing, "head", None)  # of defenses that have one
+        kept = {"class": type(thing).__name__, "features": _named(thing._features.where), **thing.settings()}
+        return kept if head is None else {**kept, "head": describe(head)}
     if isinstance(thing, nn.Module | Tensor):
         state = thing.state_dict().values() if isinstance(thing, nn.Module) else [thing]
         tensors = hashlib.sha256()
@@ -66,7 +68,12 @@ def describe(thing: object) -> Any:
         return thing
     if type(thing).__module__.partition(".")[0] == "equifast" and hasattr(thing, "__dict__"):
         return {"class": type(thing).__name__, **_attributes(thing)}
-    return getattr(thing, "__qualname__", type(thing).__name__)
+    return _named(thing)
+
+
+def _named(thing: Any) -> str | None:
+    """A string as it is, and of others the name."""
+    return thing if thing is None or isinstance(thing, str) else getattr(thing, "__qualname__", type(thing).__name__)
 
 
 def _attributes(thing: object, skip: Sequence[str] = ()) -> dict[str, Any]:
@@ -160,7 +167,17 @@ class Evaluation:
         self.batch = _checks.integer("batch", batch, 1, 2**31)
         self.ignore_index = ignore_index
         self.images = _images(data)
-        self._arguments = {**(arguments or {}), "version": __version__, "model": describe(model), "eps": eps}
+        # a model without parameters is where the images are
+        self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self._arguments = {
+            **(arguments or {}),
+            "version": __version__,
+            "torch": torch.__version__,
+            "backend": str(ops.choose(self._device)),
+            "model": describe(model),
+            "eps": eps,
+            "ignore_index": ignore_index,
+        }
         self._dense = _item(data, 0)[1].dim() == 2
 
     def run(self, folder: str | Path, progress: Advance | None = None) -> "Report":
@@ -231,8 +248,8 @@ class Evaluation:
             if not left:
                 continue
             items = [_item(self.data, image.index) for image in left]
-            x, y = (torch.stack(parts) for parts in zip(*items, strict=True))
-            ids = torch.tensor([image.id for image in left])
+            x, y = (torch.stack(parts).to(self._device) for parts in zip(*items, strict=True))
+            ids = torch.tensor([image.id for image in left], device=self._device)
             begun, spent = time.perf_counter(), 0.0
             if attack is not None:
                 kept = attacked.get(attack_name, {})
@@ -331,7 +348,12 @@ class _Records:
             end = content.rfind(b"\n") + 1
             whole, torn = content[:end], end < len(content)
         for text in whole.splitlines():
-            line = json.loads(text)
+            try:
+                line = json.loads(text)
+            except json.JSONDecodeError:
+                raise ValueError(
+                    f"{self._path} has a line that equifast did not write; choose another folder"
+                ) from None
             self.results.setdefault((line["image"], line["defense"], line["attack"]), line)
         if torn:  # half a line, of a run that was killed while writing it
             part = self._path.with_suffix(".partial")
