@@ -13,10 +13,12 @@ from equifast.balls import STARTS, Ball, Step
 from equifast.objectives import Objective
 from equifast.reference import row_sum
 
-__all__ = ["Ascent", "Progress"]
+__all__ = ["Ascent", "Progress", "Watch"]
 
 Progress = Callable[[int, int], object]
 """Called as ``progress(done, total)`` after every step."""
+Watch = Callable[[int, Tensor, Tensor], object]
+"""Called as ``watch(t, value, gradient)`` at every step: (N,) and (N, C, H, W), at the point from which it goes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +98,7 @@ class Ascent:
         slope: Callable[[Tensor, int], Tensor] | None = None,
         last: int = 0,
         visit: Callable[[Tensor], object] | None = None,
+        watch: Watch | None = None,
     ) -> Tensor:
         """Climb ``objective`` from ``x``.
 
@@ -110,6 +113,7 @@ class Ascent:
                 identity. Each is run again for its derivative, so that one at a time takes memory. For one run that
                 keeps its last iterate.
             visit: called with the images after every step.
+            watch: told of values and gradients, of the images that have not stopped.
 
         Returns:
             (N, C, H, W), in the ball and in [0, 1]; no graph where ``last`` is 0.
@@ -144,6 +148,8 @@ class Ascent:
                     x, momentum = _unrolled(x, momentum, given, self, objective, slope, t, place(0, t))
                     continue
                 value, gradient = objective.gradient(x, first + t)
+                if watch is not None:
+                    watch(first + t, value, gradient)
                 if self.stop is not None and bool((done := value >= self.stop).any()):
                     finished[staying[done]] = x[done]
                     on = ~done

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from equifast import _checks, rng
 from equifast._cheap import DTYPES, Cheap
-from equifast.ascent import Ascent, Progress
+from equifast.ascent import Ascent, Progress, Watch
 from equifast.balls import Linf, make
 from equifast.features import evaluating, output
 from equifast.objectives import (
@@ -164,7 +164,14 @@ class Attack:
             return (self.draw or 0,)
         return range(1 + t * self.eot, 1 + (t + 1) * self.eot)
 
-    def __call__(self, x: Tensor, y: Tensor, ids: Tensor | None = None, progress: Progress | None = None) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        ids: Tensor | None = None,
+        progress: Progress | None = None,
+        watch: Watch | None = None,
+    ) -> Tensor:
         """Attack a batch.
 
         Args:
@@ -172,6 +179,8 @@ class Attack:
             y: (N,) or (N, H, W) int64: true labels, or the target where the attack is targeted.
             ids: (N,) int64: which random numbers each image gets; all 0 where None.
             progress: called as ``progress(done, total)`` after every step.
+            watch: told at every step of what is climbed, as in :class:`equifast.ascent.Ascent`: whether it rises, and
+                whether there is a gradient. :class:`Square` and :class:`CWL2`, which are no such ascents, tell nothing.
 
         Returns:
             (N, C, H, W), in the ball around ``x`` and in [0, 1], no graph.
@@ -194,7 +203,7 @@ class Attack:
             seed = rng.fresh_seed() if self.seed is None else self.seed
             with evaluating(x, self.model, lean=True):
                 predict = self._prediction(x, y)
-                return self._search(predict, x, y, seed=seed, ids=numbers, progress=progress)
+                return self._search(predict, x, y, seed=seed, ids=numbers, progress=progress, watch=watch)
 
     def _prediction(self, x: Tensor, y: Tensor) -> Prediction:
         """``(images, ids, draw) -> logits``, of which the first are checked against the labels."""
@@ -236,11 +245,19 @@ class Attack:
         return TaskLoss(predict, loss, (y,), ids, self._draws, climbed if own else None)
 
     def _search(
-        self, predict: Prediction, x: Tensor, y: Tensor, *, seed: int, ids: Tensor, progress: Progress | None
+        self,
+        predict: Prediction,
+        x: Tensor,
+        y: Tensor,
+        *,
+        seed: int,
+        ids: Tensor,
+        progress: Progress | None,
+        watch: Watch | None,
     ) -> Tensor:
         objective = self._objective(predict, x, y, ids)
         # a start of its own: not the corner from which a purifier of the same seed starts
-        return self.ascent(objective, x, seed=seed, ids=ids, party=1, progress=progress)
+        return self.ascent(objective, x, seed=seed, ids=ids, party=1, progress=progress, watch=watch)
 
 
 class PGD(Attack):
@@ -433,7 +450,15 @@ class Adaptive(Attack):
         self.purifier = purifier
 
     def _search(
-        self, predict: Prediction, x: Tensor, y: Tensor, *, seed: int, ids: Tensor, progress: Progress | None
+        self,
+        predict: Prediction,
+        x: Tensor,
+        y: Tensor,
+        *,
+        seed: int,
+        ids: Tensor,
+        progress: Progress | None,
+        watch: Watch | None,
     ) -> Tensor:
         task = self._objective(predict, x, y, ids)
         best, most = x.clone(), torch.full((len(x),), -torch.inf, device=x.device)
@@ -446,7 +471,7 @@ class Adaptive(Attack):
             # draw 0 is left to the evaluation
             with self.purifier.objective(x, ids, draw=1) as similarity:
                 both = Sum(task, Scaled(similarity, weight))
-                found = self.ascent(both, x, seed=seed, ids=ids, party=1, progress=advance)
+                found = self.ascent(both, x, seed=seed, ids=ids, party=1, progress=advance, watch=watch)
             value = task.value(found)
             better = value > most
             best[better], most[better] = found[better], value[better]
@@ -481,7 +506,15 @@ class Square(Attack):
         return self._mean(margin.clamp(min=0) if self.targeted else margin.clamp(max=0), y)
 
     def _search(
-        self, predict: Prediction, x: Tensor, y: Tensor, *, seed: int, ids: Tensor, progress: Progress | None
+        self,
+        predict: Prediction,
+        x: Tensor,
+        y: Tensor,
+        *,
+        seed: int,
+        ids: Tensor,
+        progress: Progress | None,
+        watch: Watch | None,
     ) -> Tensor:
         sign = -1.0 if self.targeted else 1.0
         objective = TaskLoss(predict, lambda logits, y: sign * self.loss(logits, y), (y,), ids, self._draws)
@@ -576,7 +609,15 @@ class CWL2(Attack):
         return self.searches * self.ascent.steps
 
     def _search(
-        self, predict: Prediction, x: Tensor, y: Tensor, *, seed: int, ids: Tensor, progress: Progress | None
+        self,
+        predict: Prediction,
+        x: Tensor,
+        y: Tensor,
+        *,
+        seed: int,
+        ids: Tensor,
+        progress: Progress | None,
+        watch: Watch | None,
     ) -> Tensor:
         best, least = x.clone(), x.new_full((len(x),), torch.inf)
         low, high = torch.zeros_like(least), torch.full_like(least, torch.inf)
@@ -669,6 +710,13 @@ class BPDA:
         self._attack.model, self._attack.eot = defended, eot
         self._attack.draw, self._attack.trajectory = draw, trajectory
 
-    def __call__(self, x: Tensor, y: Tensor, ids: Tensor | None = None, progress: Progress | None = None) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        ids: Tensor | None = None,
+        progress: Progress | None = None,
+        watch: Watch | None = None,
+    ) -> Tensor:
         """Attack a batch; arguments and result as those of :class:`Attack`."""
-        return self._attack(x, y, ids, progress)
+        return self._attack(x, y, ids, progress, watch)

@@ -7,6 +7,8 @@ import platform
 import re
 import sys
 import time
+from collections.abc import Mapping
+from dataclasses import asdict
 from fractions import Fraction
 from importlib import metadata
 from pathlib import Path
@@ -24,7 +26,18 @@ from equifast._allocator import keep_freed_memory
 from equifast._cheap import has_fast_bfloat16
 from equifast.defenses import Averaging, Invariance, RandomNoise
 from equifast.demo import report
-from equifast.evaluate import PARTS, Evaluation, Report, Strength, adaptive, known, open_data, profile_step
+from equifast.evaluate import (
+    PARTS,
+    Cost,
+    Evaluation,
+    Report,
+    Strength,
+    adaptive,
+    cost,
+    known,
+    open_data,
+    profile_step,
+)
 from equifast.features import Features, evaluating, suggest
 from equifast.models import find_images, first_line, load_model, read_image, write_image
 from equifast.purifier import PRESETS, Defended, DefendedModel, Purifier
@@ -267,11 +280,16 @@ def evaluate(
     steps: Annotated[int, typer.Option(min=1, help="Steps of the attacks.")] = 20,
     eot: Annotated[int, typer.Option(min=1, help="Draws per step of attackers with an expectation.")] = 20,
     queries: Annotated[int, typer.Option(min=1, help="Queries of the black box.")] = 500,
+    target: Annotated[int | None, typer.Option(help="A class that all attacks aim at.")] = None,
+    votes: Annotated[
+        int | None, typer.Option(min=0, help="Draws that vote, beside the single one; 5 with a protocol, else none.")
+    ] = None,
+    panels: Annotated[int, typer.Option(min=0, help="Images of the worst cases to show, of each defense.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 4,
     seed: Annotated[int, typer.Option(help="Seed of defenses; attacks have the next.")] = 0,
     device: Device = "cpu",
 ) -> None:
-    """Attack defended models and tell what is left: a table, table.json, and a record for each image and cell.
+    """Attack defended models and tell what is left: a table, table.json, figures, and a record for each image and cell.
 
     Started again with the same settings it computes what is missing.
     """
@@ -281,7 +299,8 @@ def evaluate(
         if quick and images is None:
             images = min(8, len(open_data(data, None, shape)))
         chosen = open_data(data, images, shape)
-        strength = Strength(eps=_fraction(eps), steps=steps, eot=eot, queries=queries, seed=seed + 1)
+        targeted = target is not None
+        strength = Strength(eps=_fraction(eps), steps=steps, eot=eot, queries=queries, seed=seed + 1, targeted=targeted)
         strength = strength.quick if quick else strength
         if features is None:
             features = _find_features(network, chosen[0][0][None].to(_device(device)))
@@ -300,19 +319,32 @@ def evaluate(
                 raise ValueError(f"attack is {name!r}; it must be one of {', '.join(everyone)}")
         attackers = [everyone[name] for name in wanted] if protocol is None else adaptive(strength)
         arguments = {"size": size, "spec": model, "device": _device(device).type}
-        evaluation = Evaluation(network, chosen, attackers, rows, eps=strength.eps, batch=batch, arguments=arguments)
+        votes = votes if votes is not None else 0 if protocol is None else 5
+        settings: dict[str, Any] = {"target": target, "votes": votes, "batch": batch, "arguments": arguments}
+        evaluation = Evaluation(network, chosen, attackers, rows, eps=strength.eps, **settings)
         with _progress() as progress:
             task = progress.add_task("starting", total=1.0)
             report = evaluation.run(
                 output,
                 lambda what, done, total: progress.update(task, description=what, completed=done, total=total),
             )
-        part = output / "table.json.partial"
-        part.write_text(json.dumps(report.document(), indent=2) + "\n")
-        part.replace(output / "table.json")
+            _write_json(output / "table.json", report.document())
+            progress.update(task, description="figures and costs")
+            from equifast.evaluate import plots  # here, since matplotlib takes its time
+
+            plots.write_all(evaluation, report, output, panels, list(rows))
+            image = chosen[0][0][None].to(_device(device))
+            costs = {name: cost(network, defended, image) for name, defended in rows.items()}
+            _write_json(output / "costs.json", {name: asdict(found) for name, found in costs.items()})
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         raise _fail(first_line(error)) from error
-    _print(report)
+    _print(report, costs)
+
+
+def _write_json(path: Path, document: Any) -> None:
+    part = path.with_suffix(".json.partial")
+    part.write_text(json.dumps(document, indent=2) + "\n")
+    part.replace(path)
 
 
 def _defended(name: str, network: nn.Module, features: str | None, eps: float, seed: int) -> DefendedModel:
@@ -335,18 +367,25 @@ def _nothing(x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
     return x.detach()
 
 
-def _print(report: Report) -> None:
+def _print(report: Report, costs: Mapping[str, Cost]) -> None:
     rows = report.table()
-    attackers = list(dict.fromkeys(attack for row in rows.values() for attack in row if attack != "worst"))
-    if any("worst" in row for row in rows.values()):
-        attackers.append("worst")
+    attackers = list(dict.fromkeys(attack for row in rows.values() for attack in row))
+    attackers.sort(key=lambda attack: (report.radius.get(attack, 1) > 1, attack.startswith("worst")))
     table = Table(title=f"{report.figure}, {report.images} images, ± standard error by bootstrap over images")
     for heading in ("", *rows):
         table.add_column(heading, justify="right" if heading else "left")
     for attack in attackers:
         table.add_row(attack, *(str(row.get(attack, "")) for row in rows.values()))
-    table.add_row("s/image", *(f"{report.seconds[defense]['clean'][0]:.3f}" for defense in rows))
+        if report.target is not None and attack in report.radius:
+            aimed = (report.aimed[defense].get(attack) for defense in rows)
+            table.add_row("  the target", *("" if found is None else str(report.estimate(found)) for found in aimed))
+    table.add_section()
+    table.add_row("s for an image", *(f"{costs[defense].seconds:.3f}" for defense in rows))
+    table.add_row("times a forward pass", *(f"{costs[defense].times:.1f}" for defense in rows))
+    table.add_row("passes*", *(f"{costs[defense].passes:.1f}" for defense in rows))
+    table.add_row("MiB at most", *(f"{costs[defense].mebibytes:.0f}" for defense in rows))
     _out.print(table)
+    _out.print("* forward passes of an image, by area; a backward pass counts as two", highlight=False, soft_wrap=True)
     for warning in report.warnings():
         _out.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset, TensorDataset
 from typer.testing import CliRunner
 
-from equifast import Defended, Purifier, attacks, defenses
+from equifast import Defended, Purifier, attacks, defenses, views
 from equifast.attacks import BPDA
 from equifast.cli import app
 from equifast.evaluate import (
@@ -32,6 +32,7 @@ from equifast.evaluate import (
     known,
     mean_iou,
     open_data,
+    plots,
     worst_accuracy,
     worst_iou,
 )
@@ -304,6 +305,9 @@ def test_the_adaptive_protocol(tmp_path: Path) -> None:
     everyone = {"clean", "worst", *(attacker.name for attacker in adaptive(strength))}
     assert set(table["fast"]) == everyone
     assert everyone - set(table["random"]) == {"BPDA, trajectory", "unrolled", "Adaptive"}
+    largest = max(report.radius, key=lambda name: report.radius[name])
+    assert largest not in report.attacks("fast")
+    assert table["fast"]["worst"].value <= min(table["fast"][name].value for name in report.attacks("fast"))
     assert set(table["averaging"]) == set(table["random"])
     names = set(known(strength))
     assert {"PGD", "MIM", "CW", "Houdini", "SegPGD", "CosPGD", "APGD", "FGSM"} <= names
@@ -315,12 +319,187 @@ def test_a_black_box_that_sees_more_is_a_warning() -> None:
     from equifast.evaluate.study import Report
 
     report = Report.__new__(Report)
-    report.dense, right = False, np.ones(20, bool)
+    report.dense, report.votes, report.losses, report.no_gradient, report.probabilities = False, 0, {}, {}, {}
+    report.radius, right = {"clean": 0.0, "PGD": 1.0, "Square, 9 queries": 1.0}, np.ones(20, bool)
     report.results = {"a": {"clean": right, "PGD": right, "Square, 9 queries": ~right}, "b": {"clean": right}}
     assert len(report.warnings()) == 1
     assert report.warnings()[0].startswith("a: Square, 9 queries, a black box, does more damage")
     report.results["a"]["PGD"] = ~right
     assert not report.warnings()
+
+
+def report_of(**columns: Any) -> Any:
+    """A report of one defense, `a`, with accuracies given by hand."""
+    from equifast.evaluate.study import Report
+
+    report: Any = Report.__new__(Report)
+    report.dense, report.votes, report.probabilities = False, 0, {"a": False}
+    report.losses, report.no_gradient = {"a": {}}, {"a": {}}
+    right = np.arange(20) < 10
+    report.results = {"a": {"clean": right, "PGD": right & (np.arange(20) < 5)}}
+    report.radius = {"clean": 0.0, "PGD": 1.0, "far": 16.0}
+    for name, value in columns.items():
+        setattr(report, name, value)
+    return report
+
+
+def test_signs_of_masked_gradients() -> None:
+    right = np.arange(20) < 10
+    assert not report_of().warnings()
+    rising, falling = np.tile([1.0, 2.0], (20, 1)), np.tile([2.0, 1.0], (20, 1))
+    assert not report_of(losses={"a": {"PGD": rising}}).warnings()
+    assert report_of(losses={"a": {"PGD": falling}}).warnings() == [
+        "a: the loss of PGD does not rise with its steps on 20 images"
+    ]
+    few = np.where(np.arange(20)[:, None] < 9, falling, rising)
+    assert not report_of(losses={"a": {"PGD": few}}).warnings()
+    stuck = (np.arange(20) < 7).astype(int)  # 5 of them are still right, the others have been turned
+    assert report_of(no_gradient={"a": {"PGD": stuck}}).warnings() == [
+        "a: PGD has steps without any gradient on 5 images that are right"
+    ]
+    assert "probabilities" in report_of(probabilities={"a": True}).warnings()[0]
+    assert not report_of(results={"a": {"clean": right, "PGD": right, "far": right & False}}).warnings()
+    assert report_of(results={"a": {"clean": right, "PGD": right, "far": right}}).warnings() == [
+        "a: far leaves 50.0 of 50.0, at a radius where nothing should be left"
+    ]
+
+
+class Masked(nn.Module):
+    """Logits behind a staircase: nothing comes back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = cases.classifier()
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.model(x)
+        return logits.round() + 0 * logits
+
+
+def test_a_masked_model_is_found_out(tmp_path: Path) -> None:
+    model = Masked().eval()
+    attackers = [Attacker("PGD", lambda model, defended: attacks.PGD(model, eps=EPS, steps=3, start="origin"))]
+    rows = {"masked": Defended(model, lambda x, ids=None, draw=0: x.detach())}
+    report = Evaluation(model, scenes(4, model), attackers, rows, eps=EPS).run(tmp_path)
+    assert any("without any gradient on 4 images" in warning for warning in report.warnings())
+    chances = nn.Sequential(cases.classifier(), nn.Softmax(1)).eval()
+    rows = {"chances": Defended(chances, lambda x, ids=None, draw=0: x.detach())}
+    report = Evaluation(chances, scenes(4, chances), [], rows, eps=EPS).run(tmp_path / "b")
+    assert report.warnings() == ["chances: its outputs look like probabilities; losses are made for logits"]
+
+
+@pytest.mark.parametrize("name", cases.ATTACKS)
+def test_attacks_tell_what_they_climb(name: str) -> None:
+    """The losses that an attack tells of are those of its images, and it finds the same whether watched or not."""
+    attack = cases.ATTACKS[name](MODEL)
+    x, y = scenes(2).tensors
+    seen: list[tuple[int, Tensor, Tensor]] = []
+    found = attack(x, y, watch=lambda *step: seen.append(step))
+    assert torch.equal(found, attack(x, y))
+    if name == "square":
+        assert not seen
+        return
+    runs = len(attack.weights) if isinstance(attack, attacks.Adaptive) else 1
+    steps = list(range(attack.total_steps)) * runs
+    assert [t for t, _, _ in seen] == steps
+    assert all(value.shape == (2,) and gradient.shape == x.shape for _, value, gradient in seen)
+    if name == "pgd":
+        assert bool((seen[-1][1] > seen[0][1]).all())
+
+
+def test_votes(tmp_path: Path) -> None:
+    """The label that most draws predict, counted by hand; the first draw is the one that counts without a vote."""
+    noise = Defended(MODEL, defenses.RandomNoise(0.3))
+    made = evaluation(attackers=[PGD], defenses={"random": noise, "averaging": defenses.Averaging(MODEL)}, votes=5)
+    report = made.run(tmp_path)
+    order = [image.index for image in made.images]
+    x, y = (part[order] for part in made.data.tensors)  # type: ignore[attr-defined]
+    ids = torch.tensor([image.id for image in made.images])
+    from equifast.evaluate import confusion
+
+    with torch.no_grad():
+        labels = [noise(x, ids=ids, draw=draw).argmax(1) for draw in (0, 65535, 65534, 65533, 65532)]
+    counted = torch.stack([sum((label == c).long() for label in labels) for c in range(5)]).argmax(0)  # type: ignore[misc,arg-type]
+    assert np.array_equal(report.voted["random"]["clean"], confusion(counted, y, 5))
+    assert not np.array_equal(report.voted["random"]["clean"], report.results["random"]["clean"])
+    assert "worst, vote of 5" in report.table()["random"]
+    assert report.document()["rows"]["random"]["PGD"]["vote"]["value"] == mean_iou(report.voted["random"]["PGD"]).value
+
+
+@pytest.mark.parametrize("model", [MODEL, cases.classifier().eval()])
+def test_a_target(tmp_path: Path, model: nn.Module) -> None:
+    dense = model is MODEL
+    attackers = [
+        Attacker("PGD", lambda model, defended: attacks.PGD(model, eps=0.2, step_size=0.02, steps=10, targeted=True))
+    ]
+    rows = {"none": Defended(model, lambda x, ids=None, draw=0: x.detach())}
+    data = scenes(4, model)
+    report = Evaluation(model, data, attackers, rows, eps=0.2, target=3).run(tmp_path)
+    clean, attacked = (report.estimate(report.aimed["none"][name]).value for name in ("clean", "PGD"))
+    assert attacked > clean
+    assert report.document()["rows"]["none"]["PGD"]["target"]["value"] == attacked
+    with torch.no_grad():
+        predicted = model(data.tensors[0]).argmax(1)
+    if dense:
+        counts = data.tensors[1] != 255
+        right = (predicted[counts] == 3).sum() / counts.sum()
+        others = len(set(predicted[counts].tolist()) | {3})
+        assert clean == pytest.approx(
+            100 * float(right) / others, abs=0.01
+        )  # the IoU of classes that are no target is 0
+    else:
+        assert clean == pytest.approx(100 * float((predicted == 3).float().mean()))
+    with pytest.raises(ValueError, match="target is 7; the model has 5 classes"):
+        Evaluation(model, data, attackers, rows, eps=0.2, target=7).run(tmp_path / "b")
+
+
+def test_per_class_figures(tmp_path: Path) -> None:
+    report = evaluation(attackers=[]).run(tmp_path)
+    cell, total = report.document()["rows"]["none"]["clean"], report.results["none"]["clean"].sum(0)
+    iou = [value for value in cell["IoU"] if value is not None]
+    assert np.mean(iou) == pytest.approx(cell["value"])
+    assert cell["accuracy"] == pytest.approx(100 * np.trace(total) / total.sum())
+    present = total.sum(1) > 0
+    recall = np.diag(total)[present] / total.sum(1)[present]
+    assert cell["mean accuracy"] == pytest.approx(100 * recall.mean())
+
+
+def test_costs() -> None:
+    from equifast.evaluate import cost
+
+    x = cases.images(1, 40, 60)
+    none = cost(MODEL, Defended(MODEL, lambda x, ids=None, draw=0: x.detach()), x, rounds=2)
+    assert none.passes == 1
+    half = defenses.Averaging(MODEL, [views.Resize(0.5)])
+    assert cost(MODEL, half, x, rounds=1).passes == pytest.approx(1.25)
+    flips = Purifier(MODEL, views=[views.Flip()], steps=3, view_gradient=1, average=False, start="origin")
+    fast = cost(MODEL, Defended(MODEL, flips), x, rounds=1)
+    assert fast.passes == 3 * 2 * 3 + 1
+    assert fast.mebibytes > none.mebibytes > 0
+    assert fast.times > 1
+    with pytest.raises(ValueError, match="x is empty"):
+        cost(MODEL, half, x[:0])
+
+
+def test_figures_are_written(tmp_path: Path) -> None:
+    strength = Strength(eps=EPS, steps=1, eot=1, queries=2, weights=(0.0,), dtype="float32")
+    rows = {"fast": Defended(MODEL, Purifier(MODEL, steps=1)), "averaging": defenses.Averaging(MODEL)}
+    made = evaluation(scenes(3, size=(12, 16)), attackers=adaptive(strength), defenses=rows, votes=2)
+    report = made.run(tmp_path)
+    found = plots.write_all(made, report, tmp_path, 2, ["fast"])
+    assert [path.name for path in found] == [
+        f"{n}.{s}" for n in ("comparison", "radius", "worst-fast") for s in ("png", "svg")
+    ]
+    for path in found:
+        if path.suffix == ".png":
+            assert np.asarray(Image.open(path)).std() > 10  # something is drawn
+        else:
+            assert path.read_text().startswith("<?xml")
+    place = report.worst_images("fast", 1)[0]
+    again = made.again(place, "fast", "BPDA")
+    matrix = report.results["fast"]["BPDA"][place]
+    counts = again["labels"] != 255
+    assert int((again["after"] == again["labels"])[counts].sum()) == np.trace(matrix)
 
 
 # The files that data come from, and the command.
@@ -390,6 +569,13 @@ def test_command(folder: Path) -> None:
     document = json.loads((folder / "out" / "table.json").read_text())
     assert document["images"] == 4
     assert set(document["rows"]["none"]) == {"clean", "PGD", "worst"}
+    assert set(json.loads((folder / "out" / "costs.json").read_text())) == {"none", "fast"}
+    assert (folder / "out" / "comparison.svg").exists()
+    aimed = ["--attack", "PGD", "--defense", "none", "--target", "1", "--votes", "2", "--panels", "1"]
+    done = CliRunner().invoke(app, [str(folder / "aimed") if a.endswith("out") else a for a in command(folder, *aimed)])
+    assert done.exit_code == 0, done.output
+    assert "the target" in done.output
+    assert (folder / "aimed" / "worst-none.png").exists()
     more = ["--protocol", "adaptive", "--eot", "2", "--queries", "2", "--defense", "averaging", "--images", "2"]
     done = CliRunner().invoke(app, [str(folder / "other") if a.endswith("out") else a for a in command(folder, *more)])
     assert done.exit_code == 0, done.output
@@ -408,6 +594,8 @@ def test_command(folder: Path) -> None:
         (("--protocol", "casual"), "protocol is 'casual'; it must be 'adaptive'"),
         (("--protocol", "adaptive", "--attack", "PGD"), "it brings its own"),
         (("--eps", "0"), "eps is 0"),
+        (("--target", "9"), "target is 9; the model has 5 classes"),
+        (("--target", "-1"), "target is -1; it must be an integer from 0"),
     ],
 )
 def test_command_refuses(folder: Path, more: tuple[str, ...], sentence: str) -> None:

@@ -1,5 +1,6 @@
-"""Evaluation: attackers against defenses, metrics with their standard errors, and where the time of a step goes."""
+"""Evaluation: attackers against defenses, metrics with their standard errors, and what defenses cost."""
 
+from equifast.evaluate.cost import Cost, cost
 from equifast.evaluate.data import Arrays, ClassFolders, LabelFolders, open_data
 from equifast.evaluate.metrics import Estimate, accuracy, confusion, difference, mean_iou
 from equifast.evaluate.profile import PARTS, Profile, profile_step
@@ -12,6 +13,7 @@ __all__ = [
     "Arrays",
     "Attacker",
     "ClassFolders",
+    "Cost",
     "Estimate",
     "Evaluation",
     "LabelFolders",
@@ -21,6 +23,7 @@ __all__ = [
     "accuracy",
     "adaptive",
     "confusion",
+    "cost",
     "difference",
     "known",
     "mean_iou",

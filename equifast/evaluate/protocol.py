@@ -1,7 +1,7 @@
 """Attackers who know a defense: the adaptive protocol."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -13,6 +13,9 @@ from equifast.evaluate.study import Attacked, Attacker
 from equifast.purifier import Defended, DefendedModel, Purifier
 
 __all__ = ["Strength", "adaptive", "known"]
+
+RADII = (0.5, 2.0, 4.0, 16.0)
+"""Of the curve of what is left over the radius; at the last nothing should be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +32,7 @@ class Strength:
         last: steps of the ascent that the unrolled gradient goes through.
         seed: of the attacks.
         dtype: of the attacks' gradients.
+        targeted: whether they aim at what they are given as labels.
     """
 
     eps: float = 4 / 255
@@ -40,19 +44,23 @@ class Strength:
     last: int = 2
     seed: int = 1
     dtype: str = "auto"
+    targeted: bool = False
 
     def settings(self, **changed: Any) -> dict[str, Any]:
         """Of an iterated attack."""
         size = self.eps / 4 if self.step_size is None else self.step_size
         chosen = {"eps": self.eps, "step_size": size, "steps": self.steps, "seed": self.seed, "dtype": self.dtype}
-        return {**chosen, **changed}
+        return {**chosen, "targeted": self.targeted, **changed}
+
+    def times(self, radius: float) -> "Strength":
+        """The same in a ball of another radius, with steps as much longer."""
+        size = None if self.step_size is None else self.step_size * radius
+        return replace(self, eps=min(1.0, self.eps * radius), step_size=size)
 
     @property
     def quick(self) -> "Strength":
         """The same with less patience: a look, not a figure."""
-        return Strength(
-            eps=self.eps, step_size=self.step_size, steps=10, eot=4, queries=100, weights=(1.0,), last=1, seed=self.seed
-        )
+        return replace(self, steps=10, eot=4, queries=100, weights=(1.0,), last=1)
 
 
 def _purifier(defended: DefendedModel) -> Purifier | None:
@@ -99,12 +107,22 @@ def known(strength: Strength) -> dict[str, Attacker]:
         return BPDA(PGD(model, **s.settings()), Averaging(model))
 
     def square(model: nn.Module, defended: DefendedModel) -> Attacked:
-        return BPDA(attacks.Square(model, eps=s.eps, steps=s.queries, seed=s.seed), defended)
+        return BPDA(attacks.Square(model, eps=s.eps, steps=s.queries, seed=s.seed, targeted=s.targeted), defended)
+
+    def larger(radius: float) -> Attacker:
+        def make(model: nn.Module, defended: DefendedModel) -> Attacked:
+            return BPDA(PGD(model, **s.times(radius).settings()), defended)
+
+        return Attacker(f"BPDA, radius x {radius:g}", make, radius=radius)
 
     apgd = s.settings()
     del apgd["step_size"]
     found = [
-        Attacker("FGSM", lambda model, defended: attacks.FGSM(model, eps=s.eps, seed=s.seed), knows=False),
+        Attacker(
+            "FGSM",
+            lambda model, defended: attacks.FGSM(model, eps=s.eps, seed=s.seed, targeted=s.targeted),
+            knows=False,
+        ),
         *(
             Attacker(kind.__name__, plain(kind), knows=False)
             for kind in (PGD, attacks.MIM, attacks.CW, attacks.Houdini, attacks.SegPGD, attacks.CosPGD)
@@ -119,6 +137,7 @@ def known(strength: Strength) -> dict[str, Attacker]:
         Attacker("unrolled", unrolled),
         Attacker("Adaptive", both),
         Attacker(f"Square, {s.queries} queries", square),
+        *(larger(radius) for radius in RADII),
     ]
     return {attacker.name: attacker for attacker in found}
 
@@ -127,12 +146,14 @@ def adaptive(strength: Strength) -> list[Attacker]:
     """The attackers of the adaptive protocol, from one who knows nothing to those who know all but the next draw.
 
     PGD on the model, whose points every defense is tested on; the attack through averaging over views; BPDA that knows
-    the defender's draw; BPDA with expectation, on the margin, and along the trajectory; unrolled through the last
-    steps; the paper's adaptive attack; and random search.
+    the defender's draw; BPDA with another draw at each step, with expectation, on the margin, and along the
+    trajectory; unrolled through the last steps; the paper's adaptive attack; and random search. Then BPDA at other
+    radii: in larger balls it is no part of the worst case, and must leave nothing in the end.
     """
     everyone = known(strength)
     names = (
-        *("PGD", "through averaging", "BPDA, one draw", f"BPDA, {strength.eot} draws", "BPDA, margin"),
+        *("PGD", "through averaging", "BPDA, one draw", "BPDA", f"BPDA, {strength.eot} draws", "BPDA, margin"),
         *("BPDA, trajectory", "unrolled", "Adaptive", f"Square, {strength.queries} queries"),
+        *(f"BPDA, radius x {radius:g}" for radius in RADII),
     )
     return [everyone[name] for name in names]

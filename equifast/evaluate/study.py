@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from equifast import __version__, _checks, ops
+from equifast import __version__, _checks, ops, rng
+from equifast.attacks import BPDA, Attack
 from equifast.evaluate.metrics import Estimate, accuracy, confusion, difference, mean_iou
 from equifast.evaluate.worst import worst_accuracy, worst_iou
 from equifast.features import evaluating, output
@@ -40,11 +41,14 @@ class Attacker:
         name: its heading.
         make: ``(model, defended) -> attack``, or None where it is no attacker of that defense.
         knows: whether the attack depends on the defense; where not, its images are attacked once for all defenses.
+        radius: of its ball, in that of the evaluation. Above 1 it is no part of the worst case: it is there to see
+            whether anything is left where nothing should be.
     """
 
     name: str
     make: Callable[[nn.Module, DefendedModel], Attacked | None]
     knows: bool = True
+    radius: float = 1.0
 
 
 def describe(thing: object) -> Any:
@@ -136,6 +140,9 @@ class Evaluation:
         defenses: the rows, models that predict: :class:`equifast.Defended`, :class:`equifast.defenses.Averaging`, or
             whatever takes ``(x, ids, draw)``.
         eps: the radius that no attack may leave, in the largest norm; None for attacks in another.
+        target: the class that attackers aim at, who are targeted then; None for the true labels, which they flee.
+        votes: draws of each defense that vote on every image, label by label, beside the single one that counts; 0 for
+            no vote.
         batch: images at a time.
         ignore_index: the dense label that does not count.
         arguments: what else decides the results, as values that JSON can hold.
@@ -152,6 +159,8 @@ class Evaluation:
         defenses: Mapping[str, DefendedModel],
         *,
         eps: float | None,
+        target: int | None = None,
+        votes: int = 0,
         batch: int = 4,
         ignore_index: int = 255,
         arguments: Mapping[str, Any] | None = None,
@@ -164,6 +173,8 @@ class Evaluation:
         if not defenses:
             raise ValueError("defenses is empty; there must be at least one")
         self.eps = None if eps is None else _checks.number("eps", eps, above=0)
+        self.target = None if target is None else _checks.integer("target", target, 0, 2**31)
+        self.votes = _checks.integer("votes", votes, 0, 1000)
         self.batch = _checks.integer("batch", batch, 1, 2**31)
         self.ignore_index = ignore_index
         self.images = _images(data)
@@ -176,6 +187,8 @@ class Evaluation:
             "backend": str(ops.choose(self._device)),
             "model": describe(model),
             "eps": eps,
+            "target": target,
+            "votes": votes,
             "ignore_index": ignore_index,
         }
         self._dense = _item(data, 0)[1].dim() == 2
@@ -200,6 +213,22 @@ class Evaluation:
             for batch in self._batches():
                 self._run(batch, cells, records, clock)
             return Report(self, cells, records.results)
+
+    def again(self, place: int, defense: str, attack: str) -> dict[str, Tensor]:
+        """One image once more: ``image`` and ``attacked`` (3, H, W), ``labels``, and what the defense predicts
+        ``before`` and ``after``, (H, W) or ().
+
+        Args:
+            place: in the order of a report's results.
+            defense, attack: names.
+        """
+        image, defended = self.images[place], self.defenses[defense]
+        x, y = (part[None].to(self._device) for part in _item(self.data, image.index))
+        ids = torch.tensor([image.id], device=self._device)
+        made = self._cells()[defense, attack]
+        attacked = x if made is None else self._attack(made, x, y, ids)[0]
+        before, after = (self._logits(defended, images, y, ids).argmax(1)[0] for images in (x, attacked))
+        return {"image": x[0], "attacked": attacked[0], "labels": y[0], "before": before, "after": after}
 
     def _cells(self) -> dict[tuple[str, str], Attacked | None]:
         """What attacks each (defense, attacker); None for clean images. Cells that have no attacker are left out."""
@@ -242,7 +271,9 @@ class Evaluation:
         clock: "_Clock",
     ) -> None:
         shared = {attacker.name for attacker in self.attackers if not attacker.knows}
-        attacked: dict[str, dict[str, Tensor]] = {}  # by attacker and image, of those who do not know
+        radius = {attacker.name: attacker.radius for attacker in self.attackers}
+        # by attacker and image, of those who do not know
+        attacked: dict[str, dict[str, tuple[Tensor, dict[str, Any]]]] = {}
         for (name, attack_name), attack in cells.items():
             left = [image for image in batch if (image.key, name, attack_name) not in records.results]
             if not left:
@@ -251,20 +282,30 @@ class Evaluation:
             x, y = (torch.stack(parts).to(self._device) for parts in zip(*items, strict=True))
             ids = torch.tensor([image.id for image in left], device=self._device)
             begun, spent = time.perf_counter(), 0.0
+            seen: list[dict[str, Any]] = [{} for _ in left]  # of the attack, on each image
             if attack is not None:
                 kept = attacked.get(attack_name, {})
                 if all(image.key in kept for image in left):
-                    x = torch.stack([kept[image.key] for image in left])
+                    x, seen = torch.stack([kept[i.key][0] for i in left]), [kept[i.key][1] for i in left]
                 else:
                     clean = x
-                    x = attack(clean, y, ids)
-                    self._check(clean, x, attack_name)
+                    x, seen = self._attack(attack, clean, y, ids)
+                    self._check(clean, x, attack_name, radius[attack_name])
                     if attack_name in shared:
-                        attacked[attack_name] = dict(zip((image.key for image in left), x, strict=True))
+                        pairs = zip(x, seen, strict=True)
+                        attacked[attack_name] = dict(zip((image.key for image in left), pairs, strict=True))
                 spent = time.perf_counter() - begun
             begun = time.perf_counter()
-            results = self._judge(self.defenses[name], x, y, ids)
+            logits = self._logits(self.defenses[name], x, y, ids)
             seconds = time.perf_counter() - begun
+            results = self._judge(logits.argmax(1), y, logits.shape[1])
+            if attack is None:
+                for note, chances in zip(seen, _probabilities(logits), strict=True):
+                    note["probabilities"] = chances
+            if self.votes:
+                winners = self._vote(self.defenses[name], x, y, ids, logits)
+                for note, vote in zip(seen, self._judge(winners, y, logits.shape[1]), strict=True):
+                    note["vote"] = vote
             records.add(
                 {
                     "image": image.key,
@@ -272,14 +313,33 @@ class Evaluation:
                     "defense": name,
                     "attack": attack_name,
                     "result": result,
+                    **note,
                     "seconds": round(seconds / len(left), 6),
                     "attack_seconds": round(spent / len(left), 6),
                 }
-                for image, result in zip(left, results, strict=True)
+                for image, result, note in zip(left, results, seen, strict=True)
             )
             clock.done((name, attack_name), len(left), spent + seconds)
 
-    def _check(self, clean: Tensor, x: Tensor, name: str) -> None:
+    def _attack(self, attack: Attacked, x: Tensor, y: Tensor, ids: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+        """The attacked images, and of each the losses at every step and how many steps had no gradient."""
+        if self.target is not None:
+            y = torch.where(y == self.ignore_index, y, self.target) if y.dim() > 1 else torch.full_like(y, self.target)
+        if not isinstance(attack, Attack | BPDA):
+            return attack(x, y, ids), [{} for _ in x]
+        losses, stuck = [[] for _ in x], [0] * len(x)  # type: list[list[float]], list[int]
+
+        def watch(t: int, value: Tensor, gradient: Tensor) -> None:
+            for row, (loss, none) in enumerate(
+                zip(value.tolist(), (gradient == 0).flatten(1).all(1).tolist(), strict=True)
+            ):
+                losses[row].append(float(f"{loss:.5g}"))
+                stuck[row] += none
+
+        x = attack(x, y, ids, watch=watch)
+        return x, [{"losses": a, "no_gradient": b} if a else {} for a, b in zip(losses, stuck, strict=True)]
+
+    def _check(self, clean: Tensor, x: Tensor, name: str, radius: float) -> None:
         if x.shape != clean.shape:
             raise ValueError(f"{name} gives images {tuple(x.shape)} for {tuple(clean.shape)}; it must keep the shape")
         if not bool(torch.isfinite(x).all()):
@@ -287,23 +347,38 @@ class Evaluation:
         if float(x.min()) < 0 or float(x.max()) > 1:
             raise ValueError(f"{name} leaves [0, 1]: values from {float(x.min()):g} to {float(x.max()):g}")
         moved = float((x - clean).abs().max())
-        if self.eps is not None and moved > self.eps + 1e-6:
-            raise ValueError(f"{name} leaves its ball: it moves a value by {moved:g}, and may by {self.eps:g}")
+        if self.eps is not None and moved > radius * self.eps + 1e-6:
+            raise ValueError(f"{name} leaves its ball: it moves a value by {moved:g}, and may by {radius * self.eps:g}")
 
-    def _judge(self, defended: DefendedModel, x: Tensor, y: Tensor, ids: Tensor) -> list[Any]:
+    def _logits(self, defended: DefendedModel, x: Tensor, y: Tensor, ids: Tensor, draw: int = 0) -> Tensor:
         with evaluating(x, self.model), torch.no_grad():
-            logits = output(defended(x, ids=ids, draw=0))  # attackers draw from 1 on, or are told
+            logits = output(defended(x, ids=ids, draw=draw))  # attackers draw from 1 on, or are told
         if logits.dim() not in (2, 4) or len(logits) != len(x) or logits.shape[2:] != y.shape[1:]:
             raise ValueError(
                 f"a defense gives logits {tuple(logits.shape)} for labels {tuple(y.shape)}; "
                 "they must be (N, C), or (N, C, H, W) as the labels"
             )
-        prediction, classes = logits.argmax(1), logits.shape[1]
+        classes = logits.shape[1]
         counted = y[y != self.ignore_index] if y.dim() > 1 else y
         if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < classes:
             raise ValueError(
                 f"data has labels from {int(counted.min())} to {int(counted.max())}; the model has {classes} classes"
             )
+        if self.target is not None and self.target >= classes:
+            raise ValueError(f"target is {self.target}; the model has {classes} classes")
+        return logits
+
+    def _vote(self, defended: DefendedModel, x: Tensor, y: Tensor, ids: Tensor, logits: Tensor) -> Tensor:
+        """The label that most of the draws predict, of equals the first; the others are the last draws there are."""
+        votes = torch.zeros_like(logits, dtype=torch.int32)
+        for number in range(self.votes):
+            if number > 0:
+                logits = self._logits(defended, x, y, ids, rng.MAX_DRAW + 1 - number)
+            chosen = logits.argmax(1, keepdim=True)
+            votes.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=votes.dtype))
+        return votes.argmax(1)
+
+    def _judge(self, prediction: Tensor, y: Tensor, classes: int) -> list[Any]:
         if y.dim() == 1:
             return [{"label": int(a), "predicted": int(b)} for a, b in zip(y, prediction, strict=True)]
         matrices = confusion(prediction, y, classes, self.ignore_index)
@@ -311,6 +386,15 @@ class Evaluation:
             {"classes": classes, "pixels": [[int(i), int(j), int(m[i, j])] for i, j in np.argwhere(m)]}
             for m in matrices
         ]
+
+
+def _probabilities(logits: Tensor) -> list[bool]:
+    """Of each image, whether what a model gives are probabilities and no logits: in [0, 1], with a sum of 1."""
+    if logits.shape[1] < 2:
+        return [False] * len(logits)
+    flat = logits.detach().float().flatten(2) if logits.dim() > 2 else logits.detach().float()[:, :, None]
+    inside = ((flat >= 0) & (flat <= 1)).flatten(1).all(1)
+    return (inside & ((flat.sum(1) - 1).abs() < 1e-3).flatten(1).all(1)).tolist()
 
 
 class _Clock:
@@ -404,8 +488,10 @@ class Report:
     """The figures of an evaluation: accuracy, or mean IoU from the totals, in percent, by bootstrap over images.
 
     ``results[defense][attack]`` are (N,) bool or (N, C, C) confusion matrices of each image, in the order of the
-    images' digests. ``worst`` of a defense takes, image by image, the attack that leaves fewest labels right; of dense
-    labels the attacks that make the mean IoU least (:func:`equifast.evaluate.worst_iou`).
+    images' digests; ``voted`` the same of the majority of draws, where they vote; ``aimed``, where there is a target,
+    with the target in place of the true labels. ``worst`` of a defense takes, image by image, the attack that leaves
+    fewest labels right; of dense labels the attacks that make the mean IoU least
+    (:func:`equifast.evaluate.worst_iou`).
     """
 
     def __init__(
@@ -417,11 +503,29 @@ class Report:
         self.dense = evaluation._dense
         self.figure = "mIoU in %" if self.dense else "accuracy in %"
         self.images = len(evaluation.images)
+        self.votes, self.target = evaluation.votes, evaluation.target
+        self.radius = {CLEAN: 0.0, **{attacker.name: attacker.radius for attacker in evaluation.attackers}}
         self.results: dict[str, dict[str, Array]] = {}
+        self.voted: dict[str, dict[str, Array]] = {}
+        self.aimed: dict[str, dict[str, Array]] = {}
         self.seconds: dict[str, dict[str, tuple[float, float]]] = {}
+        self.losses: dict[str, dict[str, Array]] = {}  # (N, steps)
+        self.no_gradient: dict[str, dict[str, Array]] = {}  # (N,) steps
+        self.probabilities: dict[str, bool] = {}
         for defense, attack in cells:
             lines = [records[image.key, defense, attack] for image in evaluation.images]
-            self.results.setdefault(defense, {})[attack] = np.stack([_array(line["result"]) for line in lines])
+            results = [line["result"] for line in lines]
+            self.results.setdefault(defense, {})[attack] = np.stack([_array(result) for result in results])
+            if self.votes:
+                self.voted.setdefault(defense, {})[attack] = np.stack([_array(line["vote"]) for line in lines])
+            if self.target is not None:
+                aimed = [_aimed(result, self.target) for result in results]
+                self.aimed.setdefault(defense, {})[attack] = np.stack(aimed)
+            if all("losses" in line for line in lines):
+                self.losses.setdefault(defense, {})[attack] = np.array([line["losses"] for line in lines])
+                self.no_gradient.setdefault(defense, {})[attack] = np.array([line["no_gradient"] for line in lines])
+            if attack == CLEAN:
+                self.probabilities[defense] = all(line["probabilities"] for line in lines)
             times = [(line["seconds"], line["attack_seconds"]) for line in lines]
             mean = (sum(t[0] for t in times) / len(times), sum(t[1] for t in times) / len(times))
             self.seconds.setdefault(defense, {})[attack] = mean
@@ -430,13 +534,31 @@ class Report:
         """The figure of results and its standard error."""
         return mean_iou(results) if self.dense else accuracy(results)
 
-    def worst(self, defense: str) -> Array:
+    def attacks(self, defense: str) -> list[str]:
+        """The attacks among which the worst is sought: those within the radius of the evaluation."""
+        return [attack for attack in self.results[defense] if 0 < self.radius[attack] <= 1]
+
+    def worst(self, defense: str, voted: bool = False) -> Array:
         """The results of a defense under the worst of its attackers, image by image."""
-        found = [results for attack, results in self.results[defense].items() if attack != CLEAN]
-        stacked = np.stack(found or list(self.results[defense].values()))
-        chosen = worst_iou(stacked) if self.dense else worst_accuracy(stacked)
-        worst: Array = stacked[chosen, np.arange(stacked.shape[1])]
+        results = (self.voted if voted else self.results)[defense]
+        stacked = np.stack([results[attack] for attack in self.attacks(defense) or [CLEAN]])
+        worst: Array = stacked[self._worst(stacked), np.arange(stacked.shape[1])]
         return worst
+
+    def worst_attacks(self, defense: str) -> list[str]:
+        """Which attack that is, of each image."""
+        names = self.attacks(defense) or [CLEAN]
+        stacked = np.stack([self.results[defense][attack] for attack in names])
+        return [names[int(i)] for i in self._worst(stacked)]
+
+    def worst_images(self, defense: str, count: int) -> list[int]:
+        """Of which images a defense loses most right labels to them; places in the order of the results."""
+        lost = _right(self.results[defense][CLEAN]) - _right(self.worst(defense))
+        return [int(place) for place in np.argsort(-lost, kind="stable")[:count]]
+
+    def _worst(self, stacked: Array) -> Array:
+        chosen: Array = worst_iou(stacked) if self.dense else worst_accuracy(stacked)
+        return chosen
 
     def difference(self, defense: str, other: str, attack: str | None = None) -> Estimate:
         """The figure of one defense minus that of another, paired; of the worst case where no attack is named."""
@@ -444,35 +566,87 @@ class Report:
         return difference(a, b)
 
     def table(self) -> dict[str, dict[str, Estimate]]:
-        """``[defense][attack]`` figures; the worst of several attackers as ``worst``."""
+        """``[defense][attack]`` figures; the worst of several attackers as ``worst``, and its figure by vote."""
         rows = {}
         for defense, columns in self.results.items():
             rows[defense] = {attack: self.estimate(results) for attack, results in columns.items()}
-            if len(columns) > 1:
+            if self.attacks(defense):
                 rows[defense]["worst"] = self.estimate(self.worst(defense))
+                if self.votes:
+                    rows[defense][f"worst, vote of {self.votes}"] = self.estimate(self.worst(defense, voted=True))
         return rows
 
     def warnings(self) -> list[str]:
-        """Signs that an attack fails rather than the defense holds (Athalye et al. 2018, section 3.1)."""
+        """Signs that an attack fails rather than the defense holds (Athalye et al. 2018, section 3.1; Carlini 2019)."""
         found = []
         for defense, row in self.table().items():
-            blind = {name: e for name, e in row.items() if name.startswith("Square")}
-            seeing = [e for name, e in row.items() if name not in (CLEAN, "worst", *blind)]
+            within = self.attacks(defense)
+            blind = {name: row[name] for name in within if name.startswith("Square")}
+            seeing = [row[name] for name in within if name not in blind]
             for name, estimate in blind.items():
                 if seeing and estimate.value < min(e.value for e in seeing) - estimate.standard_error:
                     found.append(f"{defense}: {name}, a black box, does more damage than every attacker with gradients")
+            for name, losses in self.losses.get(defense, {}).items():
+                still = int((losses[:, -1] <= losses[:, 0]).sum())
+                if losses.shape[1] > 1 and 2 * still > len(losses):
+                    found.append(f"{defense}: the loss of {name} does not rise with its steps on {still} images")
+            for name, steps in self.no_gradient.get(defense, {}).items():
+                # where nothing is left to turn, a margin has none
+                stuck = int(((steps > 0) & (_right(self.results[defense][name]) >= 0.5)).sum())
+                if stuck:
+                    found.append(f"{defense}: {name} has steps without any gradient on {stuck} images that are right")
+            if self.probabilities.get(defense):
+                found.append(f"{defense}: its outputs look like probabilities; losses are made for logits")
+            largest = max((name for name in self.results[defense]), key=lambda name: self.radius[name])
+            if self.radius[largest] > 1 and row[largest].value > max(5.0, row[CLEAN].value / 5):
+                left = f"{row[largest].value:.1f} of {row[CLEAN].value:.1f}"
+                found.append(f"{defense}: {largest} leaves {left}, at a radius where nothing should be left")
         return found
 
     def document(self) -> dict[str, Any]:
         """All figures, as values that JSON can hold."""
-        rows = {
-            defense: {
-                attack: {"value": e.value, "error": None if np.isnan(e.standard_error) else e.standard_error}
-                for attack, e in row.items()
-            }
-            for defense, row in self.table().items()
-        }
-        return {"figure": self.figure, "images": self.images, "rows": rows, "warnings": self.warnings()}
+        rows: dict[str, dict[str, Any]] = {}
+        for defense, row in self.table().items():
+            for attack, estimate in row.items():
+                cell = _values(estimate)
+                results = self.results[defense].get(attack, self.worst(defense) if attack == "worst" else None)
+                if results is not None and self.dense:
+                    cell.update(_per_class(results))
+                if attack in self.voted.get(defense, {}):
+                    cell["vote"] = _values(self.estimate(self.voted[defense][attack]))
+                if attack in self.aimed.get(defense, {}):
+                    cell["target"] = _values(self.estimate(self.aimed[defense][attack]))
+                if attack in self.losses.get(defense, {}):
+                    mean = self.losses[defense][attack].mean(0)
+                    cell["loss"] = [float(f"{value:.5g}") for value in mean]
+                rows.setdefault(defense, {})[attack] = cell
+        kept = {"figure": self.figure, "images": self.images, "votes": self.votes, "target": self.target}
+        return {**kept, "rows": rows, "warnings": self.warnings()}
+
+
+def _values(estimate: Estimate) -> dict[str, Any]:
+    error = None if np.isnan(estimate.standard_error) else estimate.standard_error
+    return {"value": estimate.value, "error": error}
+
+
+def _right(results: Array) -> Array:
+    """(N,) the part of an image's labels that are right."""
+    if results.ndim == 1:
+        return results.astype(float)
+    part: Array = np.trace(results, axis1=1, axis2=2) / np.maximum(results.sum((1, 2)), 1)
+    return part
+
+
+def _per_class(results: Array) -> dict[str, Any]:
+    """Accuracy over all labels, its mean over the classes that occur, and the IoU of each class; in percent."""
+    total = results.sum(0)
+    hit, true, union = np.diag(total), total.sum(1), total.sum(0) + total.sum(1) - np.diag(total)
+    recall = [100 * float(h / t) for h, t in zip(hit, true, strict=True) if t]
+    return {
+        "accuracy": 100 * float(hit.sum() / max(1, total.sum())),
+        "mean accuracy": float(np.mean(recall)) if recall else None,
+        "IoU": [100 * float(h / u) if u else None for h, u in zip(hit, union, strict=True)],
+    }
 
 
 def _array(result: Mapping[str, Any]) -> Array:
@@ -481,4 +655,14 @@ def _array(result: Mapping[str, Any]) -> Array:
     matrix = np.zeros((result["classes"], result["classes"]), np.int64)
     for i, j, count in result["pixels"]:
         matrix[i, j] = count
+    return matrix
+
+
+def _aimed(result: Mapping[str, Any], target: int) -> Array:
+    """The same with the target in place of every true label."""
+    if "label" in result:
+        return np.asarray(result["predicted"] == target)
+    matrix = np.zeros((result["classes"], result["classes"]), np.int64)
+    for _, j, count in result["pixels"]:
+        matrix[target, j] += count
     return matrix

@@ -1,0 +1,147 @@
+"""Figures of a report: what each attacker leaves of each defense, over the radius, and images of the worst cases."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from torch import Tensor
+
+from equifast.evaluate.study import CLEAN, Evaluation, Report
+
+__all__ = ["bars", "curves", "panels", "save", "write_all"]
+
+
+def save(figure: Figure, path: Path) -> list[Path]:
+    """Write a figure as PNG and SVG, beside and then renamed; ``path`` has no suffix. Returns where they are."""
+    found = []
+    for kind in ("png", "svg"):
+        target = path.with_suffix(f".{kind}")
+        part = target.with_suffix(".part")
+        figure.savefig(part, format=kind, dpi=110)
+        part.replace(target)
+        found.append(target)
+    return found
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def bars(report: Report) -> Figure:
+    """A bar for each defense, in a group for each attacker of the worst case, with standard errors; that comes last."""
+    table = report.table()
+    attackers = [CLEAN, *dict.fromkeys(attack for defense in table for attack in report.attacks(defense))]
+    attackers += ["worst"] if any("worst" in row for row in table.values()) else []
+    figure = _figure(max(6.0, 1.1 * len(attackers) + 2), 4.5)
+    axis = figure.subplots()
+    width = 0.8 / len(table)
+    for number, (defense, row) in enumerate(table.items()):
+        places = [i for i, attack in enumerate(attackers) if attack in row]
+        found = [row[attackers[i]] for i in places]
+        axis.bar(
+            [i + (number - (len(table) - 1) / 2) * width for i in places],
+            [e.value for e in found],
+            width,
+            yerr=[0.0 if np.isnan(e.standard_error) else e.standard_error for e in found],
+            capsize=2,
+            label=defense,
+        )
+    axis.set_xticks(range(len(attackers)), attackers, rotation=30, ha="right")
+    axis.set_ylabel(report.figure)
+    axis.set_title(f"{report.images} images, ± standard error by bootstrap over images", fontsize=10)
+    axis.grid(axis="y", alpha=0.3)
+    axis.legend()
+    return figure
+
+
+def curves(report: Report, eps: float, attack: str = "BPDA") -> Figure | None:
+    """What is left of each defense over the radius of one attack; None where it was run at one radius alone."""
+    lines: dict[str, list[tuple[float, str]]] = {}
+    for defense, columns in report.results.items():
+        names = [name for name in columns if name == attack or name.startswith(f"{attack}, radius")]
+        if len(names) > 1:
+            lines[defense] = sorted((report.radius[name], name) for name in (CLEAN, *names))
+    if not lines:
+        return None
+    figure, table = _figure(6, 4.5), report.table()
+    axis = figure.subplots()
+    for defense, places in lines.items():
+        found = [table[defense][name] for _, name in places]
+        axis.errorbar(
+            [255 * eps * radius for radius, _ in places],
+            [e.value for e in found],
+            yerr=[0.0 if np.isnan(e.standard_error) else e.standard_error for e in found],
+            marker="o",
+            capsize=2,
+            label=defense,
+        )
+    axis.set_xscale("symlog", linthresh=255 * eps)
+    axis.set_xlabel("radius of the attack, in levels of 255")
+    axis.set_ylabel(report.figure)
+    axis.set_ylim(bottom=0)
+    axis.set_title(f"{attack}, {report.images} images", fontsize=10)
+    axis.grid(alpha=0.3)
+    axis.legend()
+    return figure
+
+
+def panels(evaluation: Evaluation, report: Report, defense: str, count: int = 4) -> Figure:
+    """The images on which a defense loses most labels to its worst attackers, attacked once more.
+
+    Rows are images; columns the image, what changed, the labels, and what the defense predicts before and after. Of an
+    image without labels of its own the predicted class is written beneath it.
+    """
+    rows = report.worst_images(defense, count)
+    figure = _figure(11, 2.1 * len(rows))
+    axes = figure.subplots(len(rows), 5, squeeze=False)
+    names = report.worst_attacks(defense)
+    for axis_row, place in zip(axes, rows, strict=True):
+        shown = evaluation.again(place, defense, names[place])
+        change = shown["attacked"] - shown["image"]
+        changed = 0.5 + change / (2 * float(change.abs().max()) or 1.0)
+        titles = ("image", names[place], "labels", "before", "after")
+        for axis, title, content in zip(
+            axis_row, titles, (shown["image"], changed, shown["labels"], shown["before"], shown["after"]), strict=True
+        ):
+            axis.set_title(title, fontsize=9)
+            axis.set_axis_off()
+            if content.dim() == 3:
+                axis.imshow(content.permute(1, 2, 0).clamp(0, 1).cpu().numpy())
+            elif content.dim() == 2:
+                axis.imshow(_colors(content, evaluation.ignore_index))
+            else:
+                axis.text(0.5, 0.5, f"class {int(content)}", ha="center", va="center")
+    return figure
+
+
+def _colors(labels: Tensor, ignore_index: int) -> NDArray[Any]:
+    """(H, W) classes -> (H, W, 3), black where they do not count."""
+    palette = (255 * colormaps["tab20"](np.arange(20))[:, :3]).astype(np.uint8)
+    classes = labels.cpu().numpy()
+    painted: NDArray[Any] = palette[classes % 20]
+    painted[classes == ignore_index] = 0
+    return painted
+
+
+def write_all(
+    evaluation: Evaluation, report: Report, folder: Path, count: int = 0, defenses: Sequence[str] = ()
+) -> list[Path]:
+    """Every figure there is for a report, into a folder; panels of ``count`` images of each of some defenses."""
+    found = save(bars(report), folder / "comparison")
+    over = curves(report, evaluation.eps) if evaluation.eps is not None else None
+    if over is not None:
+        found += save(over, folder / "radius")
+    for defense in defenses if count else ():
+        found += save(panels(evaluation, report, defense, count), folder / f"worst-{_file_name(defense)}")
+    return found
+
+
+def _file_name(text: str) -> str:
+    return "".join(letter if letter.isalnum() else "-" for letter in text)
