@@ -22,9 +22,9 @@ from _study import machine, versions, write
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 import equifast
+from equifast.evaluate.cost import peak_memory
 
 MEBIBYTE = 2**20
 WARM_UP = (44, 60)
@@ -42,14 +42,7 @@ def _task(name: str, model: torch.nn.Module) -> Callable[[Tensor], object]:
 
 def _allocated(task: Callable[[Tensor], object], x: Tensor) -> float:
     """Peak of the tensors allocated during the task, in MiB, from the profiler."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        task(x)
-    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak / MEBIBYTE
+    return peak_memory(lambda: task(x), x.device) / MEBIBYTE
 
 
 def _resident(task: Callable[[Tensor], object], x: Tensor) -> float:

@@ -8,7 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from importlib import metadata
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from equifast import _C, __version__, ops
 from equifast._allocator import keep_freed_memory
 from equifast._cheap import has_fast_bfloat16
-from equifast.defenses import Averaging, Invariance, RandomNoise
+from equifast.defenses import Averaging, Contrastive, Invariance, RandomNoise, Rotation
 from equifast.demo import report
 from equifast.evaluate import (
     PARTS,
@@ -38,6 +38,7 @@ from equifast.evaluate import (
     open_data,
     profile_step,
 )
+from equifast.evaluate.studies import STUDIES, Make, Sweep, nothing
 from equifast.features import Features, evaluating, suggest
 from equifast.models import find_images, first_line, load_model, read_image, write_image
 from equifast.purifier import PRESETS, Defended, DefendedModel, Purifier
@@ -249,7 +250,8 @@ def bench(
     )
 
 
-DEFENSES = ("none", "random", "averaging", "flip", "invariance", *PRESETS)
+WITH_HEADS: dict[str, type[Rotation] | type[Contrastive]] = {"rotation": Rotation, "contrastive": Contrastive}
+DEFENSES = ("none", "random", "averaging", "flip", "invariance", *WITH_HEADS, *PRESETS)
 
 
 @app.command()
@@ -265,13 +267,23 @@ def evaluate(
     model: Model,
     features: WhereFeatures = None,
     defense: Annotated[
-        list[str] | None, typer.Option(help=f"Any of {', '.join(DEFENSES)}; none, averaging and fast where not given.")
+        list[str] | None,
+        typer.Option(
+            help=f"Any of {', '.join(DEFENSES)}; none, averaging and fast where not given. "
+            "With @SUBMODULE one takes its own features."
+        ),
     ] = None,
     attack: Annotated[
         list[str] | None,
         typer.Option(help="Attackers by name (PGD, APGD, BPDA, ...); PGD, through averaging and BPDA where not given."),
     ] = None,
     protocol: Annotated[str | None, typer.Option(help="adaptive: the attackers who know, instead of --attack.")] = None,
+    study: Annotated[str | None, typer.Option(help=f"Instead of --defense, one of {', '.join(STUDIES)}.")] = None,
+    preset: Annotated[str, typer.Option(help="Whose settings a study changes, one by one.")] = "fast",
+    fit: Annotated[
+        Path | None, typer.Option(help="Data on which the heads of rotation and contrastive are trained.")
+    ] = None,
+    fit_images: Annotated[int, typer.Option(min=1, help="How many of their images.")] = 256,
     quick: Annotated[bool, typer.Option("--quick", help="8 images, fewer steps, draws and queries: a look.")] = False,
     images: Annotated[int | None, typer.Option(min=1, help="How many images, evenly over the data.")] = None,
     size: Annotated[str | None, typer.Option(help="Height and width that image files are resized to.")] = None,
@@ -304,10 +316,16 @@ def evaluate(
         strength = strength.quick if quick else strength
         if features is None:
             features = _find_features(network, chosen[0][0][None].to(_device(device)))
-        rows = {
-            name: _defended(name, network, features, _fraction(purify_eps), seed)
-            for name in defense or ("none", "averaging", "fast")
-        }
+        radius = _fraction(purify_eps)
+        sweep = _sweep(study, defense, Make(network, features, preset, radius, seed))
+        if sweep is not None:
+            rows = dict(sweep.defenses)
+        else:
+            heads = _Heads(output, fit, fit_images, shape)
+            rows = {
+                name: _defended(name, network, features, radius, seed, heads)
+                for name in defense or ("none", "averaging", "fast")
+            }
         if protocol not in (None, "adaptive"):
             raise ValueError(f"protocol is {protocol!r}; it must be 'adaptive'")
         if protocol is not None and attack:
@@ -321,7 +339,8 @@ def evaluate(
         arguments = {"size": size, "spec": model, "device": _device(device).type}
         votes = votes if votes is not None else 0 if protocol is None else 5
         settings: dict[str, Any] = {"target": target, "votes": votes, "batch": batch, "arguments": arguments}
-        evaluation = Evaluation(network, chosen, attackers, rows, eps=strength.eps, **settings)
+        score = None if sweep is None else sweep.score
+        evaluation = Evaluation(network, chosen, attackers, rows, eps=strength.eps, score=score, **settings)
         with _progress() as progress:
             task = progress.add_task("starting", total=1.0)
             report = evaluation.run(
@@ -333,9 +352,12 @@ def evaluate(
             from equifast.evaluate import plots  # here, since matplotlib takes its time
 
             plots.write_all(evaluation, report, output, panels, list(rows))
+            if sweep is not None:
+                plots.save(plots.sweep(report, sweep), output / str(study))
             image = chosen[0][0][None].to(_device(device))
             costs = {name: cost(network, defended, image) for name, defended in rows.items()}
             _write_json(output / "costs.json", {name: asdict(found) for name, found in costs.items()})
+            plots.save(plots.front(report, costs), output / "cost")
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         raise _fail(first_line(error)) from error
     _print(report, costs)
@@ -347,43 +369,95 @@ def _write_json(path: Path, document: Any) -> None:
     part.replace(path)
 
 
-def _defended(name: str, network: nn.Module, features: str | None, eps: float, seed: int) -> DefendedModel:
+def _sweep(study: str | None, defense: list[str] | None, make: Make) -> Sweep | None:
+    if study is None:
+        return None
+    if study not in STUDIES:
+        raise ValueError(f"study is {study!r}; it must be one of {', '.join(STUDIES)}")
+    if defense:
+        raise ValueError("study is given with defenses; it brings its own")
+    return STUDIES[study](make)
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """Where the heads of defenses are kept, and what they are trained on."""
+
+    folder: Path
+    data: Path | None
+    images: int
+    size: tuple[int, int] | None
+
+    def give(self, purifier: Rotation | Contrastive, name: str) -> Purifier:
+        """The purifier with its head, trained the first time."""
+        path = self.folder / f"{name}.safetensors"
+        if path.exists():
+            return purifier.load(path)
+        if self.data is None:
+            raise ValueError(f"defense {name} has a head to train; name data for it with --fit")
+        images = open_data(self.data, None, self.size)
+        chosen = open_data(self.data, min(self.images, len(images)), self.size)
+        device = next((p.device for p in purifier.model.parameters()), torch.device("cpu"))  # type: ignore[attr-defined]
+        with _progress() as progress:
+            task = progress.add_task(f"the head of {name}", total=None)
+            purifier.fit(
+                (chosen[i][0][None].to(device) for i in range(len(chosen))),
+                progress=lambda done, total: progress.update(task, completed=done, total=total),
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        purifier.save(path)
+        return purifier
+
+
+def _defended(
+    name: str, network: nn.Module, features: str | None, eps: float, seed: int, heads: _Heads
+) -> DefendedModel:
+    whole = name
+    name, own, where = name.partition("@")
+    features = where if own else features
     if name == "averaging":
         return Averaging(network, seed=seed)
     if name == "flip":
         return Averaging(network, [Flip()], seed=seed)
     if name == "none":
-        return Defended(network, _nothing)
+        return Defended(network, nothing)
     if name == "random":
         return Defended(network, RandomNoise(eps, seed=seed))
     if name == "invariance":
         return Defended(network, Invariance(network, features, eps=eps, seed=seed))
+    if name in WITH_HEADS:
+        return Defended(network, heads.give(WITH_HEADS[name](network, features, eps=eps, seed=seed), whole))
     if name in PRESETS:
         return Defended(network, Purifier(network, features, name, eps, seed))
-    raise ValueError(f"defense is {name!r}; it must be one of {', '.join(DEFENSES)}")
-
-
-def _nothing(x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
-    return x.detach()
+    raise ValueError(f"defense is {whole!r}; it must be one of {', '.join(DEFENSES)}")
 
 
 def _print(report: Report, costs: Mapping[str, Cost]) -> None:
     rows = report.table()
     attackers = list(dict.fromkeys(attack for row in rows.values() for attack in row))
     attackers.sort(key=lambda attack: (report.radius.get(attack, 1) > 1, attack.startswith("worst")))
-    table = Table(title=f"{report.figure}, {report.images} images, ± standard error by bootstrap over images")
-    for heading in ("", *rows):
-        table.add_column(heading, justify="right" if heading else "left")
+    lines: dict[str, list[str]] = {}
     for attack in attackers:
-        table.add_row(attack, *(str(row.get(attack, "")) for row in rows.values()))
+        lines[attack] = [str(row.get(attack, "")) for row in rows.values()]
         if report.target is not None and attack in report.radius:
-            aimed = (report.aimed[defense].get(attack) for defense in rows)
-            table.add_row("  the target", *("" if found is None else str(report.estimate(found)) for found in aimed))
-    table.add_section()
-    table.add_row("s for an image", *(f"{costs[defense].seconds:.3f}" for defense in rows))
-    table.add_row("times a forward pass", *(f"{costs[defense].times:.1f}" for defense in rows))
-    table.add_row("passes*", *(f"{costs[defense].passes:.1f}" for defense in rows))
-    table.add_row("MiB at most", *(f"{costs[defense].mebibytes:.0f}" for defense in rows))
+            aimed = [report.aimed[defense].get(attack) for defense in rows]
+            lines[f"{attack}: target"] = ["" if found is None else str(report.estimate(found)) for found in aimed]
+        if report.similarities and attack in report.radius:
+            lines[f"{attack}: similarity x 100"] = [str(report.similarity(defense, attack)) for defense in rows]
+    lines["s/image"] = [f"{costs[defense].seconds:.3f}" for defense in rows]
+    lines["forward passes' time"] = [f"{costs[defense].times:.1f}" for defense in rows]
+    lines["passes*"] = [f"{costs[defense].passes:.1f}" for defense in rows]
+    lines["MiB"] = [f"{costs[defense].mebibytes:.0f}" for defense in rows]
+    table = Table(title=f"{report.figure}, {report.images} images, ± standard error by bootstrap over images")
+    wide = len(rows) > 4  # then defenses go down
+    for heading in ("", *(lines if wide else rows)):
+        table.add_column(heading, justify="right" if heading else "left")
+    if wide:
+        for name, *cells in zip(rows, *lines.values(), strict=True):
+            table.add_row(name, *cells)
+    else:
+        for name, cells in lines.items():
+            table.add_row(name, *cells)
     _out.print(table)
     _out.print("* forward passes of an image, by area; a backward pass counts as two", highlight=False, soft_wrap=True)
     for warning in report.warnings():

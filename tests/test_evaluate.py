@@ -574,7 +574,7 @@ def test_command(folder: Path) -> None:
     aimed = ["--attack", "PGD", "--defense", "none", "--target", "1", "--votes", "2", "--panels", "1"]
     done = CliRunner().invoke(app, [str(folder / "aimed") if a.endswith("out") else a for a in command(folder, *aimed)])
     assert done.exit_code == 0, done.output
-    assert "the target" in done.output
+    assert "PGD: target" in done.output
     assert (folder / "aimed" / "worst-none.png").exists()
     more = ["--protocol", "adaptive", "--eot", "2", "--queries", "2", "--defense", "averaging", "--images", "2"]
     done = CliRunner().invoke(app, [str(folder / "other") if a.endswith("out") else a for a in command(folder, *more)])

@@ -1,8 +1,10 @@
 """What a defended model costs, in units of the model without a defense."""
 
+import contextlib
+import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -93,6 +95,19 @@ def _passes(model: nn.Module, x: Tensor, task: Callable[[], object]) -> float:
     return area / (len(x) * x.shape[2] * x.shape[3])
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the profiler from writing to the terminal that it starts, stops and finds no GPU."""
+    name = "KINETO_LOG_LEVEL"
+    given = os.environ.get(name)
+    os.environ.setdefault(name, "6")
+    try:
+        yield
+    finally:
+        if given is None:
+            del os.environ[name]
+
+
 def peak_memory(task: Callable[[], object], device: torch.device) -> float:
     """The most bytes that tensors take at a moment during a task, beside those there before it.
 
@@ -105,7 +120,7 @@ def peak_memory(task: Callable[[], object], device: torch.device) -> float:
         before = torch.cuda.memory_allocated(device)
         task()
         return float(torch.cuda.max_memory_allocated(device) - before)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+    with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         task()
     assert record.profiler is not None
     assert record.profiler.kineto_results is not None

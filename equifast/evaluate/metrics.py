@@ -14,7 +14,7 @@ from torch import Tensor
 
 from equifast.objectives import confusions
 
-__all__ = ["Estimate", "accuracy", "confusion", "difference", "mean_iou"]
+__all__ = ["Estimate", "accuracy", "average", "confusion", "difference", "mean_iou"]
 
 Array = NDArray[Any]
 
@@ -80,6 +80,11 @@ def mean_iou(confusions: Array, resamples: int = 1000) -> Estimate:
         resamples: bootstrap samples of the images.
     """
     return _estimate(lambda index: _iou(confusions[index].sum(-3)), len(confusions), resamples)
+
+
+def average(values: Array, resamples: int = 1000) -> Estimate:
+    """The mean over images of (N,) numbers in 0..1, in percent."""
+    return _estimate(lambda index: np.asarray(values[index].mean(-1)), len(values), resamples)
 
 
 def accuracy(correct: Array, resamples: int = 1000) -> Estimate:

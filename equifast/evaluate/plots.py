@@ -1,6 +1,6 @@
 """Figures of a report: what each attacker leaves of each defense, over the radius, and images of the worst cases."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,11 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
+from equifast.evaluate.cost import Cost
+from equifast.evaluate.studies import Sweep
 from equifast.evaluate.study import CLEAN, Evaluation, Report
 
-__all__ = ["bars", "curves", "panels", "save", "write_all"]
+__all__ = ["bars", "curves", "front", "panels", "save", "sweep", "write_all"]
 
 
 def save(figure: Figure, path: Path) -> list[Path]:
@@ -87,6 +89,67 @@ def curves(report: Report, eps: float, attack: str = "BPDA") -> Figure | None:
     axis.set_ylabel(report.figure)
     axis.set_ylim(bottom=0)
     axis.set_title(f"{attack}, {report.images} images", fontsize=10)
+    axis.grid(alpha=0.3)
+    axis.legend()
+    return figure
+
+
+def sweep(report: Report, swept: Sweep) -> Figure:
+    """Clean images and each attacker over the setting that a study changes, with standard errors."""
+    table, figure = report.table(), _figure(7, 4.5)
+    axis = figure.subplots()
+    names = list(swept.defenses)
+    places = [float(i) if swept.places is None else swept.places[name] for i, name in enumerate(names)]
+    for attack in (CLEAN, *dict.fromkeys(attack for name in names for attack in report.attacks(name))):
+        found = [table[name][attack] for name in names]
+        axis.errorbar(
+            places,
+            [e.value for e in found],
+            yerr=[0.0 if np.isnan(e.standard_error) else e.standard_error for e in found],
+            marker="o",
+            linestyle="" if swept.places is None else "-",
+            capsize=2,
+            label=attack,
+        )
+    if swept.places is None:
+        axis.set_xticks(places, names, rotation=30, ha="right")
+    elif max(places) > 100 * min(places):
+        axis.set_xscale("log")
+    axis.set_xlabel(swept.label)
+    axis.set_ylabel(report.figure)
+    axis.set_ylim(bottom=0)
+    axis.set_title(f"{swept.title}; {report.images} images", fontsize=10)
+    axis.grid(alpha=0.3)
+    axis.legend()
+    return figure
+
+
+def front(report: Report, costs: Mapping[str, Cost]) -> Figure:
+    """Clean images and the worst case of each defense over its time, in forward passes of the model."""
+    table, figure = report.table(), _figure(7, 4.5)
+    axis = figure.subplots()
+    for column, marker in ((CLEAN, "o"), ("worst", "s")):
+        names = [name for name in table if column in table[name]]
+        found = [table[name][column] for name in names]
+        if not names:
+            continue
+        axis.errorbar(
+            [costs[name].times for name in names],
+            [e.value for e in found],
+            yerr=[0.0 if np.isnan(e.standard_error) else e.standard_error for e in found],
+            marker=marker,
+            linestyle="",
+            capsize=2,
+            label="worst case" if column == "worst" else column,
+        )
+        for name, estimate in zip(names, found, strict=True):
+            place = (costs[name].times, estimate.value)
+            axis.annotate(name, place, fontsize=7, xytext=(4, 3), textcoords="offset points")
+    axis.set_xscale("log")
+    axis.set_xlabel("time, in forward passes of the model")
+    axis.set_ylabel(report.figure)
+    axis.set_ylim(bottom=0)
+    axis.set_title(f"{report.images} images, ± standard error by bootstrap over images", fontsize=10)
     axis.grid(alpha=0.3)
     axis.legend()
     return figure

@@ -17,10 +17,10 @@ from torch.utils.data import Dataset
 
 from equifast import __version__, _checks, ops, rng
 from equifast.attacks import BPDA, Attack
-from equifast.evaluate.metrics import Estimate, accuracy, confusion, difference, mean_iou
+from equifast.evaluate.metrics import Estimate, accuracy, average, confusion, difference, mean_iou
 from equifast.evaluate.worst import worst_accuracy, worst_iou
 from equifast.features import evaluating, output
-from equifast.purifier import DefendedModel, Purifier
+from equifast.purifier import Defended, DefendedModel, Purifier
 
 __all__ = ["Attacker", "Evaluation", "Report"]
 
@@ -143,6 +143,8 @@ class Evaluation:
         target: the class that attackers aim at, who are targeted then; None for the true labels, which they flee.
         votes: draws of each defense that vote on every image, label by label, beside the single one that counts; 0 for
             no vote.
+        score: whose similarity (:meth:`equifast.Purifier.score`) is recorded of every image that a model predicts from,
+            purified where it purifies.
         batch: images at a time.
         ignore_index: the dense label that does not count.
         arguments: what else decides the results, as values that JSON can hold.
@@ -161,6 +163,7 @@ class Evaluation:
         eps: float | None,
         target: int | None = None,
         votes: int = 0,
+        score: Purifier | None = None,
         batch: int = 4,
         ignore_index: int = 255,
         arguments: Mapping[str, Any] | None = None,
@@ -174,6 +177,7 @@ class Evaluation:
             raise ValueError("defenses is empty; there must be at least one")
         self.eps = None if eps is None else _checks.number("eps", eps, above=0)
         self.target = None if target is None else _checks.integer("target", target, 0, 2**31)
+        self.score = score
         self.votes = _checks.integer("votes", votes, 0, 1000)
         self.batch = _checks.integer("batch", batch, 1, 2**31)
         self.ignore_index = ignore_index
@@ -189,6 +193,7 @@ class Evaluation:
             "eps": eps,
             "target": target,
             "votes": votes,
+            "score": describe(score),
             "ignore_index": ignore_index,
         }
         self._dense = _item(data, 0)[1].dim() == 2
@@ -302,6 +307,11 @@ class Evaluation:
             if attack is None:
                 for note, chances in zip(seen, _probabilities(logits), strict=True):
                     note["probabilities"] = chances
+            if self.score is not None:
+                defended = self.defenses[name]
+                shown = defended.purifier(x, ids=ids, draw=0) if isinstance(defended, Defended) else x
+                for note, similarity in zip(seen, self.score.score(shown, ids).tolist(), strict=True):
+                    note["similarity"] = similarity
             if self.votes:
                 winners = self._vote(self.defenses[name], x, y, ids, logits)
                 for note, vote in zip(seen, self._judge(winners, y, logits.shape[1]), strict=True):
@@ -509,6 +519,7 @@ class Report:
         self.voted: dict[str, dict[str, Array]] = {}
         self.aimed: dict[str, dict[str, Array]] = {}
         self.seconds: dict[str, dict[str, tuple[float, float]]] = {}
+        self.similarities: dict[str, dict[str, Array]] = {}
         self.losses: dict[str, dict[str, Array]] = {}  # (N, steps)
         self.no_gradient: dict[str, dict[str, Array]] = {}  # (N,) steps
         self.probabilities: dict[str, bool] = {}
@@ -524,6 +535,8 @@ class Report:
             if all("losses" in line for line in lines):
                 self.losses.setdefault(defense, {})[attack] = np.array([line["losses"] for line in lines])
                 self.no_gradient.setdefault(defense, {})[attack] = np.array([line["no_gradient"] for line in lines])
+            if evaluation.score is not None:
+                self.similarities.setdefault(defense, {})[attack] = np.array([line["similarity"] for line in lines])
             if attack == CLEAN:
                 self.probabilities[defense] = all(line["probabilities"] for line in lines)
             times = [(line["seconds"], line["attack_seconds"]) for line in lines]
@@ -533,6 +546,10 @@ class Report:
     def estimate(self, results: Array) -> Estimate:
         """The figure of results and its standard error."""
         return mean_iou(results) if self.dense else accuracy(results)
+
+    def similarity(self, defense: str, attack: str) -> Estimate:
+        """The mean similarity of the images that a defense predicts from, times 100, where it was recorded."""
+        return average(self.similarities[defense][attack])
 
     def attacks(self, defense: str) -> list[str]:
         """The attacks among which the worst is sought: those within the radius of the evaluation."""
@@ -616,6 +633,8 @@ class Report:
                     cell["vote"] = _values(self.estimate(self.voted[defense][attack]))
                 if attack in self.aimed.get(defense, {}):
                     cell["target"] = _values(self.estimate(self.aimed[defense][attack]))
+                if attack in self.similarities.get(defense, {}):
+                    cell["similarity"] = _values(self.similarity(defense, attack))
                 if attack in self.losses.get(defense, {}):
                     mean = self.losses[defense][attack].mean(0)
                     cell["loss"] = [float(f"{value:.5g}") for value in mean]
