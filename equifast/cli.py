@@ -347,7 +347,7 @@ def evaluate(
                 output,
                 lambda what, done, total: progress.update(task, description=what, completed=done, total=total),
             )
-            _write_json(output / "table.json", report.document())
+            _write(output / "table.json", json.dumps(report.document(), indent=2) + "\n")
             progress.update(task, description="figures and costs")
             from equifast.evaluate import plots  # here, since matplotlib takes its time
 
@@ -356,16 +356,18 @@ def evaluate(
                 plots.save(plots.sweep(report, sweep), output / str(study))
             image = chosen[0][0][None].to(_device(device))
             costs = {name: cost(network, defended, image) for name, defended in rows.items()}
-            _write_json(output / "costs.json", {name: asdict(found) for name, found in costs.items()})
+            kept = {name: asdict(found) for name, found in costs.items()}
+            _write(output / "costs.json", json.dumps(kept, indent=2) + "\n")
+            _write(output / "table.md", _markdown(report, costs))
             plots.save(plots.front(report, costs), output / "cost")
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         raise _fail(first_line(error)) from error
     _print(report, costs)
 
 
-def _write_json(path: Path, document: Any) -> None:
-    part = path.with_suffix(".json.partial")
-    part.write_text(json.dumps(document, indent=2) + "\n")
+def _write(path: Path, text: str) -> None:
+    part = path.with_name(f"{path.name}.partial")
+    part.write_text(text)
     part.replace(path)
 
 
@@ -432,7 +434,8 @@ def _defended(
     raise ValueError(f"defense is {whole!r}; it must be one of {', '.join(DEFENSES)}")
 
 
-def _print(report: Report, costs: Mapping[str, Cost]) -> None:
+def _cells(report: Report, costs: Mapping[str, Cost]) -> tuple[list[str], list[list[str]]]:
+    """The headings and the rows of the table: attackers down, or defenses where there are many."""
     rows = report.table()
     attackers = list(dict.fromkeys(attack for row in rows.values() for attack in row))
     attackers.sort(key=lambda attack: (report.radius.get(attack, 1) > 1, attack.startswith("worst")))
@@ -448,18 +451,35 @@ def _print(report: Report, costs: Mapping[str, Cost]) -> None:
     lines["forward passes' time"] = [f"{costs[defense].times:.1f}" for defense in rows]
     lines["passes*"] = [f"{costs[defense].passes:.1f}" for defense in rows]
     lines["MiB"] = [f"{costs[defense].mebibytes:.0f}" for defense in rows]
-    table = Table(title=f"{report.figure}, {report.images} images, ± standard error by bootstrap over images")
-    wide = len(rows) > 4  # then defenses go down
-    for heading in ("", *(lines if wide else rows)):
+    if len(rows) > 4:
+        return ["", *lines], [[name, *cells] for name, *cells in zip(rows, *lines.values(), strict=True)]
+    return ["", *rows], [[name, *cells] for name, cells in lines.items()]
+
+
+def _title(report: Report) -> str:
+    return f"{report.figure}, {report.images} images, ± standard error by bootstrap over images"
+
+
+_FOOTNOTE = "* forward passes of an image, by area; a backward pass counts as two"
+
+
+def _markdown(report: Report, costs: Mapping[str, Cost]) -> str:
+    headings, rows = _cells(report, costs)
+    lines = [headings, ["---"] * len(headings), *rows]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    warnings = "".join(f"\nWarning: {warning}\n" for warning in report.warnings())
+    return f"{_title(report)}\n\n{table}\n\n\\{_FOOTNOTE}\n{warnings}"
+
+
+def _print(report: Report, costs: Mapping[str, Cost]) -> None:
+    headings, rows = _cells(report, costs)
+    table = Table(title=_title(report))
+    for heading in headings:
         table.add_column(heading, justify="right" if heading else "left")
-    if wide:
-        for name, *cells in zip(rows, *lines.values(), strict=True):
-            table.add_row(name, *cells)
-    else:
-        for name, cells in lines.items():
-            table.add_row(name, *cells)
+    for row in rows:
+        table.add_row(*row)
     _out.print(table)
-    _out.print("* forward passes of an image, by area; a backward pass counts as two", highlight=False, soft_wrap=True)
+    _out.print(_FOOTNOTE, highlight=False, soft_wrap=True)
     for warning in report.warnings():
         _out.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
 

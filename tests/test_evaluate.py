@@ -571,6 +571,9 @@ def test_command(folder: Path) -> None:
     assert set(document["rows"]["none"]) == {"clean", "PGD", "worst"}
     assert set(json.loads((folder / "out" / "costs.json").read_text())) == {"none", "fast"}
     assert (folder / "out" / "comparison.svg").exists()
+    lines = (folder / "out" / "table.md").read_text().splitlines()
+    assert lines[2:4] == ["|  | none | fast |", "| --- | --- | --- |"]
+    assert lines[4].startswith("| clean | ")
     aimed = ["--attack", "PGD", "--defense", "none", "--target", "1", "--votes", "2", "--panels", "1"]
     done = CliRunner().invoke(app, [str(folder / "aimed") if a.endswith("out") else a for a in command(folder, *aimed)])
     assert done.exit_code == 0, done.output

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from equifast import Defended, Purifier, attacks
+from equifast import Defended, Purifier, attacks, views
 
 MODEL = cases.classifier().eval()
 X = cases.images(4, 16, 16)
@@ -43,6 +43,37 @@ def test_foolbox(model: torch.nn.Module) -> None:
     foolbox = pytest.importorskip("foolbox")
     wrapped = foolbox.PyTorchModel(model.eval(), bounds=(0, 1))
     _, adversarial, _ = foolbox.attacks.LinfPGD(steps=5)(wrapped, X, Y, epsilons=8 / 255)
+    assert (adversarial - X).abs().max() <= 8 / 255 + 1e-6
+    assert drop(model, adversarial) > 0
+
+
+# what AutoAttack takes thousands of forward passes through
+CHEAP = Purifier(MODEL, "features", steps=1, views=[views.Flip()], average=False)
+
+
+@pytest.mark.parametrize("model", [MODEL, Defended(MODEL, CHEAP)])
+@pytest.mark.filterwarnings("ignore")
+def test_autoattack(model: torch.nn.Module) -> None:
+    torchattacks = pytest.importorskip("torchattacks", exc_type=ImportError)
+    x, y = X[:2], Y[:2]
+    adversarial = torchattacks.AutoAttack(model, eps=16 / 255, n_classes=5)(x, y)
+    assert (adversarial - x).abs().max() <= 16 / 255 + 1e-6
+    with torch.no_grad():
+        turned = model(adversarial).argmax(1) != y
+    assert bool(turned.any())
+
+
+@pytest.mark.parametrize("model", [MODEL, Defended(MODEL, Purifier(MODEL, "features", steps=2))])
+@pytest.mark.parametrize("name", ["ProjectedGradientDescentPyTorch", "AutoProjectedGradientDescent"])
+@pytest.mark.filterwarnings("ignore")
+def test_art(model: torch.nn.Module, name: str) -> None:
+    evasion = pytest.importorskip("art.attacks.evasion")
+    estimators = pytest.importorskip("art.estimators.classification")
+    loss = torch.nn.CrossEntropyLoss()
+    wrapped = estimators.PyTorchClassifier(model, loss, (3, 16, 16), 5, clip_values=(0, 1), device_type="cpu")
+    settings = {"eps": 8 / 255, "eps_step": 2 / 255, "max_iter": 5, "verbose": False}
+    found = getattr(evasion, name)(wrapped, **settings).generate(X.numpy(), Y.numpy())
+    adversarial = torch.from_numpy(found)
     assert (adversarial - X).abs().max() <= 8 / 255 + 1e-6
     assert drop(model, adversarial) > 0
 

@@ -82,20 +82,31 @@ def known(strength: Strength) -> dict[str, Attacker]:
     def knowing(eot: int = 1, **how: Any) -> Callable[[nn.Module, DefendedModel], Attacked]:
         return lambda model, defended: BPDA(PGD(model, **s.settings()), defended, eot, **how)
 
+    def strongest(model: nn.Module, **changed: Any) -> attacks.Attack:
+        """Of those without a defense (bench/attack_strength.py)."""
+        return attacks.CW(model, confidence=5.0, **s.settings(**changed))
+
     def margin(model: nn.Module, defended: DefendedModel) -> Attacked:
-        return BPDA(attacks.CW(model, confidence=5.0, **s.settings()), defended)
+        return BPDA(strongest(model), defended)
 
     def trajectory(model: nn.Module, defended: DefendedModel) -> Attacked | None:
         if _purifier(defended) is None:
             return None
         return BPDA(PGD(model, **s.settings()), defended, trajectory=True)
 
-    def unrolled(model: nn.Module, defended: DefendedModel) -> Attacked | None:
+    def through(model: nn.Module, defended: DefendedModel) -> Defended | None:
         purifier = _purifier(defended)
         if purifier is None:
             return None
-        through = Defended(model, purifier, gradient="unrolled", last=min(s.last, purifier.ascent.steps))
-        return BPDA(PGD(model, **s.settings(dtype="float32")), through)
+        return Defended(model, purifier, gradient="unrolled", last=min(s.last, purifier.ascent.steps))
+
+    def unrolled(model: nn.Module, defended: DefendedModel) -> Attacked | None:
+        followed = through(model, defended)
+        return None if followed is None else BPDA(PGD(model, **s.settings(dtype="float32")), followed)
+
+    def unrolled_margin(model: nn.Module, defended: DefendedModel) -> Attacked | None:
+        followed = through(model, defended)
+        return None if followed is None else BPDA(strongest(model, dtype="float32"), followed)
 
     def both(model: nn.Module, defended: DefendedModel) -> Attacked | None:
         purifier = _purifier(defended)
@@ -135,6 +146,7 @@ def known(strength: Strength) -> dict[str, Attacker]:
         Attacker("BPDA, margin", margin),
         Attacker("BPDA, trajectory", trajectory),
         Attacker("unrolled", unrolled),
+        Attacker("unrolled, margin", unrolled_margin),
         Attacker("Adaptive", both),
         Attacker(f"Square, {s.queries} queries", square),
         *(larger(radius) for radius in RADII),
