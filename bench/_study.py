@@ -37,6 +37,7 @@ BpdaSteps = Annotated[int, typer.Option(help="Steps of BPDA.")]
 Eot = Annotated[int, typer.Option(help="Draws per step of BPDA.")]
 WhereFeatures = Annotated[str | None, typer.Option(help="Submodule where the features end.")]
 StandIn = Annotated[bool, typer.Option(help="BPDA on paper follows its last step alone.")]
+Adversarial = Annotated[bool, typer.Option("--adversarial", help="The network trained against attacks.")]
 Quick = Annotated[bool, typer.Option(help="A few images and steps, to see that it runs.")]
 Output = Annotated[Path | None, typer.Option(help="Where the JSON goes.")]
 

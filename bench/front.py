@@ -32,16 +32,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import typer
-from _data import CAMVID_CLASSES, DATA, load_camvid, load_cifar
-from _models import CifarResNet, SegmentationNet, load_weights
+from _data import DATA, load_camvid, load_cifar
 from _published import Published
-from _robust import crop_and_flip
-from _robust import train as train_robust
-from _study import CACHE, DEFENSE_SEED, Cell, Data, Runner, Study, figure, machine, paired, versions, write
-from camvid import CHECKPOINT, VOID, augment, class_weights
+from _study import DEFENSE_SEED, Cell, Data, Runner, Study, figure, machine, paired, versions, write
 from camvid import judge as judge_dense
-from camvid import train as train_camvid
+from camvid import network as camvid_network
+from cifar import EPS, EPS_PURIFY
 from cifar import judge as judge_classes
+from cifar import network as cifar_network
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -367,16 +365,7 @@ class Split(StrEnum):
 
 
 def camvid(data: Path, training: str, split: str, images: int | None) -> dict[str, Any]:
-    if not CHECKPOINT.exists():
-        train_camvid(data)
-    model = load_weights(SegmentationNet(CAMVID_CLASSES), CHECKPOINT).to(memory_format=torch.channels_last)
-    path = CACHE / "camvid-robust.safetensors"
-    if training == "robust":
-        if not path.exists():
-            x, y = load_camvid(data, "train")
-            criterion = nn.CrossEntropyLoss(class_weights(y), ignore_index=VOID)
-            train_robust(model, x, y, augment, criterion, path=path, eps=4 / 255, epochs=20, batch=8, rate=0.02)
-        load_weights(model, path)
+    model = camvid_network(data, training == "robust")
     x, y = load_camvid(data, split, images or 24)
     return {
         "figure": "mIoU in %",
@@ -393,14 +382,8 @@ def camvid(data: Path, training: str, split: str, images: int | None) -> dict[st
 
 
 def cifar(data: Path, training: str, split: str, images: int | None) -> dict[str, Any]:
-    model = load_weights(CifarResNet(20), data / "cifar10" / "resnet20.safetensors")
-    path, eps = CACHE / "cifar-robust.safetensors", {"standard": 2 / 255, "robust": 8 / 255}[training]
-    if training == "robust":
-        if not path.exists():
-            x, y = load_cifar(data, "train")
-            criterion = nn.CrossEntropyLoss()
-            train_robust(model, x, y, crop_and_flip, criterion, path=path, eps=eps, epochs=10, batch=128, rate=0.05)
-        load_weights(model, path)
+    robust = training == "robust"
+    model, eps = cifar_network(data, robust), EPS[robust]
     x, y = load_cifar(data, "test")
     chosen = np.linspace(0, len(y) - 1, 512).round().astype(int)  # those of bench/cifar.py
     pool = chosen if split == "test" else np.setdiff1d(np.arange(len(y)), chosen)
@@ -416,7 +399,7 @@ def cifar(data: Path, training: str, split: str, images: int | None) -> dict[str
         "features": "layer3",
         "eps": eps,
         "step_size": eps / 4,
-        "eps_purify": {"standard": 4 / 255, "robust": 12 / 255}[training],
+        "eps_purify": EPS_PURIFY[robust],
     }
 
 

@@ -1,27 +1,37 @@
-"""The networks of the studies for the command line: `--model bench/networks.py:camvid`, `camvid_robust` or `cifar`."""
+"""The networks of the studies for the command line: `--model bench/networks.py:camvid` and the like.
 
-import torch
-from _data import CAMVID_CLASSES, DATA
-from _models import CifarResNet, SegmentationNet, load_weights
-from _study import CACHE
+They are trained the first time, those against attacks too, which takes minutes; data are where `_data.py` looks, or
+where EQUIFAST_DATA says. The features of those of CIFAR-10 end at `layer3`.
+"""
+
+import os
+from pathlib import Path
+
+import camvid as _camvid
+import cifar as _cifar
+from _data import DATA
 from torch import nn
 
 
-def _camvid(weights: str) -> nn.Module:
-    model = SegmentationNet(CAMVID_CLASSES).to(memory_format=torch.channels_last)
-    return load_weights(model, CACHE / weights)
+def _data() -> Path:
+    return Path(os.environ.get("EQUIFAST_DATA", DATA))
 
 
 def camvid() -> nn.Module:
-    """Trained by `bench/camvid.py`."""
-    return _camvid("camvid.safetensors")
+    """A small dilated ResNet."""
+    return _camvid.network(_data())
 
 
 def camvid_robust() -> nn.Module:
-    """Trained against attacks by `bench/front.py measure --model robust`."""
-    return _camvid("camvid-robust.safetensors")
+    """The same, trained against attacks within 4/255."""
+    return _camvid.network(_data(), adversarial=True)
 
 
 def cifar() -> nn.Module:
-    """A ResNet-20; its features end at `layer3`."""
-    return load_weights(CifarResNet(20), DATA / "cifar10" / "resnet20.safetensors")
+    """A ResNet-20."""
+    return _cifar.network(_data())
+
+
+def cifar_robust() -> nn.Module:
+    """The same, trained against attacks within 8/255."""
+    return _cifar.network(_data(), adversarial=True)
