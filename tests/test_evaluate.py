@@ -296,7 +296,7 @@ def test_worst_of_accuracy_and_of_iou_against_every_choice() -> None:
 def test_the_adaptive_protocol(tmp_path: Path) -> None:
     strength = Strength(eps=EPS, steps=2, eot=2, queries=3, weights=(0.0, 1.0), dtype="float32")
     rows = {
-        "fast": Defended(MODEL, Purifier(MODEL, steps=1)),
+        "fast": Defended(MODEL, Purifier(MODEL, steps=2)),
         "averaging": defenses.Averaging(MODEL),
         "random": Defended(MODEL, defenses.RandomNoise()),
     }
@@ -304,11 +304,16 @@ def test_the_adaptive_protocol(tmp_path: Path) -> None:
     table = report.table()
     everyone = {"clean", "worst", *(attacker.name for attacker in adaptive(strength))}
     assert set(table["fast"]) == everyone
-    assert everyone - set(table["random"]) == {"BPDA, trajectory", "unrolled", "Adaptive"}
+    assert everyone - set(table["random"]) == {*("BPDA, trajectory", "BPDA, one step", "unrolled", "Adaptive")}
     largest = max(report.radius, key=lambda name: report.radius[name])
     assert largest not in report.attacks("fast")
     assert table["fast"]["worst"].value <= min(table["fast"][name].value for name in report.attacks("fast"))
     assert set(table["averaging"]) == set(table["random"])
+    made = known(strength)["BPDA, one step"].make(MODEL, Defended(MODEL, Purifier(MODEL, preset="paper")))
+    assert made is not None
+    ascent = made._attack.model.purifier.ascent  # type: ignore[attr-defined]
+    assert (ascent.steps, ascent.start, ascent.noise) == (1, "corner", False)
+    assert known(strength)["BPDA, one step"].make(MODEL, Defended(MODEL, Purifier(MODEL, steps=1))) is None
     names = set(known(strength))
     assert {"PGD", "MIM", "CW", "Houdini", "SegPGD", "CosPGD", "APGD", "FGSM"} <= names
     assert strength.quick.eps == EPS
