@@ -588,7 +588,7 @@ def plot(
     ]
     if not panels:
         raise SystemExit(f"{results} has nothing of the split {split.value}")
-    figures, rows = plt.subplots(len(panels), 2, figsize=(13, 4.5 * len(panels)), squeeze=False)
+    figures, rows = plt.subplots(len(panels), 2, figsize=(11, 3.6 * len(panels)), squeeze=False)
     colors = {"none": "black", "averaging": "tab:orange", "purified": "tab:blue", "purified, averaged": "tab:green"}
     for (data_set, training), axes in zip(panels, rows, strict=True):
         found = document[f"{data_set}, {training}, {split.value}"]["candidates"]
@@ -607,12 +607,19 @@ def plot(
                     label=family,
                 )
                 for name, (x, y) in zip(names, points, strict=True):
-                    axis.annotate(name, (1e3 * x, y["value"]), fontsize=5)
-            axis.set(xscale="log", xlabel="ms/image", title=f"{data_set}, {training}: {column}")
+                    place = (1e3 * x, y["value"])
+                    axis.annotate(name, place, fontsize=7, xytext=(4, 4), textcoords="offset points")
+            figure = "mIoU" if data_set == "camvid" else "accuracy"
+            where = f"{data_set}, {training} training, {split.value}"
+            what = f"{figure} in %, {'worst case' if column == 'worst' else column}"
+            axis.set(xscale="log", xlabel="ms/image", ylabel=what, title=where)
+            axis.set_ylim(0, 1.15 * axis.get_ylim()[1])
+            axis.margins(x=0.2)
+            axis.grid(alpha=0.3)
         axes[0].legend()
     figures.tight_layout()
     beside = picture.with_name(f"{picture.stem}.partial{picture.suffix}")
-    figures.savefig(beside, dpi=130)
+    figures.savefig(beside, dpi=80)
     beside.replace(picture)
 
 
