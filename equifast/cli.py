@@ -7,7 +7,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from importlib import metadata
@@ -29,6 +29,7 @@ from equifast.demo import report
 from equifast.evaluate import (
     PARTS,
     Cost,
+    Estimate,
     Evaluation,
     Report,
     Strength,
@@ -296,6 +297,9 @@ def evaluate(
     votes: Annotated[
         int | None, typer.Option(min=0, help="Draws that vote, beside the single one; 5 with a protocol, else none.")
     ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="A defense of which all others' differences are told, paired over images.")
+    ] = None,
     panels: Annotated[int, typer.Option(min=0, help="Images of the worst cases to show, of each defense.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 4,
     seed: Annotated[int, typer.Option(help="Seed of defenses; attacks have the next.")] = 0,
@@ -326,6 +330,8 @@ def evaluate(
                 name: _defended(name, network, features, radius, seed, heads)
                 for name in defense or ("none", "averaging", "fast")
             }
+        if against is not None and against not in rows:
+            raise ValueError(f"there is no defense {against!r}; it must be one of {', '.join(rows)}")
         if protocol not in (None, "adaptive"):
             raise ValueError(f"protocol is {protocol!r}; it must be 'adaptive'")
         if protocol is not None and attack:
@@ -347,7 +353,10 @@ def evaluate(
                 output,
                 lambda what, done, total: progress.update(task, description=what, completed=done, total=total),
             )
-            _write(output / "table.json", json.dumps(report.document(), indent=2) + "\n")
+            differences = {} if against is None else report.differences(against)
+            kept = {d: {a: vars(e) for a, e in row.items()} for d, row in differences.items()}
+            document = {**report.document(), "against": against, "differences": kept}
+            _write(output / "table.json", json.dumps(document, indent=2) + "\n")
             progress.update(task, description="figures and costs")
             from equifast.evaluate import plots  # here, since matplotlib takes its time
 
@@ -356,13 +365,15 @@ def evaluate(
                 plots.save(plots.sweep(report, sweep), output / str(study))
             image = chosen[0][0][None].to(_device(device))
             costs = {name: cost(network, defended, image) for name, defended in rows.items()}
-            kept = {name: asdict(found) for name, found in costs.items()}
-            _write(output / "costs.json", json.dumps(kept, indent=2) + "\n")
-            _write(output / "table.md", _markdown(report, costs))
+            _write(output / "costs.json", json.dumps({k: asdict(v) for k, v in costs.items()}, indent=2) + "\n")
+            tables = [(_title(report), *_cells(report, costs))]
+            if against is not None:
+                tables.append((f"minus {against}, paired over images", *_grid(_signed(differences))))
+            _write(output / "table.md", _markdown(tables, report.warnings()))
             plots.save(plots.front(report, costs), output / "cost")
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         raise _fail(first_line(error)) from error
-    _print(report, costs)
+    _print(tables, report.warnings())
 
 
 def _write(path: Path, text: str) -> None:
@@ -434,26 +445,44 @@ def _defended(
     raise ValueError(f"defense is {whole!r}; it must be one of {', '.join(DEFENSES)}")
 
 
-def _cells(report: Report, costs: Mapping[str, Cost]) -> tuple[list[str], list[list[str]]]:
-    """The headings and the rows of the table: attackers down, or defenses where there are many."""
-    rows = report.table()
-    attackers = list(dict.fromkeys(attack for row in rows.values() for attack in row))
+_Grid = tuple[list[str], list[list[str]]]
+
+
+def _grid(columns: Mapping[str, Mapping[str, str]]) -> _Grid:
+    """Headings and rows of ``[column][row]`` texts; the other way round where there are many columns."""
+    names = list(dict.fromkeys(name for column in columns.values() for name in column))
+    rows = [[name, *(column.get(name, "") for column in columns.values())] for name in names]
+    if len(columns) <= 4:
+        return ["", *columns], rows
+    headings, *turned = (list(line) for line in zip(["", *columns], *rows, strict=True))
+    return headings, turned
+
+
+def _cells(report: Report, costs: Mapping[str, Cost]) -> _Grid:
+    """Attackers down, or defenses where there are many."""
+    table = report.table()
+    attackers = list(dict.fromkeys(attack for row in table.values() for attack in row))
     attackers.sort(key=lambda attack: (report.radius.get(attack, 1) > 1, attack.startswith("worst")))
-    lines: dict[str, list[str]] = {}
-    for attack in attackers:
-        lines[attack] = [str(row.get(attack, "")) for row in rows.values()]
-        if report.target is not None and attack in report.radius:
-            aimed = [report.aimed[defense].get(attack) for defense in rows]
-            lines[f"{attack}: target"] = ["" if found is None else str(report.estimate(found)) for found in aimed]
-        if report.similarities and attack in report.radius:
-            lines[f"{attack}: similarity x 100"] = [str(report.similarity(defense, attack)) for defense in rows]
-    lines["s/image"] = [f"{costs[defense].seconds:.3f}" for defense in rows]
-    lines["forward passes' time"] = [f"{costs[defense].times:.1f}" for defense in rows]
-    lines["passes*"] = [f"{costs[defense].passes:.1f}" for defense in rows]
-    lines["MiB"] = [f"{costs[defense].mebibytes:.0f}" for defense in rows]
-    if len(rows) > 4:
-        return ["", *lines], [[name, *cells] for name, *cells in zip(rows, *lines.values(), strict=True)]
-    return ["", *rows], [[name, *cells] for name, cells in lines.items()]
+    columns: dict[str, dict[str, str]] = {}
+    for defense, row in table.items():
+        column = columns.setdefault(defense, {})
+        for attack in attackers:
+            column[attack] = str(row.get(attack, ""))
+            if attack in report.aimed.get(defense, {}):
+                column[f"{attack}: target"] = str(report.estimate(report.aimed[defense][attack]))
+            if attack in report.similarities.get(defense, {}):
+                column[f"{attack}: similarity x 100"] = str(report.similarity(defense, attack))
+        spent = costs[defense]
+        column["s/image"], column["forward passes' time"] = f"{spent.seconds:.3f}", f"{spent.times:.1f}"
+        column["passes*"], column["MiB"] = f"{spent.passes:.1f}", f"{spent.mebibytes:.0f}"
+    return _grid(columns)
+
+
+def _signed(differences: Mapping[str, Mapping[str, Estimate]]) -> dict[str, dict[str, str]]:
+    return {
+        defense: {attack: f"{e.value:+.1f} ± {e.standard_error:.1f}" for attack, e in row.items()}
+        for defense, row in differences.items()
+    }
 
 
 def _title(report: Report) -> str:
@@ -463,24 +492,26 @@ def _title(report: Report) -> str:
 _FOOTNOTE = "* forward passes of an image, by area; a backward pass counts as two"
 
 
-def _markdown(report: Report, costs: Mapping[str, Cost]) -> str:
-    headings, rows = _cells(report, costs)
-    lines = [headings, ["---"] * len(headings), *rows]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    warnings = "".join(f"\nWarning: {warning}\n" for warning in report.warnings())
-    return f"{_title(report)}\n\n{table}\n\n\\{_FOOTNOTE}\n{warnings}"
+def _markdown(tables: Sequence[tuple[str, list[str], list[list[str]]]], warnings: Sequence[str]) -> str:
+    parts = []
+    for title, headings, rows in tables:
+        lines = [headings, ["---"] * len(headings), *rows]
+        parts.append(title + "\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
+    parts.append(f"\\{_FOOTNOTE}\n")
+    parts += [f"Warning: {warning}\n" for warning in warnings]
+    return "\n".join(parts)
 
 
-def _print(report: Report, costs: Mapping[str, Cost]) -> None:
-    headings, rows = _cells(report, costs)
-    table = Table(title=_title(report))
-    for heading in headings:
-        table.add_column(heading, justify="right" if heading else "left")
-    for row in rows:
-        table.add_row(*row)
-    _out.print(table)
+def _print(tables: Sequence[tuple[str, list[str], list[list[str]]]], warnings: Sequence[str]) -> None:
+    for title, headings, rows in tables:
+        table = Table(title=title)
+        for heading in headings:
+            table.add_column(heading, justify="right" if heading else "left")
+        for row in rows:
+            table.add_row(*row)
+        _out.print(table)
     _out.print(_FOOTNOTE, highlight=False, soft_wrap=True)
-    for warning in report.warnings():
+    for warning in warnings:
         _out.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
 
 

@@ -99,6 +99,10 @@ def test_figures_are_those_of_the_attacks_by_hand(tmp_path: Path) -> None:
     worst = report.worst("fast")
     assert mean_iou(worst).value <= min(table["fast"][name].value for name in ("PGD", "BPDA"))
     assert report.difference("fast", "fast").value == 0
+    apart = report.differences("none")
+    assert set(apart) == {"fast", "averaging"}
+    assert apart["fast"]["PGD"].value == pytest.approx(table["fast"]["PGD"].value - table["none"]["PGD"].value)
+    assert apart["fast"]["worst"] == report.difference("fast", "none")
     document = json.loads(json.dumps(report.document()))
     assert document["rows"]["none"]["PGD"]["value"] == table["none"]["PGD"].value
 
@@ -568,8 +572,12 @@ def command(folder: Path, *more: object) -> list[str]:
 
 
 def test_command(folder: Path) -> None:
-    done = CliRunner().invoke(app, command(folder, "--attack", "PGD", "--defense", "none", "--defense", "fast"))
+    plain = ["--attack", "PGD", "--defense", "none", "--defense", "fast"]
+    done = CliRunner().invoke(app, command(folder, *plain, "--against", "none"))
     assert done.exit_code == 0, done.output
+    assert "minus none" in done.output
+    against = json.loads((folder / "out" / "table.json").read_text())["differences"]["fast"]
+    assert set(against) == {"clean", "PGD", "worst"}
     assert "│ PGD" in done.output
     document = json.loads((folder / "out" / "table.json").read_text())
     assert document["images"] == 4
@@ -602,6 +610,7 @@ def test_command(folder: Path) -> None:
         (("--protocol", "casual"), "protocol is 'casual'; it must be 'adaptive'"),
         (("--protocol", "adaptive", "--attack", "PGD"), "it brings its own"),
         (("--eps", "0"), "eps is 0"),
+        (("--against", "wall", "--attack", "PGD"), "there is no defense 'wall'; it must be one of none, averaging"),
         (("--target", "9"), "target is 9; the model has 5 classes"),
         (("--target", "-1"), "target is -1; it must be an integer from 0"),
     ],

@@ -582,6 +582,22 @@ class Report:
         a, b = (self.worst(d) if attack is None else self.results[d][attack] for d in (defense, other))
         return difference(a, b)
 
+    def differences(self, other: str) -> dict[str, dict[str, Estimate]]:
+        """``[defense][attack]``: what each defense has more than another, paired; of attacks that both were under.
+
+        Raises:
+            ValueError: if there is no such defense.
+        """
+        if other not in self.results:
+            raise ValueError(f"there is no defense {other!r}; it must be one of {', '.join(self.results)}")
+        found: dict[str, dict[str, Estimate]] = {}
+        for defense in self.results:
+            if defense != other:
+                both = [attack for attack in self.results[defense] if attack in self.results[other]]
+                found[defense] = {attack: self.difference(defense, other, attack) for attack in both}
+                found[defense]["worst"] = self.difference(defense, other)
+        return found
+
     def table(self) -> dict[str, dict[str, Estimate]]:
         """``[defense][attack]`` figures; the worst of several attackers as ``worst``, and its figure by vote."""
         rows = {}
