@@ -171,14 +171,21 @@ def adaptive(strength: Strength) -> list[Attacker]:
 
     PGD on the model, whose points every defense is tested on; the attack through averaging over views; BPDA that knows
     the defender's draw; BPDA with another draw at each step, with expectation, on the margin, and along the
-    trajectory; through a purifier of one step, transferred; unrolled through the last steps; the paper's adaptive
-    attack; and random search. Then BPDA at other radii: in larger balls it is no part of the worst case, and must
-    leave nothing in the end.
+    trajectory; through a purifier of one step, transferred; unrolled through the last steps, on cross-entropy and on
+    the margin; the paper's adaptive attack; and random search. Then BPDA at other radii: in larger balls it is no part
+    of the worst case, and must leave nothing in the end.
     """
     everyone = known(strength)
     names = (
         *("PGD", "through averaging", "BPDA, one draw", "BPDA", f"BPDA, {strength.eot} draws", "BPDA, margin"),
-        *("BPDA, trajectory", "BPDA, one step", "unrolled", "Adaptive", f"Square, {strength.queries} queries"),
+        *(
+            "BPDA, trajectory",
+            "BPDA, one step",
+            "unrolled",
+            "unrolled, margin",
+            "Adaptive",
+            f"Square, {strength.queries} queries",
+        ),
         *(f"BPDA, radius x {radius:g}" for radius in RADII),
     )
     return [everyone[name] for name in names]
