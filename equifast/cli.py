@@ -310,6 +310,10 @@ def evaluate(
     Started again with the same settings it computes what is missing.
     """
     try:
+        if protocol not in (None, "adaptive"):
+            raise ValueError(f"protocol is {protocol!r}; it must be 'adaptive'")
+        if protocol is not None and attack:
+            raise ValueError("protocol is given with attacks; it brings its own")
         network = load_model(model).to(_device(device))
         shape = None if size is None else _size(size)
         if quick and images is None:
@@ -318,6 +322,12 @@ def evaluate(
         targeted = target is not None
         strength = Strength(eps=_fraction(eps), steps=steps, eot=eot, queries=queries, seed=seed + 1, targeted=targeted)
         strength = strength.quick if quick else strength
+        everyone = known(strength)
+        wanted = attack or ("PGD", "through averaging", "BPDA")
+        for name in wanted:
+            if name not in everyone:
+                raise ValueError(f"attack is {name!r}; it must be one of {', '.join(everyone)}")
+        attackers = [everyone[name] for name in wanted] if protocol is None else adaptive(strength)
         if features is None:
             features = _find_features(network, chosen[0][0][None].to(_device(device)))
         radius = _fraction(purify_eps)
@@ -332,16 +342,6 @@ def evaluate(
             }
         if against is not None and against not in rows:
             raise ValueError(f"there is no defense {against!r}; it must be one of {', '.join(rows)}")
-        if protocol not in (None, "adaptive"):
-            raise ValueError(f"protocol is {protocol!r}; it must be 'adaptive'")
-        if protocol is not None and attack:
-            raise ValueError("protocol is given with attacks; it brings its own")
-        everyone = known(strength)
-        wanted = attack or ("PGD", "through averaging", "BPDA")
-        for name in wanted:
-            if name not in everyone:
-                raise ValueError(f"attack is {name!r}; it must be one of {', '.join(everyone)}")
-        attackers = [everyone[name] for name in wanted] if protocol is None else adaptive(strength)
         arguments = {"size": size, "spec": model, "device": _device(device).type}
         votes = votes if votes is not None else 0 if protocol is None else 5
         settings: dict[str, Any] = {"target": target, "votes": votes, "batch": batch, "arguments": arguments}
@@ -354,9 +354,7 @@ def evaluate(
                 lambda what, done, total: progress.update(task, description=what, completed=done, total=total),
             )
             differences = {} if against is None else report.differences(against)
-            kept = {d: {a: vars(e) for a, e in row.items()} for d, row in differences.items()}
-            document = {**report.document(), "against": against, "differences": kept}
-            _write(output / "table.json", json.dumps(document, indent=2) + "\n")
+            _write(output / "table.json", json.dumps(report.document(against), indent=2) + "\n")
             progress.update(task, description="figures and costs")
             from equifast.evaluate import plots  # here, since matplotlib takes its time
 

@@ -579,6 +579,10 @@ def test_command(folder: Path) -> None:
     assert "minus none" in done.output
     against = json.loads((folder / "out" / "table.json").read_text())["differences"]["fast"]
     assert set(against) == {"clean", "PGD", "worst"}
+    single = [str(folder / "single") if a.endswith("out") else a for a in command(folder, *plain, "--against", "none")]
+    done = CliRunner().invoke(app, [*single, "--images", "1"])
+    assert done.exit_code == 0, done.output
+    assert "NaN" not in (folder / "single" / "table.json").read_text()  # which is no JSON
     assert "│ PGD" in done.output
     document = json.loads((folder / "out" / "table.json").read_text())
     assert document["images"] == 4

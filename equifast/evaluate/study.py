@@ -636,8 +636,8 @@ class Report:
                 found.append(f"{defense}: {largest} leaves {left}, at a radius where nothing should be left")
         return found
 
-    def document(self) -> dict[str, Any]:
-        """All figures, as values that JSON can hold."""
+    def document(self, against: str | None = None) -> dict[str, Any]:
+        """All figures, and differences from one defense where it is named, as values that JSON can hold."""
         rows: dict[str, dict[str, Any]] = {}
         for defense, row in self.table().items():
             for attack, estimate in row.items():
@@ -656,7 +656,12 @@ class Report:
                     cell["loss"] = [float(f"{value:.5g}") for value in mean]
                 rows.setdefault(defense, {})[attack] = cell
         kept = {"figure": self.figure, "images": self.images, "votes": self.votes, "target": self.target}
-        return {**kept, "rows": rows, "warnings": self.warnings()}
+        document = {**kept, "rows": rows, "warnings": self.warnings()}
+        if against is not None:
+            apart = self.differences(against)
+            document["against"] = against
+            document["differences"] = {d: {a: _values(e) for a, e in row.items()} for d, row in apart.items()}
+        return document
 
 
 def _values(estimate: Estimate) -> dict[str, Any]:
