@@ -332,7 +332,7 @@ class Evaluation:
             clock.done((name, attack_name), len(left), spent + seconds)
 
     def _attack(self, attack: Attacked, x: Tensor, y: Tensor, ids: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
-        """The attacked images, and of each the losses at every step and how many steps had no gradient."""
+        """The attacked images, and of each the losses at every step, and how many steps had no gradient and no rise."""
         if self.target is not None:
             y = torch.where(y == self.ignore_index, y, self.target) if y.dim() > 1 else torch.full_like(y, self.target)
         if not isinstance(attack, Attack | BPDA):
@@ -344,7 +344,8 @@ class Evaluation:
                 zip(value.tolist(), (gradient == 0).flatten(1).all(1).tolist(), strict=True)
             ):
                 losses[row].append(float(f"{loss:.5g}"))
-                stuck[row] += none
+                # a margin that is won has none either, and has risen before
+                stuck[row] += none and losses[row][-1] <= losses[row][0]
 
         x = attack(x, y, ids, watch=watch)
         return x, [{"losses": a, "no_gradient": b} if a else {} for a, b in zip(losses, stuck, strict=True)]
