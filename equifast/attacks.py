@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -52,6 +53,16 @@ __all__ = [
 
 
 Prediction = Callable[[Tensor, Tensor, int], Iterator[Tensor]]
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a call of an attack is given beside images and labels, checked."""
+
+    seed: int
+    ids: Tensor
+    progress: Progress | None
+    watch: Watch | None
 
 
 class Attack:
@@ -203,7 +214,7 @@ class Attack:
             seed = rng.fresh_seed() if self.seed is None else self.seed
             with evaluating(x, self.model, lean=True):
                 predict = self._prediction(x, y)
-                return self._search(predict, x, y, seed=seed, ids=numbers, progress=progress, watch=watch)
+                return self._search(predict, x, y, Call(seed, numbers, progress, watch))
 
     def _prediction(self, x: Tensor, y: Tensor) -> Prediction:
         """``(images, ids, draw) -> logits``, of which the first are checked against the labels."""
@@ -244,20 +255,12 @@ class Attack:
         own = type(self).step_loss is not Attack.step_loss
         return TaskLoss(predict, loss, (y,), ids, self._draws, climbed if own else None)
 
-    def _search(
-        self,
-        predict: Prediction,
-        x: Tensor,
-        y: Tensor,
-        *,
-        seed: int,
-        ids: Tensor,
-        progress: Progress | None,
-        watch: Watch | None,
-    ) -> Tensor:
-        objective = self._objective(predict, x, y, ids)
+    def _search(self, predict: Prediction, x: Tensor, y: Tensor, call: Call) -> Tensor:
+        return self._climb(self._objective(predict, x, y, call.ids), x, call, call.progress)
+
+    def _climb(self, objective: Objective, x: Tensor, call: Call, progress: Progress | None) -> Tensor:
         # a start of its own: not the corner from which a purifier of the same seed starts
-        return self.ascent(objective, x, seed=seed, ids=ids, party=1, progress=progress, watch=watch)
+        return self.ascent(objective, x, seed=call.seed, ids=call.ids, party=1, progress=progress, watch=call.watch)
 
 
 class PGD(Attack):
@@ -449,29 +452,18 @@ class Adaptive(Attack):
         self.weights = tuple(_checks.number("weight", each) for each in weights)
         self.purifier = purifier
 
-    def _search(
-        self,
-        predict: Prediction,
-        x: Tensor,
-        y: Tensor,
-        *,
-        seed: int,
-        ids: Tensor,
-        progress: Progress | None,
-        watch: Watch | None,
-    ) -> Tensor:
-        task = self._objective(predict, x, y, ids)
+    def _search(self, predict: Prediction, x: Tensor, y: Tensor, call: Call) -> Tensor:
+        task = self._objective(predict, x, y, call.ids)
         best, most = x.clone(), torch.full((len(x),), -torch.inf, device=x.device)
         for number, weight in enumerate(self.weights):
 
             def advance(done: int, total: int, number: int = number) -> None:
-                if progress is not None:
-                    progress(number * total + done, len(self.weights) * total)
+                if call.progress is not None:
+                    call.progress(number * total + done, len(self.weights) * total)
 
             # draw 0 is left to the evaluation
-            with self.purifier.objective(x, ids, draw=1) as similarity:
-                both = Sum(task, Scaled(similarity, weight))
-                found = self.ascent(both, x, seed=seed, ids=ids, party=1, progress=advance, watch=watch)
+            with self.purifier.objective(x, call.ids, draw=1) as similarity:
+                found = self._climb(Sum(task, Scaled(similarity, weight)), x, call, advance)
             value = task.value(found)
             better = value > most
             best[better], most[better] = found[better], value[better]
@@ -505,22 +497,12 @@ class Square(Attack):
         margin = margins(logits, y, self.ignore_index)
         return self._mean(margin.clamp(min=0) if self.targeted else margin.clamp(max=0), y)
 
-    def _search(
-        self,
-        predict: Prediction,
-        x: Tensor,
-        y: Tensor,
-        *,
-        seed: int,
-        ids: Tensor,
-        progress: Progress | None,
-        watch: Watch | None,
-    ) -> Tensor:
-        sign = -1.0 if self.targeted else 1.0
+    def _search(self, predict: Prediction, x: Tensor, y: Tensor, call: Call) -> Tensor:
+        sign, ids = -1.0 if self.targeted else 1.0, call.ids
         objective = TaskLoss(predict, lambda logits, y: sign * self.loss(logits, y), (y,), ids, self._draws)
         ball, steps, stream = self.ascent.ball, self.ascent.steps, rng.Stream.START.of(2)
         channels, height, width = x.shape[1:]
-        stripes = rng.uniform(seed, stream, ids, 0, 0, channels * width).view(-1, channels, 1, width)
+        stripes = rng.uniform(call.seed, stream, ids, 0, 0, channels * width).view(-1, channels, 1, width)
         best, best_value = x.clone(), x.new_full((len(x),), -torch.inf)
         on = torch.arange(len(x), device=x.device)  # images that still have labels to change
         for t in range(steps):
@@ -530,7 +512,7 @@ class Square(Attack):
                 tried = (x + ball.eps * _signs(stripes).to(x))[on]
             else:
                 side = max(1, round(math.sqrt(self._share(t, steps) * height * width)))
-                u = rng.uniform(seed, stream, ids[on], 0, t, 2 + channels)
+                u = rng.uniform(call.seed, stream, ids[on], 0, t, 2 + channels)
                 change = _square(u[:, :2], (height, width), (min(side, height), min(side, width)))
                 color = 2 * ball.eps * _signs(u[:, 2:]).to(x)
                 tried = best[on] + torch.where(change, color[:, :, None, None], 0.0)
@@ -539,8 +521,8 @@ class Square(Attack):
             better = value > best_value[on]
             best[on[better]], best_value[on[better]] = tried[better], value[better]
             on = on[best_value[on] < 0]
-            if progress is not None:
-                progress(t + 1, steps)
+            if call.progress is not None:
+                call.progress(t + 1, steps)
             if len(on) == 0:
                 break
         return best
@@ -608,17 +590,7 @@ class CWL2(Attack):
     def total_steps(self) -> int:
         return self.searches * self.ascent.steps
 
-    def _search(
-        self,
-        predict: Prediction,
-        x: Tensor,
-        y: Tensor,
-        *,
-        seed: int,
-        ids: Tensor,
-        progress: Progress | None,
-        watch: Watch | None,
-    ) -> Tensor:
+    def _search(self, predict: Prediction, x: Tensor, y: Tensor, call: Call) -> Tensor:
         best, least = x.clone(), x.new_full((len(x),), torch.inf)
         low, high = torch.zeros_like(least), torch.full_like(least, torch.inf)
         c = torch.full_like(least, self.constant)
@@ -635,7 +607,7 @@ class CWL2(Attack):
                     short, won = torch.zeros_like(least), torch.zeros_like(least)
                     draws = self._draws(step)
                     for draw in draws:
-                        *_, logits = predict(image.clone(), ids, draw)
+                        *_, logits = predict(image.clone(), call.ids, draw)
                         margin = margins(logits, y, self.ignore_index)
                         margin = -margin if self.targeted else margin
                         short = short + self._mean((self.confidence - margin).clamp(min=0), y) / len(draws)
@@ -648,8 +620,8 @@ class CWL2(Attack):
                 least, won_once = torch.where(nearer, distance, least).detach(), won_once | success
                 w.grad = gradient
                 optimizer.step()
-                if progress is not None:
-                    progress(step + 1, self.total_steps)
+                if call.progress is not None:
+                    call.progress(step + 1, self.total_steps)
             high, low = torch.where(won_once, c.minimum(high), high), torch.where(won_once, low, c.maximum(low))
             c = torch.where(high.isfinite(), (low + high) / 2, 10 * low)
         return best.clamp(0, 1)

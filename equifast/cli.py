@@ -29,7 +29,6 @@ from equifast.demo import report
 from equifast.evaluate import (
     PARTS,
     Cost,
-    Estimate,
     Evaluation,
     Report,
     Strength,
@@ -43,7 +42,7 @@ from equifast.evaluate.studies import STUDIES, Make, Sweep, nothing
 from equifast.features import Features, evaluating, suggest
 from equifast.models import find_images, first_line, load_model, read_image, write_image
 from equifast.purifier import PRESETS, Defended, DefendedModel, Purifier
-from equifast.views import Flip
+from equifast.views import Flip, paper
 
 __all__ = ["app"]
 
@@ -252,7 +251,7 @@ def bench(
 
 
 WITH_HEADS: dict[str, type[Rotation] | type[Contrastive]] = {"rotation": Rotation, "contrastive": Contrastive}
-DEFENSES = ("none", "random", "averaging", "flip", "invariance", *WITH_HEADS, *PRESETS)
+DEFENSES = ("none", "random", "averaging", "averaging-16", "flip", "invariance", *WITH_HEADS, *PRESETS)
 
 
 @app.command()
@@ -270,7 +269,8 @@ def evaluate(
     defense: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"Any of {', '.join(DEFENSES)}; none, averaging and fast where not given. "
+            help=f"Any of {', '.join(DEFENSES)}; none, averaging and fast where not given "
+            "(with a protocol averaging-16, of as many passes as fast). "
             "With @SUBMODULE one takes its own features."
         ),
     ] = None,
@@ -335,10 +335,10 @@ def evaluate(
         if sweep is not None:
             rows = dict(sweep.defenses)
         else:
-            heads = _Heads(output, fit, fit_images, shape)
+            heads = _Heads(output, fit, fit_images, shape, _device(device))
             rows = {
                 name: _defended(name, network, features, radius, seed, heads)
-                for name in defense or ("none", "averaging", "fast")
+                for name in defense or ("none", "averaging" if protocol is None else "averaging-16", "fast")
             }
         if against is not None and against not in rows:
             raise ValueError(f"there is no defense {against!r}; it must be one of {', '.join(rows)}")
@@ -353,8 +353,8 @@ def evaluate(
                 output,
                 lambda what, done, total: progress.update(task, description=what, completed=done, total=total),
             )
-            differences = {} if against is None else report.differences(against)
-            _write(output / "table.json", json.dumps(report.document(against), indent=2) + "\n")
+            document = report.document(against)
+            _write(output / "table.json", json.dumps(document, indent=2) + "\n")
             progress.update(task, description="figures and costs")
             from equifast.evaluate import plots  # here, since matplotlib takes its time
 
@@ -366,12 +366,12 @@ def evaluate(
             _write(output / "costs.json", json.dumps({k: asdict(v) for k, v in costs.items()}, indent=2) + "\n")
             tables = [(_title(report), *_cells(report, costs))]
             if against is not None:
-                tables.append((f"minus {against}, paired over images", *_grid(_signed(differences))))
-            _write(output / "table.md", _markdown(tables, report.warnings()))
+                tables.append((f"minus {against}, paired over images", *_grid(_signed(document["differences"]))))
+            _write(output / "table.md", _markdown(tables, document["warnings"]))
             plots.save(plots.front(report, costs), output / "cost")
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         raise _fail(first_line(error)) from error
-    _print(tables, report.warnings())
+    _print(tables, document["warnings"])
 
 
 def _write(path: Path, text: str) -> None:
@@ -398,21 +398,25 @@ class _Heads:
     data: Path | None
     images: int
     size: tuple[int, int] | None
+    device: torch.device
 
     def give(self, purifier: Rotation | Contrastive, name: str) -> Purifier:
-        """The purifier with its head, trained the first time."""
-        path = self.folder / f"{name}.safetensors"
+        """The purifier with its head, trained the first time; the file is named after what it was trained on."""
+        if self.data is None:
+            found = list(self.folder.glob(f"{name}-*.safetensors"))
+            if len(found) != 1:
+                where = f"{self.folder} has {len(found)}"
+                raise ValueError(f"defense {name} needs one head, of which {where}; name data for it with --fit")
+            return purifier.load(found[0])
+        trained_on = repr((str(self.data.resolve()), self.images, self.size))
+        path = self.folder / f"{name}-{hashlib.sha256(trained_on.encode()).hexdigest()[:8]}.safetensors"
         if path.exists():
             return purifier.load(path)
-        if self.data is None:
-            raise ValueError(f"defense {name} has a head to train; name data for it with --fit")
-        images = open_data(self.data, None, self.size)
-        chosen = open_data(self.data, min(self.images, len(images)), self.size)
-        device = next((p.device for p in purifier.model.parameters()), torch.device("cpu"))  # type: ignore[attr-defined]
+        chosen = open_data(self.data, min(self.images, len(open_data(self.data, None, self.size))), self.size)
         with _progress() as progress:
             task = progress.add_task(f"the head of {name}", total=None)
             purifier.fit(
-                (chosen[i][0][None].to(device) for i in range(len(chosen))),
+                (chosen[i][0][None].to(self.device) for i in range(len(chosen))),
                 progress=lambda done, total: progress.update(task, completed=done, total=total),
             )
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -428,6 +432,8 @@ def _defended(
     features = where if own else features
     if name == "averaging":
         return Averaging(network, seed=seed)
+    if name == "averaging-16":
+        return Averaging(network, [*paper(), *paper()], seed=seed)
     if name == "flip":
         return Averaging(network, [Flip()], seed=seed)
     if name == "none":
@@ -476,11 +482,12 @@ def _cells(report: Report, costs: Mapping[str, Cost]) -> _Grid:
     return _grid(columns)
 
 
-def _signed(differences: Mapping[str, Mapping[str, Estimate]]) -> dict[str, dict[str, str]]:
-    return {
-        defense: {attack: f"{e.value:+.1f} ± {e.standard_error:.1f}" for attack, e in row.items()}
-        for defense, row in differences.items()
-    }
+def _signed(differences: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, str]]:
+    def text(cell: Mapping[str, Any]) -> str:
+        error = "?" if cell["error"] is None else f"{cell['error']:.1f}"
+        return f"{cell['value']:+.1f} ± {error}"
+
+    return {defense: {attack: text(cell) for attack, cell in row.items()} for defense, row in differences.items()}
 
 
 def _title(report: Report) -> str:

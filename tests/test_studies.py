@@ -147,13 +147,20 @@ def test_command(tmp_path: Path) -> None:
     for _ in range(2):  # the second time the heads are there
         done = run("-o", str(tmp_path / "heads"), "--attack", "PGD", *heads)
         assert done.exit_code == 0, done.output
-    assert (tmp_path / "heads" / "rotation.safetensors").exists()
+    assert len(list((tmp_path / "heads").glob("rotation-*.safetensors"))) == 1
+    done = run("-o", str(tmp_path / "heads"), "--attack", "PGD", *heads[:4])  # without the data they were trained on
+    assert done.exit_code == 0, done.output
+    before = (tmp_path / "heads" / "records.jsonl").read_bytes()
+    done = run("-o", str(tmp_path / "heads"), "--attack", "PGD", *heads, "--fit-images", "2")  # other heads
+    assert done.exit_code == 2
+    assert "another defense rotation" in done.output.replace("\n", " ")
+    assert (tmp_path / "heads" / "records.jsonl").read_bytes() == before
     study = json.loads((tmp_path / "heads" / "study.json").read_text())
     assert study["defenses"]["contrastive@body"]["purifier"]["features"] == "body"
     for more, sentence in (
         (["--study", "luck"], "study is 'luck'; it must be one of equivariance, views"),
         (["--study", "views", "--defense", "none"], "study is given with defenses"),
-        (["--defense", "rotation"], "has a head to train; name data for it with --fit"),
+        (["--defense", "rotation"], "needs one head, of which"),
         (["--study", "views", "--preset", "slow"], "preset is 'slow'"),
     ):
         done = run("-o", str(tmp_path / "refused"), *more)

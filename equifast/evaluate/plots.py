@@ -6,12 +6,14 @@ from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
 from equifast.evaluate.cost import Cost
+from equifast.evaluate.metrics import Estimate
 from equifast.evaluate.studies import Sweep
 from equifast.evaluate.study import CLEAN, Evaluation, Report
 
@@ -36,6 +38,24 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
+def _errors(estimates: Sequence[Estimate]) -> list[float]:
+    return [0.0 if np.isnan(e.standard_error) else e.standard_error for e in estimates]
+
+
+def _points(axis: Axes, places: Sequence[float], estimates: Sequence[Estimate], label: str, **style: Any) -> None:
+    values = [e.value for e in estimates]
+    axis.errorbar(places, values, yerr=_errors(estimates), capsize=2, label=label, **style)
+
+
+def _finish(axis: Axes, report: Report, title: str, across: str = "") -> None:
+    axis.set_xlabel(across)
+    axis.set_ylabel(report.figure)
+    axis.set_ylim(bottom=0)
+    axis.set_title(f"{title}{report.images} images, ± standard error by bootstrap over images", fontsize=9)
+    axis.grid(axis="y", alpha=0.3)
+    axis.legend()
+
+
 def bars(report: Report) -> Figure:
     """A bar for each defense, in a group for each attacker of the worst case, with standard errors; that comes last."""
     table = report.table()
@@ -51,15 +71,12 @@ def bars(report: Report) -> Figure:
             [i + (number - (len(table) - 1) / 2) * width for i in places],
             [e.value for e in found],
             width,
-            yerr=[0.0 if np.isnan(e.standard_error) else e.standard_error for e in found],
+            yerr=_errors(found),
             capsize=2,
             label=defense,
         )
     axis.set_xticks(range(len(attackers)), attackers, rotation=30, ha="right")
-    axis.set_ylabel(report.figure)
-    axis.set_title(f"{report.images} images, ± standard error by bootstrap over images", fontsize=10)
-    axis.grid(axis="y", alpha=0.3)
-    axis.legend()
+    _finish(axis, report, "")
     return figure
 
 
@@ -76,21 +93,9 @@ def curves(report: Report, eps: float, attack: str = "BPDA") -> Figure | None:
     axis = figure.subplots()
     for defense, places in lines.items():
         found = [table[defense][name] for _, name in places]
-        axis.errorbar(
-            [255 * eps * radius for radius, _ in places],
-            [e.value for e in found],
-            yerr=[0.0 if np.isnan(e.standard_error) else e.standard_error for e in found],
-            marker="o",
-            capsize=2,
-            label=defense,
-        )
+        _points(axis, [255 * eps * radius for radius, _ in places], found, defense, marker="o")
     axis.set_xscale("symlog", linthresh=255 * eps)
-    axis.set_xlabel("radius of the attack, in levels of 255")
-    axis.set_ylabel(report.figure)
-    axis.set_ylim(bottom=0)
-    axis.set_title(f"{attack}, {report.images} images", fontsize=10)
-    axis.grid(alpha=0.3)
-    axis.legend()
+    _finish(axis, report, f"{attack}; ", "radius of the attack, in levels of 255")
     return figure
 
 
@@ -102,25 +107,12 @@ def sweep(report: Report, swept: Sweep) -> Figure:
     places = [float(i) if swept.places is None else swept.places[name] for i, name in enumerate(names)]
     for attack in (CLEAN, *dict.fromkeys(attack for name in names for attack in report.attacks(name))):
         found = [table[name][attack] for name in names]
-        axis.errorbar(
-            places,
-            [e.value for e in found],
-            yerr=[0.0 if np.isnan(e.standard_error) else e.standard_error for e in found],
-            marker="o",
-            linestyle="" if swept.places is None else "-",
-            capsize=2,
-            label=attack,
-        )
+        _points(axis, places, found, attack, marker="o", linestyle="" if swept.places is None else "-")
     if swept.places is None:
         axis.set_xticks(places, names, rotation=30, ha="right")
     elif max(places) > 100 * min(places):
         axis.set_xscale("log")
-    axis.set_xlabel(swept.label)
-    axis.set_ylabel(report.figure)
-    axis.set_ylim(bottom=0)
-    axis.set_title(f"{swept.title}; {report.images} images", fontsize=10)
-    axis.grid(alpha=0.3)
-    axis.legend()
+    _finish(axis, report, f"{swept.title}\n", swept.label)
     return figure
 
 
@@ -133,25 +125,13 @@ def front(report: Report, costs: Mapping[str, Cost]) -> Figure:
         found = [table[name][column] for name in names]
         if not names:
             continue
-        axis.errorbar(
-            [costs[name].times for name in names],
-            [e.value for e in found],
-            yerr=[0.0 if np.isnan(e.standard_error) else e.standard_error for e in found],
-            marker=marker,
-            linestyle="",
-            capsize=2,
-            label="worst case" if column == "worst" else column,
-        )
+        label = "worst case" if column == "worst" else column
+        _points(axis, [costs[name].times for name in names], found, label, marker=marker, linestyle="")
         for name, estimate in zip(names, found, strict=True):
             place = (costs[name].times, estimate.value)
             axis.annotate(name, place, fontsize=7, xytext=(4, 3), textcoords="offset points")
     axis.set_xscale("log")
-    axis.set_xlabel("time, in forward passes of the model")
-    axis.set_ylabel(report.figure)
-    axis.set_ylim(bottom=0)
-    axis.set_title(f"{report.images} images, ± standard error by bootstrap over images", fontsize=10)
-    axis.grid(alpha=0.3)
-    axis.legend()
+    _finish(axis, report, "", "time, in forward passes of the model")
     return figure
 
 

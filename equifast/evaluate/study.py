@@ -1,5 +1,6 @@
 """Attackers against defenses, image by image: what is recorded, and what a table makes of it."""
 
+import functools
 import hashlib
 import json
 import os
@@ -286,20 +287,20 @@ class Evaluation:
             items = [_item(self.data, image.index) for image in left]
             x, y = (torch.stack(parts).to(self._device) for parts in zip(*items, strict=True))
             ids = torch.tensor([image.id for image in left], device=self._device)
-            begun, spent = time.perf_counter(), 0.0
+            started, spent = time.perf_counter(), 0.0
             seen: list[dict[str, Any]] = [{} for _ in left]  # of the attack, on each image
             if attack is not None:
                 kept = attacked.get(attack_name, {})
                 if all(image.key in kept for image in left):
-                    x, seen = torch.stack([kept[i.key][0] for i in left]), [kept[i.key][1] for i in left]
+                    x, seen = torch.stack([kept[i.key][0] for i in left]), [dict(kept[i.key][1]) for i in left]
                 else:
                     clean = x
                     x, seen = self._attack(attack, clean, y, ids)
                     self._check(clean, x, attack_name, radius[attack_name])
                     if attack_name in shared:
-                        pairs = zip(x, seen, strict=True)
+                        pairs = zip(x, map(dict, seen), strict=True)
                         attacked[attack_name] = dict(zip((image.key for image in left), pairs, strict=True))
-                spent = time.perf_counter() - begun
+                spent = time.perf_counter() - started
             begun = time.perf_counter()
             logits = self._logits(self.defenses[name], x, y, ids)
             seconds = time.perf_counter() - begun
@@ -329,7 +330,7 @@ class Evaluation:
                 }
                 for image, result, note in zip(left, results, seen, strict=True)
             )
-            clock.done((name, attack_name), len(left), spent + seconds)
+            clock.done((name, attack_name), len(left), time.perf_counter() - started)
 
     def _attack(self, attack: Attacked, x: Tensor, y: Tensor, ids: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
         """The attacked images, and of each the losses at every step, and how many steps had no gradient and no rise."""
@@ -601,6 +602,10 @@ class Report:
 
     def table(self) -> dict[str, dict[str, Estimate]]:
         """``[defense][attack]`` figures; the worst of several attackers as ``worst``, and its figure by vote."""
+        return self._table
+
+    @functools.cached_property
+    def _table(self) -> dict[str, dict[str, Estimate]]:
         rows = {}
         for defense, columns in self.results.items():
             rows[defense] = {attack: self.estimate(results) for attack, results in columns.items()}
