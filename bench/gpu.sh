@@ -98,6 +98,8 @@ sanitize() {
 benchmark() {
   "$python" bench/bench_ops.py --device cuda --output "$scratch/ops-cuda.json" || return
   mv "$scratch/ops-cuda.json" "$out/ops-cuda.json"
+  "$python" bench/bench_gpu.py --output "$scratch/gpu.json" || return
+  mv "$scratch/gpu.json" "$out/gpu.json"
 }
 
 summarize() {

@@ -13,12 +13,15 @@ from equifast.balls import STARTS, Ball, Step
 from equifast.objectives import Objective
 from equifast.reference import row_sum
 
-__all__ = ["Ascent", "Progress", "Watch"]
+__all__ = ["Advance", "Ascent", "Progress", "Watch"]
 
 Progress = Callable[[int, int], object]
 """Called as ``progress(done, total)`` after every step."""
 Watch = Callable[[int, Tensor, Tensor], object]
 """Called as ``watch(t, value, gradient)`` at every step: (N,) and (N, C, H, W), at the point from which it goes."""
+
+Advance = Callable[[Tensor, Tensor, Tensor, int, Step], tuple[Tensor, Tensor]]
+"""A step by other means than :meth:`Ascent.move`: ``(x, momentum, origin, t, how) -> (x, momentum)``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +88,16 @@ class Ascent:
         most = torch.finfo(gradient.dtype).max  # a single element may be as many times the mean as there are elements
         return momentum.clamp(-most, most).to(gradient.dtype), momentum
 
+    def move(
+        self, objective: Objective, x: Tensor, momentum: Tensor, origin: Tensor, t: int, how: Step
+    ) -> tuple[Tensor, Tensor]:
+        """One step that does not adapt, (N, C, H, W) -> the next point and the accumulated gradient after it.
+
+        No number is taken of a tensor's values where the ball and the objective take none.
+        """
+        gradient, momentum = self._accumulated(objective.gradient(x, t)[1], momentum)
+        return self.ball.step(x, gradient, origin, **how), momentum
+
     def __call__(
         self,
         objective: Objective,
@@ -99,6 +112,7 @@ class Ascent:
         last: int = 0,
         visit: Callable[[Tensor], object] | None = None,
         watch: Watch | None = None,
+        advance: Advance | None = None,
     ) -> Tensor:
         """Climb ``objective`` from ``x``.
 
@@ -114,6 +128,8 @@ class Ascent:
                 keeps its last iterate.
             visit: called with the images after every step.
             watch: told of values and gradients, of the images that have not stopped.
+            advance: takes the steps, in place of :meth:`move`. For one that keeps its last iterate, with no stop,
+                ``watch`` and ``slope``.
 
         Returns:
             (N, C, H, W), in the ball and in [0, 1]; no graph where ``last`` is 0.
@@ -146,6 +162,11 @@ class Ascent:
                     if t == self.steps - last:
                         x = x + (given - origin)
                     x, momentum = _unrolled(x, momentum, given, self, objective, slope, t, place(0, t))
+                    continue
+                if advance is not None:
+                    x, momentum = advance(x, momentum, origin, first + t, place(first, t))
+                    if progress is not None:
+                        progress(first + t + 1, total)
                     continue
                 value, gradient = objective.gradient(x, first + t)
                 if watch is not None:
@@ -253,8 +274,8 @@ class _Unrolled(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, momentum, origin)
         ctx.rest = ascent, slope, t, place
-        gradient, momentum = ascent._accumulated(objective.gradient(x, t)[1], momentum)
-        return ascent.ball.step(x, gradient, origin, **place), momentum.clone()
+        moved, momentum = ascent.move(objective, x, momentum, origin, t, place)
+        return moved, momentum.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -16,14 +16,17 @@ STARTS = ("origin", "uniform", "corner")
 
 
 class Step(TypedDict):
-    """Which step: its length, the noise on its direction, and the random numbers of that (:mod:`equifast.rng`)."""
+    """Which step: its length, the noise on its direction, and the random numbers of that (:mod:`equifast.rng`).
+
+    In an L-infinity ball, 0-d tensors where the images are will do for all numbers.
+    """
 
     size: float
-    sigma: float
-    seed: int
+    sigma: float | Tensor
+    seed: int | Tensor
     ids: Tensor
-    draw: int
-    t: int
+    draw: int | Tensor
+    t: int | Tensor
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What an ascent climbs: equivariance of a model on an image, and the task losses of the attacks."""
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, Self
 
@@ -95,6 +96,18 @@ def _differentiate(value: Tensor, inputs: Sequence[Tensor], upstream: Tensor | N
     return tuple(torch.zeros_like(x) if g is None else g for g, x in zip(gradients, inputs, strict=True))
 
 
+def _cat(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _slopes(
+    features: Tensor, leaves: Sequence[Tensor], upstream: Sequence[Tensor], keys: Sequence[int]
+) -> dict[int, Tensor]:
+    """The gradients of a batch's features with respect to what it is of, where these have one."""
+    found = torch.autograd.grad(features, leaves, _cat(upstream), allow_unused=True)
+    return {key: slope for key, slope in zip(keys, found, strict=True) if slope is not None}
+
+
 def _scale(features: Tensor) -> Tensor | None:
     """(N,): what gradients by features in float16 are multiplied by, powers of two; None for those of other dtypes.
 
@@ -147,6 +160,9 @@ class Agreement:
         count: how many of them a step uses, drawn without replacement.
         seed, ids, draw: the realization, as in :mod:`equifast.rng`.
         autocast: the dtype in which the model runs where autocast lowers it, or None.
+        palette: as in :func:`equifast.views.sample`.
+        together: images and views of one size run in one batch while it has at most so many positions (their number
+            times their area).
     """
 
     def __init__(
@@ -159,12 +175,17 @@ class Agreement:
         ids: Tensor,
         draw: int,
         autocast: torch.dtype | None,
+        palette: int | None = None,
+        together: int = 0,
     ) -> None:
         self._extract = extract
         self._views = views
         self._count = count
         self._seed, self._ids, self._draw = seed, ids, draw
         self._autocast = autocast
+        self._palette = palette
+        self.together = together
+        self._given: list[Sampled] | None = None
 
     def columns(self, x: Tensor, sampled: Sequence[Sampled]) -> Tensor:
         """(N, K), differentiable: what is climbed, view by view."""
@@ -181,10 +202,69 @@ class Agreement:
         with torch.autocast(x.device.type, dtype=self._autocast, enabled=enabled, cache_enabled=False):
             return self._extract(x)
 
+    def joined(self, images: Sequence[Tensor]) -> Tensor:
+        """F of images (N, 3, h, w), or views, of one size, in one batch: (their number times N, C, ...)."""
+        return self.anchor(images[0]) if len(images) == 1 else self.features(torch.cat(list(images)))
+
+    def batches(self, n: int, sizes: Sequence[tuple[int, ...]]) -> list[list[int]]:
+        """Which of several (n, C, h, w), given by (h, w), run at once: those of one size, while they are few.
+
+        Their order is the same whatever ``n``, so that sums over them round alike.
+        """
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for i, size in enumerate(sizes):
+            alike.setdefault(tuple(size), []).append(i)
+        found: list[list[int]] = []
+        for size, members in alike.items():
+            most = max(1, self.together // max(1, n * math.prod(size)))
+            found += [members[i : i + most] for i in range(0, len(members), most)]
+        return found
+
+    def features_of(self, images: Sequence[Tensor]) -> list[Tensor]:
+        """F of several images (N, 3, h, w), or views, one after the other but for :meth:`batches`."""
+        found: dict[int, Tensor] = {}
+        for batch in self.batches(len(images[0]), [image.shape[2:] for image in images]):
+            parts = self.joined([images[i] for i in batch]).chunk(len(batch))
+            found.update(zip(batch, parts, strict=True))
+        return [found[i] for i in range(len(images))]
+
     def sample(self, x: Tensor, t: int, count: int | None) -> list[Sampled]:
         """The views of step ``t``."""
-        size = (x.shape[2], x.shape[3])
-        return sample(self._views, size, seed=self._seed, ids=self._ids, draw=self._draw, step=t, count=count)
+        if self._given is not None:
+            return self._given
+        return sample(
+            self._views,
+            (x.shape[2], x.shape[3]),
+            seed=self._seed,
+            ids=self._ids,
+            draw=self._draw,
+            step=t,
+            count=count,
+            palette=self._palette,
+        )
+
+    @property
+    def lowered(self) -> torch.dtype | None:
+        """The dtype that autocast lowers to, or None."""
+        return self._autocast
+
+    def owner(self) -> tuple[object, ...]:
+        """Of what a recording of this reads memory: the model that runs, and where its tensors lie."""
+        features = getattr(self._extract, "features", self._extract)
+        model = getattr(features, "model", features)
+        if not isinstance(model, nn.Module):
+            return (model,)
+        return (model, *(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())))
+
+    def step_views(self, x: Tensor, t: int) -> list[Sampled]:
+        """The views that step ``t`` uses."""
+        return self.sample(x, t, self._count)
+
+    def given(self, sampled: list[Sampled]) -> Self:
+        """The same with these views whatever the step."""
+        part = copy.copy(self)
+        part._given = sampled
+        return part
 
     def render(self, x: Tensor, sampled: Sequence[Sampled]) -> list[Tensor]:
         """The image under views."""
@@ -219,7 +299,7 @@ class Agreement:
     def gradient(self, x: Tensor, t: int) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             leaf = _leaf(x)
-            columns = self.columns(leaf, self.sample(x, t, self._count))
+            columns = self.columns(leaf, self.step_views(x, t))
             (gradient,) = _differentiate(columns.sum(), [leaf])
         return torch.stack(columns.detach().unbind(1)).sum(0), gradient
 
@@ -229,7 +309,7 @@ class Agreement:
         full._autocast = None
         image = x.view_as(x)
         with ops.use("reference"):  # the native operators are differentiable once
-            columns = full.columns(image, self.sample(x, t, self._count))
+            columns = full.columns(image, self.step_views(x, t))
             return torch.autograd.grad(columns.sum(), image, create_graph=True)[0]
 
 
@@ -262,14 +342,14 @@ class Equivariance(Agreement):
         self._scales = True
 
     def similarities(self, x: Tensor, t: int = 0, count: int | None = None) -> Tensor:
-        """(N, K): similarity of each view to the image, with no graph, one view at a time."""
+        """(N, K): similarity of each view to the image, with no graph, those of one size at a time."""
         with torch.no_grad():
-            anchor = self.anchor(x)
-            columns = [
-                ops.similarity(anchor, [self.features(*self.render(x, [view]))], view.theta[None], self._reduction)
-                for view in self.sample(x, t, count)
-            ]
-        return torch.cat(columns, 1)
+            anchor, sampled, columns = self.anchor(x), self.sample(x, t, count), {}
+            for batch in self.batches(len(x), [view.size for view in sampled]):
+                views = self.render(x, [sampled[k] for k in batch])
+                for k, features in zip(batch, self.joined(views).chunk(len(batch)), strict=True):
+                    columns[k] = ops.similarity(anchor, [features], sampled[k].theta[None], self._reduction)
+        return torch.cat([columns[k] for k in range(len(sampled))], 1)
 
     def whole(self, factor: float) -> Objective:
         part = copy.copy(self)
@@ -284,7 +364,7 @@ class Equivariance(Agreement):
             return self._all_pairs(x, x, self.sample(x, 0, None))[0]
 
     def gradient(self, x: Tensor, t: int) -> tuple[Tensor, Tensor]:
-        sampled = self.sample(x, t, self._count)
+        sampled = self.step_views(x, t)
         with torch.enable_grad():
             image, source = _leaf(x), _leaf(x)  # what views are compared with, and what they are of
             if self._pairing == "all":
@@ -298,7 +378,7 @@ class Equivariance(Agreement):
     def _toward(self, image: Tensor, source: Tensor, sampled: Sequence[Sampled]) -> tuple[Tensor, Tensor]:
         """Similarities (N, K), and the gradient of their sum where views are targets: they go forward alone."""
         with torch.no_grad():
-            targets = [self.features(view) for view in self.render(source, sampled)]
+            targets = self.features_of(self.render(source, sampled))
         features = self.anchor(image)
         theta = torch.stack([view.theta for view in sampled])
         values, upstream = ops.similarity_target(features, targets, theta, self._reduction, self._scale(features))
@@ -307,39 +387,48 @@ class Equivariance(Agreement):
     def _both(self, image: Tensor, source: Tensor, sampled: Sequence[Sampled]) -> tuple[Tensor, Tensor]:
         """The same with a gradient through views too.
 
-        One view at a time, its graph freed before the next: memory is that of the image and the largest view.
+        One batch of views at a time, its graph freed before the next: memory is that of the image and one batch.
         """
-        features = self.anchor(image)
-        anchor = features.detach()
+        views = self.render(source, sampled)  # all at once, while the image is in cache
+        leaves = [image, *map(_leaf, views)]
+        first, *rest = self.batches(len(image), [leaf.shape[2:] for leaf in leaves])
+        features = self.joined([leaves[i] for i in first])  # of the image, and of views that are in its batch
+        anchor, *beside = features.detach().chunk(len(first))
         # Summed in the dtype of the features, as each view's part is rounded to it; a wider sum would take as much
         # memory again, and the network's own rounding in that dtype is larger.
         upstream, scale = torch.zeros_like(anchor), self._scale(anchor)
-        values: list[Tensor] = []
-        views, slopes = self.render(source, sampled), []  # all at once, while the image is in cache
-        for view, drawn in zip(views, sampled, strict=True):
-            leaf = _leaf(view)
-            features_of_view = self.features(leaf.clone())
-            s, g = ops.similarity_gradient(
-                anchor, features_of_view, drawn.theta[None], upstream, self._reduction, scale
-            )
-            values.append(s)
-            slope: Tensor | None = None
-            if features_of_view.requires_grad:  # a view's features may not depend on the image
-                (slope,) = torch.autograd.grad(features_of_view, [leaf], g, allow_unused=True)
-            slopes.append(torch.zeros_like(view) if slope is None else slope)
-            del leaf, features_of_view, g, slope
-        moved = [(view, slope) for view, slope in zip(views, slopes, strict=True) if view.requires_grad]
-        total = _differentiate(features, [image], upstream)[0]
+        values: dict[int, Tensor] = {}
+        slopes: dict[int, Tensor] = {}
+
+        def compare(batch: Sequence[int], maps: Sequence[Tensor]) -> list[Tensor]:
+            """The gradients by features of views; that by those of the image is added to ``upstream``."""
+            found = []
+            for i, one in zip(batch, maps, strict=True):
+                theta = sampled[i - 1].theta[None]
+                values[i], g = ops.similarity_gradient(anchor, one, theta, upstream, self._reduction, scale)
+                found.append(g)
+            return found
+
+        held = compare(first[1:], beside)
+        for batch in rest:
+            part = self.joined([leaves[i] for i in batch])
+            g = compare(batch, part.detach().chunk(len(batch)))
+            if part.requires_grad:  # a view's features may not depend on the image
+                slopes.update(_slopes(part, [leaves[i] for i in batch], g, batch))
+            del part, g
+        total, *more = _differentiate(features, [leaves[i] for i in first], _cat([upstream, *held]))
+        slopes.update(zip(first[1:], more, strict=True))
+        moved = [(view, slopes[i]) for i, view in enumerate(views, 1) if i in slopes and view.requires_grad]
         if moved:
             (through,) = torch.autograd.grad([view for view, _ in moved], [source], [slope for _, slope in moved])
-            total.add_(through, alpha=self._view_gradient)
-        return torch.cat(values, 1), total
+            total = total.add_(through, alpha=self._view_gradient)
+        return torch.cat([values[i] for i in range(1, len(leaves))], 1), total
 
     def _scale(self, features: Tensor) -> Tensor | None:
         return _scale(features) if self._scales else None
 
     def slope(self, x: Tensor, t: int) -> Tensor:
-        sampled = self.sample(x, t, self._count)
+        sampled = self.step_views(x, t)
         full = copy.copy(self)
         full._autocast = None
         image, source = x.view_as(x), x.view_as(x)
@@ -362,7 +451,7 @@ class Equivariance(Agreement):
         anchor = self.anchor(image)
         scale = self._scale(anchor)
         anchor = anchor.to(torch.promote_types(anchor.dtype, torch.float32))
-        views = [self.features(view) for view in self.render(source, sampled)]
+        views = self.features_of(self.render(source, sampled))
         value = pairwise(anchor, views, torch.stack([view.theta for view in sampled]))
         return value, torch.ones_like(value) if scale is None else scale.to(value.dtype)
 

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from equifast import _checks, rng
+from equifast._capture import Capture
 from equifast._cheap import DTYPES, autocast
 from equifast._folded import Folded
-from equifast.ascent import Ascent, Progress
-from equifast.balls import STARTS, make
+from equifast._memory import pass_bytes
+from equifast.ascent import Advance, Ascent, Progress
+from equifast.balls import STARTS, Step, make
 from equifast.features import Features, LogProbabilities, evaluating, output
 from equifast.objectives import PAIRINGS, Agreement, Equivariance, Objective, average_predictions, number_of_pairs
-from equifast.views import Flip, View, as_set, fast, paper, sample
+from equifast.views import Flip, Sampled, View, as_set, fast, paper, sample
 
 __all__ = ["PRESETS", "Defended", "DefendedModel", "Preset", "Purifier", "Purify", "purify"]
 
@@ -92,6 +94,11 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
 
 # Pixels of the images that run at once on a CPU: more take memory, and cache, and no less time.
 _CHUNK = 2**18
+# Pixels of the image and of views that run as one batch where a budget of memory does not say: small maps take less
+# time together, large ones on a CPU do not.
+_TOGETHER = {"cpu": 2**17, "cuda": 2**21}
+# Sets of sizes where steps are captured or the model is compiled, and no palette is given.
+_PALETTE = 8
 
 
 class Purifier:
@@ -129,9 +136,19 @@ class Purifier:
             that changes nothing but rounding. The copy follows changes of the model's parameters, buffers, submodules
             and hooks, not of other attributes. A model with hooks, and ``features`` that are a function of your own,
             are run as they are.
-        max_batch: at most about so many images run at once, which bounds memory and leaves the results as they are (but
-            for 1, where large images round otherwise than in a batch); None for as many as pay, on the CPU a few large
-            ones, on CUDA all.
+        max_batch: at most about so many images run at once, and each view apart, which bounds memory and leaves the
+            results as they are (but for 1, where large images round otherwise than in a batch); None for as many as
+            pay, on the CPU a few large ones, on CUDA all.
+        max_memory: bytes that a step's passes may take, about: as many images run at once, and as many views of one
+            size in one batch, as fit, but at least one image and one view. What a pass takes is found out by one at the
+            first call. None for batches of small maps, on CUDA of larger ones too.
+        palette: sizes of views are of so many fixed sets; None for new ones at every step, or for 8 sets with
+            ``capture`` or ``compile``.
+        capture: whether steps on CUDA are captured as graphs, one for each set of sizes and shape of ``x``, and
+            replayed, which pays where images are small and few. What cannot be captured, such as a model that decides
+            by values, runs as it is after one warning. For purifiers that keep their last iterate and have no ``stop``.
+        compile: whether the model runs through ``torch.compile``. For ``features=None``; on the CPU results may then
+            depend on the batch in their last bits.
 
     Raises:
         TypeError, ValueError: for any setting that cannot be, in one sentence that names it.
@@ -164,6 +181,10 @@ class Purifier:
         average: bool | Sequence[View] | None = None,
         fold: bool = True,
         max_batch: int | None = None,
+        max_memory: int | None = None,
+        palette: int | None = None,
+        capture: bool = False,
+        compile: bool = False,
     ) -> None:
         self._features = Features(model, features)
         base = PRESETS[_checks.choice("preset", preset, tuple(PRESETS))]
@@ -185,6 +206,16 @@ class Purifier:
             Folded(model, place or None) if fold and place is not None and isinstance(model, nn.Module) else None
         )
         self.max_batch = None if max_batch is None else _checks.integer("max_batch", max_batch, 1, 2**31)
+        self.max_memory = None if max_memory is None else _checks.integer("max_memory", max_memory, 1, 2**63)
+        self._held: dict[tuple[torch.device, torch.dtype], float] = {}  # bytes of a graph per position
+        self._capture = Capture() if _checks.boolean("capture", capture) else None
+        self.palette = _PALETTE if (capture or compile) and palette is None else palette
+        if self.palette is not None:
+            _checks.integer("palette", self.palette, 1, rng.MAX_STEP)
+        self.compile = _checks.boolean("compile", compile)
+        if compile and (features is not None or not isinstance(model, nn.Module)):
+            raise ValueError("compile is True with features, or for no Module; it is for a Module's own output")
+        self._compiled: tuple[object, Any] = (None, None)
         self.preset = preset
         self.seed = seed
         self.dtype = dtype
@@ -215,6 +246,12 @@ class Purifier:
             stop=None if stop is None else _checks.number("stop", stop, least=-1, most=1) * pairs,
         )
         self.stop = stop
+        if capture and (stop is not None or keep == "best"):
+            raise ValueError("capture is True with stop or keep='best'; it is for steps that depend on no value")
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without the compiled model, which is made again."""
+        return self.__dict__ | {"_compiled": (None, None)}
 
     @property
     def folded(self) -> bool:
@@ -245,6 +282,10 @@ class Purifier:
             "average": [repr(view) for view in self.average],
             "fold": self.fold,
             "max_batch": self.max_batch,
+            "max_memory": self.max_memory,
+            "palette": self.palette,
+            "capture": self._capture is not None,
+            "compile": self.compile,
             "seed": self.seed,
             "dtype": self.dtype,
         }
@@ -268,16 +309,46 @@ class Purifier:
                 are not (N, C, h, w) or do not depend on the image.
         """
         with self._objective(x, ids, draw, self.views_per_step) as (x, objective, seed, numbers):
-            chunks, purified = self._chunks(x), torch.empty_like(x)
+            chunks, purified = self._chunks(x, objective.together), torch.empty_like(x)
             for number, rows in enumerate(chunks):
 
-                def advance(done: int, total: int, number: int = number) -> None:
+                def report(done: int, total: int, number: int = number) -> None:
                     if progress is not None:
                         progress(number * total + done, len(chunks) * total)
 
                 part, some = objective.only(rows), numbers[rows]
-                purified[rows] = self.ascent(part, x[rows], seed=seed, ids=some, draw=draw, progress=advance)
+                advance = None if self._capture is None else self._advance(self._capture, part)
+                purified[rows] = self.ascent(
+                    part, x[rows], seed=seed, ids=some, draw=draw, progress=report, advance=advance
+                )
             return purified
+
+    def _advance(self, capture: Capture, objective: Agreement) -> Advance:
+        """Steps through recordings of :meth:`Ascent.move`: what a step draws is an argument of it."""
+        owner = objective.owner()
+
+        def advance(x: Tensor, momentum: Tensor, origin: Tensor, t: int, how: Step) -> tuple[Tensor, Tensor]:
+            sampled, noisy = objective.step_views(x, t), self.ascent.noise
+            widths = [view.view.image for view in sampled]
+            theta, parameters = torch.stack([v.theta for v in sampled]), torch.cat([v.parameters for v in sampled], 1)
+            drawn = (how["ids"], how["sigma"], how["seed"], how["draw"], how["t"]) if noisy else ()
+
+            def move(
+                x: Tensor, momentum: Tensor, origin: Tensor, theta: Tensor, parameters: Tensor, *drawn: Any
+            ) -> tuple[Tensor, Tensor]:
+                parts = zip(sampled, theta.unbind(0), parameters.split(widths, 1), strict=True)
+                given = [Sampled(view.view, matrices, view.size, own) for view, matrices, own in parts]
+                place = how.copy()
+                if drawn:
+                    place["ids"], place["sigma"], place["seed"], place["draw"], place["t"] = drawn
+                return self.ascent.move(objective.given(given), x, momentum, origin, 0, place)
+
+            views = tuple((self.views.index(view.view), view.size) for view in sampled)
+            key = (x.shape, x.stride(), x.dtype, x.device, objective.lowered, views)
+            x, momentum = capture(owner, key, move, (x, momentum, origin, theta, parameters, *drawn))
+            return x, momentum
+
+        return advance
 
     def unrolled(self, x: Tensor, last: int, ids: Tensor | None = None, draw: int = 0) -> Tensor:
         """Purify a batch with a derivative: for attackers who know.
@@ -313,11 +384,39 @@ class Purifier:
             given = images + (x - x.detach())
             return self.ascent(objective, given, seed=seed, ids=numbers, draw=draw, slope=slope, last=last)
 
-    def _chunks(self, x: Tensor) -> list[slice]:
+    def _largest(self, x: Tensor) -> int:
+        """The positions of the image or its largest view."""
+        size = (x.shape[2], x.shape[3])
+        sizes = [size]
+        for view in self.views:
+            most = torch.ones(1, max(view.shared, view.image), dtype=torch.float64)
+            sizes.append(view.geometry(size, most[0, : view.shared], most[:, : view.image])[1])
+        return max(1, *(height * width for height, width in sizes))
+
+    def _together(self, x: Tensor, features: Features) -> int:
+        """How many positions run as one batch: half of what memory allows, as two batches are held at once."""
+        if self.max_memory is None or x.numel() == 0:
+            return _TOGETHER.get(x.device.type, 0) if self.max_batch is None else 0
+        key = (x.device, x.dtype)
+        if key not in self._held:
+            lowered = autocast(self.dtype, x)
+
+            def run(images: Tensor) -> Tensor:
+                with torch.autocast(x.device.type, dtype=lowered, enabled=lowered is not None, cache_enabled=False):
+                    return features(images.clone())
+
+            model = features.model
+            owned = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
+            self._held[key] = pass_bytes(run, x[:2], owned) / (len(x[:2]) * x.shape[2] * x.shape[3])
+        return max(1, int(self.max_memory / max(self._held[key], 1.0) / 2))
+
+    def _chunks(self, x: Tensor, together: int = 0) -> list[slice]:
         """The images that run at once."""
         n, most = len(x), self.max_batch
         if most is None:
             most = max(2, _CHUNK // (x.shape[2] * x.shape[3])) if x.device.type == "cpu" else max(1, n)
+        if together and self.max_memory is not None:
+            most = min(most, max(1, together // self._largest(x)))
         bounds = [*range(0, n, most), n]
         if most > 1 and n > most and n % most == 1:
             del bounds[-2]  # none alone, which large convolutions round otherwise
@@ -360,7 +459,8 @@ class Purifier:
         with self._objective(x, ids, draw, None) as (x, objective, _, _):
             if len(x) == 0:
                 return torch.zeros(0, len(self.views), device=x.device)
-            return torch.cat([objective.only(rows).similarities(x[rows]) for rows in self._chunks(x)])
+            chunks = self._chunks(x, objective.together)
+            return torch.cat([objective.only(rows).similarities(x[rows]) for rows in chunks])
 
     def score(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
         """(N,): the mean similarity over all views of the preset, in [-1, 1], no graph; arguments as for a call."""
@@ -388,8 +488,18 @@ class Purifier:
                 features = self._features
                 if self._folded is not None:
                     features = features.on(self._folded(x, lambda model, images: features.on(model)(images)))
+                if self.compile:
+                    features = features.on(self._compile(features.model))
                 rest = {"count": count, "seed": seed, "ids": numbers, "draw": draw, "autocast": autocast(self.dtype, x)}
+                rest |= {"palette": self.palette, "together": self._together(x, features)}
                 yield x, (make or self._agreement)(features, **rest), seed, numbers
+
+    def _compile(self, model: Any) -> Any:
+        known, compiled = self._compiled
+        if known is not model:
+            compiled = torch.compile(model, dynamic=True)
+            self._compiled = (model, compiled)
+        return compiled
 
     def _agreement(self, features: Features, **rest: Any) -> Agreement:
         """What is climbed."""

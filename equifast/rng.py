@@ -76,7 +76,7 @@ def _unit(
 ) -> Tensor:
     """Uniform numbers (N, blocks, 4), or (S, N, blocks, 4) of several streams."""
     ids, blocks = ids.to(torch.int64), -(-count // 4)
-    if ids.device.type == "cpu":
+    if ids.device.type == "cpu" and not any(isinstance(number, Tensor) for number in (seed, draw, step)):
         # numpy: on small arrays torch's many operations would take several times as long
         key = [np.asarray(seed, np.int64), np.asarray(stream, np.int64)]
         place = [np.asarray(draw, np.int64), np.asarray(step, np.int64)]

@@ -69,8 +69,15 @@ class View:
         """
         return torch.eye(2, 3, dtype=torch.float64).expand(u.shape[0], 2, 3).clone(), size
 
-    def color(self, images: Tensor, u: Tensor) -> Tensor:
-        """The photometric map, (N, C, H, W) -> (N, C, H, W), differentiable; ``u`` is (N, image)."""
+    def parameters(self, u: Tensor) -> Tensor:
+        """What :meth:`color` takes, (N, image) float64, of as many uniform numbers: these themselves, or others."""
+        return u
+
+    def color(self, images: Tensor, parameters: Tensor) -> Tensor:
+        """The photometric map, (N, C, H, W) -> (N, C, H, W), differentiable.
+
+        ``parameters`` is (N, image) on the device of the images; to be captured in a graph, do not look at its values.
+        """
         return images
 
     @property
@@ -208,7 +215,7 @@ class ColorJitter(View):
         _checks.number("hue", self.hue, least=0, most=0.5)
         _checks.number("grayscale", self.grayscale, least=0, most=1)
 
-    def color(self, images: Tensor, u: Tensor) -> Tensor:
+    def parameters(self, u: Tensor) -> Tensor:
         widths = (self.brightness, self.contrast, self.saturation)
         rows = [
             [
@@ -218,8 +225,10 @@ class ColorJitter(View):
             ]
             for *factors, turn, chance in u.tolist()
         ]
-        parameters = torch.tensor(rows, dtype=torch.float64, device=images.device)
-        return ops.color_jitter(images, parameters.view(-1, 5))
+        return torch.tensor(rows, dtype=torch.float64).view(-1, 5)
+
+    def color(self, images: Tensor, parameters: Tensor) -> Tensor:
+        return ops.color_jitter(images, parameters)
 
 
 def _product(theta: Tensor, following: Tensor) -> Tensor:
@@ -261,8 +270,12 @@ class Compose(View):
                 theta = following if theta is None else _product(theta, following)
         return (super().geometry(size, shared, u)[0] if theta is None else theta), size
 
-    def color(self, images: Tensor, u: Tensor) -> Tensor:
-        for view, part in zip(self.views, u.split([v.image for v in self.views], 1), strict=True):
+    def parameters(self, u: Tensor) -> Tensor:
+        parts = u.split([view.image for view in self.views], 1)
+        return torch.cat([view.parameters(part) for view, part in zip(self.views, parts, strict=True)], 1)
+
+    def color(self, images: Tensor, parameters: Tensor) -> Tensor:
+        for view, part in zip(self.views, parameters.split([v.image for v in self.views], 1), strict=True):
             images = view.color(images, part)
         return images
 
@@ -308,17 +321,18 @@ def fast() -> tuple[View, ...]:
 class Sampled:
     """One realization of a view for a batch.
 
-    ``theta`` is (N, 2, 3) float64 on the images' device, ``size`` the output size, ``u`` what ``view.color`` takes.
+    ``theta`` is (N, 2, 3) float64 on the images' device, ``size`` the output size, ``parameters`` what ``view.color``
+    takes.
     """
 
     view: View
     theta: Tensor
     size: Size
-    u: Tensor
+    parameters: Tensor
 
     def color(self, images: Tensor) -> Tensor:
         """The photometric part, (N, C, H, W) -> (N, C, H, W)."""
-        return self.view.color(images, self.u)
+        return self.view.color(images, self.parameters)
 
 
 def sample(
@@ -330,6 +344,7 @@ def sample(
     draw: int = 0,
     step: int = 0,
     count: int | None = None,
+    palette: int | None = None,
 ) -> list[Sampled]:
     """Draw a realization of ``count`` of the views (all of them where None), without replacement.
 
@@ -338,6 +353,8 @@ def sample(
         size: (H, W) of the images.
         seed, draw, step: as in :mod:`equifast.rng`. Choice and sizes are those of all images, the rest of each.
         ids: (N,) int64 image ids; the result is on their device.
+        palette: what all images share, sizes above all, is one of so many fixed sets, the same under every seed; None
+            for a new one at every step.
 
     Raises:
         ValueError: if a view gives a theta that is not (N, 2, 3), not finite or singular, or no size.
@@ -347,8 +364,11 @@ def sample(
     streams = [int(rng.Stream.CHOICE), *map(rng.Stream.SHARED.of, k), *map(rng.Stream.IMAGE.of, k)]
     most = max(len(views), *(max(view.shared, view.image) for view in views))
     rows = torch.tensor([0, *ids.tolist()])  # 0 is the id of what all images share
-    numbers = rng.uniform(seed, streams, rows, draw, step, most)
+    numbers = rng.uniform(seed, streams, rows, draw, step, most + 1)
     choice, shared, image = numbers[0, 0], numbers[1 : 1 + len(views), 0], numbers[1 + len(views) :, 1:]
+    if palette is not None:
+        entry = int(choice[most] * palette)
+        shared = rng.uniform(0, streams[1 : 1 + len(views)], rows[:1], 0, entry, most)[:, 0]
     chosen = list(k)
     if count is not None and count < len(views):
         chosen = sorted(choice[: len(views)].argsort()[:count].tolist())
@@ -361,9 +381,17 @@ def sample(
             shape = _checks.shape(theta)
             raise ValueError(f"{name}.geometry gives a theta of shape {shape}; it must be ({len(ids)}, 2, 3)")
         target = _checks.size(f"the size that {name}.geometry gives", target)
-        sampled.append(Sampled(view, theta.detach().to("cpu", torch.float64), target, u))
+        parameters = view.parameters(u)
+        if parameters.shape != u.shape:
+            shape = _checks.shape(parameters)
+            raise ValueError(f"{name}.parameters gives a tensor of shape {shape}; it must be {tuple(u.shape)}")
+        sampled.append(Sampled(view, theta.detach().to("cpu", torch.float64), target, parameters))
     if not sampled:
         return []
     # here and for all of them at once; whoever renders them need not look again
     matrices = _checks.theta(torch.stack([view.theta for view in sampled])).to(ids.device)
-    return [Sampled(s.view, theta, s.size, s.u) for s, theta in zip(sampled, matrices.unbind(0), strict=True)]
+    parameters = torch.cat([view.parameters for view in sampled], 1).to(ids.device)
+    own = parameters.split([view.view.image for view in sampled], 1)
+    return [
+        Sampled(s.view, theta, s.size, part) for s, theta, part in zip(sampled, matrices.unbind(0), own, strict=True)
+    ]

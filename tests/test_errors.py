@@ -242,7 +242,7 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "not dense": (
         lambda: Purifier(cases.classifier())(X),
-        "features have shape (2, 5); they must be (N, C, h, w)",
+        "); they must be (N, C, h, w)",
     ),
     "dict": (
         lambda: Purifier(lambda x: {"logits": x})(X),

@@ -136,3 +136,36 @@ def test_more_than_2_to_the_31_elements(layout: torch.memory_format) -> None:
         assert torch.equal(back[:, channel], x[:, channel])
     s = ops.similarity(x, [warped], flip)
     torch.testing.assert_close(s.cpu(), torch.ones(1, 1), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"view_gradient": 0}, {"preset": "paper"}, {"preset": "strong"}, {"dtype": "bfloat16"}], ids=str
+)
+def test_captured_steps_agree_with_those_one_by_one(settings: dict[str, object]) -> None:
+    model, settings = cases.dense().cuda(), {"dtype": "float32", "palette": 2, "steps": 1} | settings
+    captured, plain = (Purifier(model, capture=capture, **settings) for capture in (True, False))
+    for number in range(6):
+        x = torch.rand(2, 3, 44, 60, generator=torch.Generator().manual_seed(number)).cuda()
+        ids = torch.tensor([number, 9 - number], device="cuda")
+        actual, expected = (purifier(x, ids, draw=number) for purifier in (captured, plain))
+        differ = (actual - expected).abs() > 1e-6  # where a gradient is nearly 0, rounding decides its sign
+        assert differ.double().mean() <= (1e-3 if settings["dtype"] == "float32" else 2e-2)
+    assert captured._capture is not None
+    assert not captured._capture.refused
+    assert len(captured._capture) >= 1
+
+
+def test_a_captured_purifier_follows_its_model() -> None:
+    model, x = cases.dense().cuda(), cases.images().cuda()
+    captured, plain = (Purifier(model, capture=c, palette=1, dtype="float32", steps=1) for c in (True, False))
+    captured(x)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.neg_()
+    assert ((captured(x) - plain(x)).abs() > 1e-6).double().mean() <= 1e-3
+
+
+def test_views_in_one_batch_within_a_budget_of_memory() -> None:
+    model, x = cases.dense().cuda(), cases.images(9, 44, 60).cuda()
+    whole, bounded = (Purifier(model, dtype="float32", steps=1, max_memory=m)(x) for m in (None, 2**22))
+    assert ((whole - bounded).abs() > 1e-6).double().mean() <= 1e-3

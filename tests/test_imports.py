@@ -7,7 +7,7 @@ import equifast
 
 ORDER = [
     {"_version", "_C"},
-    {"_checks", "_allocator"},
+    {"_checks", "_allocator", "_capture", "_memory"},
     {"rng"},
     {"reference"},
     {"_step_triton"},

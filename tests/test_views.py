@@ -68,7 +68,7 @@ def test_shift_moves_by_pixels() -> None:
 def test_composition_is_one_after_the_other() -> None:
     parts = [views.Resize(0.701), views.Flip(), views.Rotation(30), views.Shift(0.1)]
     composed = draw(views.Compose(*parts), (40, 60))
-    u = composed.u.split([part.image for part in parts], 1)
+    u = composed.parameters.split([part.image for part in parts], 1)
     grid = torch.randn(2, 3, 5, dtype=torch.float64)
     grid[:, 2] = 1
     size, points = (40, 60), grid
@@ -83,7 +83,7 @@ def test_composition_is_one_after_the_other() -> None:
 
 
 def jittered(x: Tensor, jitter: views.ColorJitter, u: list[float]) -> Tensor:
-    return jitter.color(x, torch.tensor([u], dtype=torch.float64))
+    return jitter.color(x, jitter.parameters(torch.tensor([u], dtype=torch.float64)))
 
 
 def test_color_jitter_against_colorsys() -> None:
@@ -126,7 +126,8 @@ def test_jitter_is_differentiable_and_stays_in_range() -> None:
     assert gradient.isfinite().all()
     assert gradient.abs().sum() > 0
     flat = torch.full((1, 3, 2, 2), 0.5, requires_grad=True)  # no hue
-    out = views.ColorJitter().color(flat, torch.rand(1, 5, dtype=torch.float64))
+    jitter = views.ColorJitter()
+    out = jitter.color(flat, jitter.parameters(torch.rand(1, 5, dtype=torch.float64)))
     assert torch.autograd.grad(out.sum(), flat)[0].isfinite().all()
 
 

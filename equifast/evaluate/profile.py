@@ -101,7 +101,7 @@ class _Timed(Equivariance):
         return rendered
 
     def features(self, x: Tensor) -> Tensor:
-        self.area += x.shape[2] * x.shape[3] * (1.0 if torch.is_grad_enabled() else 0.5)
+        self.area += x.shape[0] * x.shape[2] * x.shape[3] * (1.0 if torch.is_grad_enabled() else 0.5)
         self.clock.note("run")
         features = self._mark(super().features(self._mark(x, "image back")), "features back")
         self.clock.note("ran")
@@ -139,6 +139,6 @@ def profile_step(purifier: Purifier, x: Tensor, rounds: int = 5) -> Profile:
             ascent.ball.step(images, gradient, images, size=size, sigma=sigma, seed=seed, ids=ids, draw=0, t=0)
             timed.clock.note("stepped")
             found.append(timed.clock.parts())
-        passes = timed.area / (x.shape[2] * x.shape[3])
+        passes = timed.area / (x.shape[0] * x.shape[2] * x.shape[3])
     seconds = {part: statistics.median(parts[part] for parts in found[1:]) for part in PARTS}
     return Profile(seconds, passes, purifier.folded)
