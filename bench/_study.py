@@ -1,5 +1,6 @@
 """What the CamVid and the CIFAR-10 study share: rows, columns, standard errors, table, results file."""
 
+import functools
 import hashlib
 import json
 import os
@@ -23,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import equifast
-from equifast.attacks import BPDA, PGD
+from equifast.attacks import BPDA, CW, PGD
 from equifast.defenses import Averaging, RandomNoise
 from equifast.evaluate import Estimate, difference
 
@@ -46,6 +47,7 @@ ROWS = ("none", "random", "averaging", "paper", "fast")
 COLUMNS = ("clean", "PGD", "BPDA")
 DIFFERENCES = (("paper", "none"), ("paper", "random"), ("fast", "paper"), ("fast", "averaging"))
 DEFENSE_SEED, ATTACK_SEED = 0, 1  # the attacks start elsewhere than the purifiers do
+MARGIN, CONFIDENCE = " (margin)", 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,15 +172,21 @@ class Runner:
         return load_file(path)
 
     def attacked(self, victim: str | None, ids: Tensor) -> Tensor:
-        """The images after an attack on a defense by one who knows it; on "none" that is plain PGD."""
+        """The images after an attack on a defense by one who knows it; on "none" that is plain PGD.
+
+        A victim whose name ends with `MARGIN` is attacked on the margin of its logits instead of the cross-entropy.
+        """
         study = self._study
         x, y = study.images[ids], study.labels[ids]
         if victim is None:
             return x
 
+        plain = victim.removesuffix(MARGIN)
+
         def compute() -> dict[str, Tensor]:
-            steps, eot = (study.steps, 1) if victim == "none" else self._strength(victim)
-            attack = PGD(
+            steps, eot = (study.steps, 1) if plain == "none" else self._strength(plain)
+            kind = PGD if plain == victim else functools.partial(CW, confidence=CONFIDENCE)
+            attack = kind(
                 study.model,
                 eps=study.eps,
                 step_size=study.step_size,
@@ -191,20 +199,25 @@ class Runner:
             def advance(done: int, total: int) -> None:
                 self._progress.update(task, completed=done)
 
-            if victim == "none":
+            if plain == "none":
                 adversarial = attack(x, y, ids, advance)
             else:
-                adversarial = BPDA(attack, self._defenses(victim), eot=eot)(x, y, ids, advance)
+                adversarial = BPDA(attack, self._defenses(plain), eot=eot)(x, y, ids, advance)
             self._progress.remove_task(task)
             return {"x": adversarial}
 
-        return self._cached(compute, "attack", self._identity(victim), ids.tolist())["x"]
+        return self._cached(compute, "attack", self._known(victim), ids.tolist())["x"]
+
+    def _known(self, victim: str) -> str:
+        """The identity of an attack on a defense."""
+        plain = victim.removesuffix(MARGIN)
+        return self._identity(plain) + ("" if plain == victim else f"{MARGIN} {CONFIDENCE}")
 
     def cell(self, row: str, victim: str | None, indices: Sequence[int] | None = None) -> Cell:
         """The results of a defense on images attacked by one who knows `victim`; on clean ones where it is None."""
         study = self._study
         indices = list(range(len(study.images)) if indices is None else indices)
-        model, known = self._defenses(row), None if victim is None else self._identity(victim)
+        model, known = self._defenses(row), None if victim is None else self._known(victim)
         task = self._progress.add_task(f"{row}, {victim or 'clean'}", total=len(indices))
         parts, seconds = [], 0.0
         for ids in torch.tensor(indices).split(study.batch):

@@ -9,10 +9,12 @@ time and goes on where it stopped. The attacks on each candidate: plain PGD on t
 which anyone who fears averaging would run; the attack through averaging over the views that the candidate purifies
 with, where these are others; BPDA through the candidate itself, with expectation over its draws; and with `--last K`
 the same with a gradient through the last K steps of its ascent, which the published code, what purifies at half the
-size and what has no ascent lack (it takes many times as long: `--last-steps` and `--last-eot` are its own). The worst
-case takes, image by image, the attack that leaves fewest labels right. Attacks take their gradients from a folded copy
-in bfloat16, where the hardware has it, which is as strong (`bench/equivalence.py`); gradients through steps are
-float32. Settings are chosen on `val` (CIFAR-10: on images of its test set that no table uses) and reported on `test`.
+size and what has no ascent lack (it takes many times as long: `--last-steps` and `--last-eot` are its own). With
+`--margin` all but the attack on the candidate's own views are there a second time, on the margin of the logits with
+confidence 5 (CW) in place of the cross-entropy. The worst case takes, image by image, the attack that leaves fewest
+labels right. Attacks take their gradients from a folded copy in bfloat16, where the hardware has it, which is as strong
+(`bench/equivalence.py`); gradients through steps are float32. Settings are chosen on `val` (CIFAR-10: on images of its
+test set that no table uses) and reported on `test`.
 
 `seconds` times all candidates in turns, in one process, each after an untimed call of its own. Nothing else should run
 beside it.
@@ -34,7 +36,7 @@ import torch
 import typer
 from _data import DATA, load_camvid, load_cifar
 from _published import Published
-from _study import DEFENSE_SEED, Cell, Data, Runner, Study, figure, machine, paired, versions, write
+from _study import DEFENSE_SEED, MARGIN, Cell, Data, Runner, Study, figure, machine, paired, versions, write
 from camvid import judge as judge_dense
 from camvid import network as camvid_network
 from cifar import EPS, EPS_PURIFY
@@ -184,6 +186,7 @@ CANDIDATES: dict[str, Candidate] = {
     "fast, view gradient 0.5": (purify, {"view_gradient": 0.5}),
     "fast, view gradient 1": (purify, {"view_gradient": 1}),
     "fast, all pairs": (purify, {"pairing": "all", "view_gradient": 1}),
+    "fast, palette 8": (purify, {"palette": 8}),
     "fast, fifth view smaller": (purify, {"views": SMALLER_FIFTH}),
     "fast, fifth view smaller, temperature 2": (purify, {"views": SMALLER_FIFTH, "temperature": 2.0}),
     "fast, three views": (purify, {"views": FEWER}),
@@ -297,6 +300,7 @@ def build(study: Study, candidate: Candidate) -> nn.Module:
 
 
 UNROLLED, AVERAGED = " (unrolled)", " (averaged)"
+ATTACKS = ("PGD", "averaging", "own views", "BPDA", "unrolled")
 
 
 def unrolled(study: Study, candidate: Candidate, last: int) -> nn.Module | None:
@@ -429,6 +433,7 @@ def measure(
     last: Annotated[int, typer.Option(help="Also attack through so many steps of the ascent.")] = 0,
     last_steps: Annotated[int, typer.Option(help="Steps of that attack.")] = 10,
     last_eot: Annotated[int, typer.Option(help="Draws per step of that attack.")] = 1,
+    margin: Annotated[bool, typer.Option(help="Also attack on the margin.")] = False,
     only: Annotated[list[str] | None, typer.Option(help="Candidates, by name; all where not given.")] = None,
     output: Annotated[Path | None, typer.Option(help="The JSON to which the results are added.")] = None,
 ) -> None:
@@ -458,6 +463,8 @@ def measure(
                 victims["unrolled"] = name + UNROLLED
             if bpda_steps > 0 and averaged(study, known[name]) is not None:
                 victims["own views"] = name + AVERAGED
+            if margin:
+                victims |= {f"{c}, margin": v + MARGIN for c, v in victims.items() if v and c != "own views"}
             row = {column: runner.cell(name, victim) for column, victim in victims.items()}
             row["worst"] = worst([cell for column, cell in row.items() if column != "clean"])
             cells[name] = row
@@ -469,14 +476,19 @@ def measure(
                 }
             progress.update(task, advance=1)
             if output is not None:
-                settings = study.settings() | {"last": last, "last_steps": last_steps, "last_eot": last_eot}
+                settings = study.settings() | {
+                    "last": last,
+                    "last_steps": last_steps,
+                    "last_eot": last_eot,
+                    "margin": margin,
+                }
                 _merge(output, key, {"candidates": found, "settings": settings})
             line = ", ".join(f"{column} {e['value']:.1f} ± {e['error']:.1f}" for column, e in _figures(found[name]))
             console.print(f"{name}: {line}")
     table = Table(title=f"{key}: {study.figure}, {len(study.images)} images, ± standard error; differences are paired")
     columns = [
         c
-        for c in ("clean", "PGD", "averaging", "own views", "BPDA", "unrolled", "worst")
+        for c in ("clean", *(p + m for m in ("", ", margin") for p in ATTACKS), "worst")
         if any(c in r for r in cells.values())
     ]
     for heading in ("", *columns, "worst - none", "worst - averaging"):
