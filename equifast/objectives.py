@@ -160,7 +160,7 @@ class Agreement:
         count: how many of them a step uses, drawn without replacement.
         seed, ids, draw: the realization, as in :mod:`equifast.rng`.
         autocast: the dtype in which the model runs where autocast lowers it, or None.
-        palette: as in :func:`equifast.views.sample`.
+        palette, followed: as in :func:`equifast.views.sample`.
         together: images and views of one size run in one batch while it has at most so many positions (their number
             times their area).
     """
@@ -177,13 +177,14 @@ class Agreement:
         autocast: torch.dtype | None,
         palette: int | None = None,
         together: int = 0,
+        followed: int | None = None,
     ) -> None:
         self._extract = extract
         self._views = views
         self._count = count
         self._seed, self._ids, self._draw = seed, ids, draw
         self._autocast = autocast
-        self._palette = palette
+        self._palette, self._followed = palette, followed
         self.together = together
         self._given: list[Sampled] | None = None
 
@@ -241,6 +242,7 @@ class Agreement:
             step=t,
             count=count,
             palette=self._palette,
+            followed=self._followed,
         )
 
     @property
@@ -321,7 +323,8 @@ class Equivariance(Agreement):
         pairing: ``"anchor"``, each view with the image; ``"all"``, every pair (``reduction="image"`` only).
         view_gradient: the weight of the gradient that reaches the image through its views. With 1 it is that of the
             value; with 0 the features of views are targets, constants to it: the image moves to what its views say, and
-            not they to what it says.
+            not they to what it says. Where ``followed`` is fewer than the views, it goes through those alone, so much
+            the heavier that the mean over all choices stays.
         reduction: as in :func:`equifast.ops.similarity`.
     """
 
@@ -353,7 +356,7 @@ class Equivariance(Agreement):
 
     def whole(self, factor: float) -> Objective:
         part = copy.copy(self)
-        part._view_gradient, part._scales = 1.0, False
+        part._view_gradient, part._followed, part._scales = 1.0, None, False
         return Agreement.whole(part, factor)
 
     def value(self, x: Tensor) -> Tensor:
@@ -377,19 +380,17 @@ class Equivariance(Agreement):
 
     def _toward(self, image: Tensor, source: Tensor, sampled: Sequence[Sampled]) -> tuple[Tensor, Tensor]:
         """Similarities (N, K), and the gradient of their sum where views are targets: they go forward alone."""
-        with torch.no_grad():
-            targets = self.features_of(self.render(source, sampled))
         features = self.anchor(image)
-        theta = torch.stack([view.theta for view in sampled])
-        values, upstream = ops.similarity_target(features, targets, theta, self._reduction, self._scale(features))
+        values, upstream = self._target(sampled, source, features.detach())
         return values, _differentiate(features, [image], upstream)[0]
 
     def _both(self, image: Tensor, source: Tensor, sampled: Sequence[Sampled]) -> tuple[Tensor, Tensor]:
-        """The same with a gradient through views too.
+        """The same with a gradient through views too, those that are followed.
 
-        One batch of views at a time, its graph freed before the next: memory is that of the image and one batch.
+        One batch of these at a time, its graph freed before the next: memory is that of the image and one batch.
         """
-        views = self.render(source, sampled)  # all at once, while the image is in cache
+        chosen = [k for k, view in enumerate(sampled) if view.followed]
+        views = self.render(source, [sampled[k] for k in chosen])  # all at once, while the image is in cache
         leaves = [image, *map(_leaf, views)]
         first, *rest = self.batches(len(image), [leaf.shape[2:] for leaf in leaves])
         features = self.joined([leaves[i] for i in first])  # of the image, and of views that are in its batch
@@ -404,11 +405,15 @@ class Equivariance(Agreement):
             """The gradients by features of views; that by those of the image is added to ``upstream``."""
             found = []
             for i, one in zip(batch, maps, strict=True):
-                theta = sampled[i - 1].theta[None]
-                values[i], g = ops.similarity_gradient(anchor, one, theta, upstream, self._reduction, scale)
+                k = chosen[i - 1]
+                theta = sampled[k].theta[None]
+                values[k], g = ops.similarity_gradient(anchor, one, theta, upstream, self._reduction, scale)
                 found.append(g)
             return found
 
+        if targets := [k for k in range(len(sampled)) if k not in chosen]:
+            similar, upstream = self._target([sampled[k] for k in targets], source, anchor)
+            values.update(zip(targets, similar.split(1, 1), strict=True))
         held = compare(first[1:], beside)
         for batch in rest:
             part = self.joined([leaves[i] for i in batch])
@@ -421,8 +426,19 @@ class Equivariance(Agreement):
         moved = [(view, slopes[i]) for i, view in enumerate(views, 1) if i in slopes and view.requires_grad]
         if moved:
             (through,) = torch.autograd.grad([view for view, _ in moved], [source], [slope for _, slope in moved])
-            total = total.add_(through, alpha=self._view_gradient)
-        return torch.cat([values[i] for i in range(1, len(leaves))], 1), total
+            total = total.add_(through, alpha=self._weight(sampled))
+        return torch.cat([values[k] for k in range(len(sampled))], 1), total
+
+    def _target(self, sampled: Sequence[Sampled], source: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:
+        """Similarities (N, K) of views that are targets, and the gradient of their sum by the image's features."""
+        with torch.no_grad():
+            targets = self.features_of(self.render(source, sampled))
+        theta = torch.stack([view.theta for view in sampled])
+        return ops.similarity_target(anchor, targets, theta, self._reduction, self._scale(anchor))
+
+    def _weight(self, sampled: Sequence[Sampled]) -> float:
+        """That of the gradient through each view that is followed."""
+        return self._view_gradient * len(sampled) / max(1, sum(view.followed for view in sampled))
 
     def _scale(self, features: Tensor) -> Tensor | None:
         return _scale(features) if self._scales else None
@@ -431,7 +447,7 @@ class Equivariance(Agreement):
         sampled = self.step_views(x, t)
         full = copy.copy(self)
         full._autocast = None
-        image, source = x.view_as(x), x.view_as(x)
+        image, source, target = x.view_as(x), x.view_as(x), x.view_as(x)
         with ops.use("reference"):  # the native operators are differentiable once
             if self._pairing == "all":
                 value, _ = full._all_pairs(image, source, sampled)
@@ -439,12 +455,13 @@ class Equivariance(Agreement):
                 anchor = full.anchor(image)
                 values = [
                     ops.similarity(anchor, [full.features(view)], drawn.theta[None], self._reduction)
-                    for view, drawn in zip(self.render(source, sampled), sampled, strict=True)
+                    for drawn in sampled
+                    for view in self.render(source if drawn.followed else target, [drawn])
                 ]
                 value = torch.cat(values, 1)
             wanted = [image, source] if self._view_gradient else [image]
             own, *through = torch.autograd.grad(value.sum(), wanted, create_graph=True)
-        return own + self._view_gradient * through[0] if through else own
+        return own + self._weight(sampled) * through[0] if through else own
 
     def _all_pairs(self, image: Tensor, source: Tensor, sampled: Sequence[Sampled]) -> tuple[Tensor, Tensor]:
         """The values (N,), and what to multiply their gradients by."""

@@ -1,6 +1,7 @@
 """Purification: the image near an image on which the model agrees with itself, and a model that predicts from it."""
 
 import contextlib
+import dataclasses
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from equifast.ascent import Advance, Ascent, Progress
 from equifast.balls import STARTS, Step, make
 from equifast.features import Features, LogProbabilities, evaluating, output
 from equifast.objectives import PAIRINGS, Agreement, Equivariance, Objective, average_predictions, number_of_pairs
-from equifast.views import Flip, Sampled, View, as_set, fast, paper, sample
+from equifast.views import Flip, View, as_set, fast, paper, sample
 
 __all__ = ["PRESETS", "Defended", "DefendedModel", "Preset", "Purifier", "Purify", "purify"]
 
@@ -43,6 +44,7 @@ class Preset:
         average: views over which :class:`Defended` averages its predictions beside the image; none where empty.
         pairing: ``"anchor"`` or ``"all"``.
         view_gradient: the weight of the gradient through views, 0 to 1.
+        followed: through how many of a step's views it goes; None for all.
     """
 
     steps: int
@@ -55,6 +57,7 @@ class Preset:
     average: tuple[View, ...] = ()
     pairing: str = "anchor"
     view_gradient: float = 1.0
+    followed: int | None = None
 
 
 PRESETS: Mapping[str, Preset] = MappingProxyType(
@@ -125,6 +128,9 @@ class Purifier:
             the gradient is that of the objective. With less the image moves to what its views say more than they to
             what it says; with 0 views are targets, constants to the gradient, and cost a forward pass alone. None for
             what the preset says.
+        followed: through how many of a step's views that part goes, drawn anew at every step, or ``"all"``; the others
+            cost a forward pass alone, and the weight of these grows so that its mean stays. None for what the preset
+            says, all where ``views`` or ``views_per_step`` is given. Not with ``pairing="all"``.
         temperature: compare log-probabilities, ``log_softmax(f / temperature)`` over the channels of the features f;
             None for f itself. More is repaired under plain attacks, and less under those who know (docs/corner.md).
         reduction: ``"image"`` or ``"pixel"`` (not with ``pairing="all"``).
@@ -175,6 +181,7 @@ class Purifier:
         keep: str = "last",
         pairing: str | None = None,
         view_gradient: float | None = None,
+        followed: int | Literal["all"] | None = None,
         temperature: float | None = None,
         reduction: str = "image",
         stop: float | None = None,
@@ -226,6 +233,13 @@ class Purifier:
             if view_gradient is None
             else _checks.number("view_gradient", view_gradient, least=0, most=1)
         )
+        self.followed = base.followed if followed is None and views is None and views_per_step is None else None
+        if followed is not None and followed != "all":
+            self.followed = _checks.integer("followed", followed, 1, len(self.views) if count is None else count)
+        if pairing == "all":
+            if followed not in (None, "all"):
+                raise ValueError(f"followed is {followed} with pairing 'all'; it must be 'all'")
+            self.followed = None
         self.temperature = None if temperature is None else _checks.number("temperature", temperature, above=0)
         self.reduction = reduction
         self.average = base.average
@@ -277,6 +291,7 @@ class Purifier:
             "views_per_step": self.views_per_step,
             "pairing": self.pairing,
             "view_gradient": self.view_gradient,
+            "followed": self.followed,
             "temperature": self.temperature,
             "reduction": self.reduction,
             "average": [repr(view) for view in self.average],
@@ -337,13 +352,13 @@ class Purifier:
                 x: Tensor, momentum: Tensor, origin: Tensor, theta: Tensor, parameters: Tensor, *drawn: Any
             ) -> tuple[Tensor, Tensor]:
                 parts = zip(sampled, theta.unbind(0), parameters.split(widths, 1), strict=True)
-                given = [Sampled(view.view, matrices, view.size, own) for view, matrices, own in parts]
+                given = [dataclasses.replace(view, theta=matrix, parameters=own) for view, matrix, own in parts]
                 place = how.copy()
                 if drawn:
                     place["ids"], place["sigma"], place["seed"], place["draw"], place["t"] = drawn
                 return self.ascent.move(objective.given(given), x, momentum, origin, 0, place)
 
-            views = tuple((self.views.index(view.view), view.size) for view in sampled)
+            views = tuple((self.views.index(view.view), view.size, view.followed) for view in sampled)
             key = (x.shape, x.stride(), x.dtype, x.device, objective.lowered, views)
             x, momentum = capture(owner, key, move, (x, momentum, origin, theta, parameters, *drawn))
             return x, momentum
@@ -491,7 +506,7 @@ class Purifier:
                 if self.compile:
                     features = features.on(self._compile(features.model))
                 rest = {"count": count, "seed": seed, "ids": numbers, "draw": draw, "autocast": autocast(self.dtype, x)}
-                rest |= {"palette": self.palette, "together": self._together(x, features)}
+                rest |= {"palette": self.palette, "together": self._together(x, features), "followed": self.followed}
                 yield x, (make or self._agreement)(features, **rest), seed, numbers
 
     def _compile(self, model: Any) -> Any:

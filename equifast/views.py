@@ -322,13 +322,14 @@ class Sampled:
     """One realization of a view for a batch.
 
     ``theta`` is (N, 2, 3) float64 on the images' device, ``size`` the output size, ``parameters`` what ``view.color``
-    takes.
+    takes; ``followed`` whether a gradient reaches the image through it.
     """
 
     view: View
     theta: Tensor
     size: Size
     parameters: Tensor
+    followed: bool = True
 
     def color(self, images: Tensor) -> Tensor:
         """The photometric part, (N, C, H, W) -> (N, C, H, W)."""
@@ -345,6 +346,7 @@ def sample(
     step: int = 0,
     count: int | None = None,
     palette: int | None = None,
+    followed: int | None = None,
 ) -> list[Sampled]:
     """Draw a realization of ``count`` of the views (all of them where None), without replacement.
 
@@ -355,6 +357,7 @@ def sample(
         ids: (N,) int64 image ids; the result is on their device.
         palette: what all images share, sizes above all, is one of so many fixed sets, the same under every seed; None
             for a new one at every step.
+        followed: through how many of those drawn a gradient goes, drawn too; all of them where None.
 
     Raises:
         ValueError: if a view gives a theta that is not (N, 2, 3), not finite or singular, or no size.
@@ -369,11 +372,9 @@ def sample(
     if palette is not None:
         entry = int(choice[most] * palette)
         shared = rng.uniform(0, streams[1 : 1 + len(views)], rows[:1], 0, entry, most)[:, 0]
-    chosen = list(k)
-    if count is not None and count < len(views):
-        chosen = sorted(choice[: len(views)].argsort()[:count].tolist())
+    order = choice[: len(views)].argsort()[:count].tolist()
     sampled = []
-    for i in chosen:
+    for i in sorted(order):
         view, u = views[i], image[i, :, : views[i].image]
         theta, target = view.geometry(size, shared[i, : view.shared], u)
         name = type(view).__name__
@@ -385,7 +386,8 @@ def sample(
         if parameters.shape != u.shape:
             shape = _checks.shape(parameters)
             raise ValueError(f"{name}.parameters gives a tensor of shape {shape}; it must be {tuple(u.shape)}")
-        sampled.append(Sampled(view, theta.detach().to("cpu", torch.float64), target, parameters))
+        follow = i in order[:followed]
+        sampled.append(Sampled(view, theta.detach().to("cpu", torch.float64), target, parameters, follow))
     if not sampled:
         return []
     # here and for all of them at once; whoever renders them need not look again
@@ -393,5 +395,6 @@ def sample(
     parameters = torch.cat([view.parameters for view in sampled], 1).to(ids.device)
     own = parameters.split([view.view.image for view in sampled], 1)
     return [
-        Sampled(s.view, theta, s.size, part) for s, theta, part in zip(sampled, matrices.unbind(0), own, strict=True)
+        Sampled(s.view, theta, s.size, part, s.followed)
+        for s, theta, part in zip(sampled, matrices.unbind(0), own, strict=True)
     ]

@@ -37,11 +37,13 @@ def objective(
     rest: dict[str, Any] = {"pairing": "anchor", "view_gradient": 0.7, "reduction": "image"}
     ids = torch.tensor([3, 5])
     place = {"count": None, "seed": 0, "ids": ids, "draw": 0, "autocast": dtype, "together": together}
-    return Equivariance(model, chosen, **rest | settings | place)
+    return Equivariance(model, chosen, **rest | place | settings)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-@pytest.mark.parametrize("settings", [{}, {"view_gradient": 0}, {"pairing": "all"}, {"reduction": "pixel"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"view_gradient": 0}, {"followed": 2}, {"pairing": "all"}, {"reduction": "pixel"}], ids=str
+)
 def test_views_in_batches_have_the_gradient_that_they_have_alone(
     settings: dict[str, Any], dtype: torch.dtype | None
 ) -> None:
@@ -64,6 +66,8 @@ def test_which_views_run_together() -> None:
     assert batches(2 * area) == [*[(2, 20)] * 4, (4, 10)]  # four small images make one large one
     assert batches(8 * area) == [(4, 10), (8, 20)]
     assert batches(6 * area) == [(2, 20), (4, 10), (6, 20)]
+    assert batches(8 * area, followed=5) == batches(8 * area)
+    assert sum(n for n, _ in batches(8 * area, followed=2)) == 12
     assert batches(8 * area, view_gradient=0) == [(2, 20), (4, 10), (6, 20)]  # targets have no graph, the image has
 
 

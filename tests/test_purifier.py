@@ -1,7 +1,10 @@
 import copy
+import dataclasses
+import itertools
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -325,6 +328,41 @@ def test_an_enclosing_autocast_changes_nothing() -> None:
     assert torch.equal(inside, purifier(x))
 
 
+@pytest.mark.parametrize("settings", [{}, {"reduction": "pixel"}, {"dtype": "bfloat16"}], ids=str)
+@pytest.mark.parametrize("pick", [1, 2])
+def test_the_gradient_through_some_views_is_in_the_mean_that_through_all(settings: dict[str, Any], pick: int) -> None:
+    purifier = Purifier(cases.dense(), **{"dtype": "float32", "view_gradient": 0.6, **settings})
+    x, count = cases.images(), len(purifier.views)
+    with purifier._objective(x, None, 0, None) as (_, objective, _, _):
+        drawn = objective.sample(x, 0, None)
+        whole = objective.gradient(x, 0)
+        parts = []
+        for some in itertools.combinations(range(count), pick):
+            chosen = [dataclasses.replace(view, followed=k in some) for k, view in enumerate(drawn)]
+            parts.append(objective.given(chosen).gradient(x, 0))
+            if purifier.dtype == "float32":
+                slope = objective.given(chosen).slope(x.clone().requires_grad_(), 0).detach()
+                torch.testing.assert_close(slope, parts[-1][1], rtol=1e-3, atol=1e-5)
+    values, gradients = (torch.stack(found) for found in zip(*parts, strict=True))
+    tolerance = {"rtol": 0.05, "atol": 0.02} if purifier.dtype == "bfloat16" else {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(values.mean(0), whole[0], **tolerance)
+    torch.testing.assert_close(gradients.mean(0), whole[1], **tolerance)
+    assert not torch.allclose(gradients[0], gradients[1])
+
+
+def test_which_views_are_followed_is_drawn() -> None:
+    ids = torch.arange(2)
+    seen: Counter[int] = Counter()
+    for step in range(200):
+        sampled = views.sample(views.paper(), (40, 60), seed=0, ids=ids, step=step, count=3, followed=2)
+        plain = views.sample(views.paper(), (40, 60), seed=0, ids=ids, step=step, count=3)
+        assert [view.followed for view in plain] == [True] * 3
+        assert [view.size for view in plain] == [view.size for view in sampled]
+        assert sum(view.followed for view in sampled) == 2
+        seen.update(views.paper().index(view.view) for view in sampled if view.followed)
+    assert set(seen) == {0, 1, 3, 4, 5, 6}  # the first and the third are equal, the last two as well
+
+
 @pytest.mark.parametrize("most", [1, 2, 3, 4, 6, 7])
 def test_how_many_run_at_once_changes_nothing(most: int) -> None:
     seen: list[int] = []
@@ -348,7 +386,9 @@ def test_how_many_run_at_once_changes_nothing(most: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"preset": "paper"}, {"view_gradient": 0}, {"view_gradient": 1}, {"views_per_step": 2}], ids=str
+    "settings",
+    [{}, {"preset": "paper"}, {"view_gradient": 0}, {"view_gradient": 1}, {"views_per_step": 2}, {"followed": 1}],
+    ids=str,
 )
 def test_profile(settings: dict[str, Any]) -> None:
     """The parts are the step: they add up to the time that it takes, and each is there."""
@@ -360,8 +400,9 @@ def test_profile(settings: dict[str, Any]) -> None:
     assert 0 < profile.overhead < 1
     with purifier._objective(x, None, 0, purifier.views_per_step) as (_, objective, _, _):
         sampled = objective.sample(x, 0, purifier.views_per_step)
-        area = sum(h * w for h, w in (v.size for v in sampled)) / (88 * 120)
-        assert profile.passes == pytest.approx(1 + area * (0.5 if purifier.view_gradient == 0 else 1))
+        both = [1 if view.followed and purifier.view_gradient > 0 else 0.5 for view in sampled]
+        area = sum(share * view.size[0] * view.size[1] for share, view in zip(both, sampled, strict=True)) / (88 * 120)
+        assert profile.passes == pytest.approx(1 + area)
         begun = time.perf_counter()
         objective.gradient(x, 0)
         elapsed = time.perf_counter() - begun

@@ -36,6 +36,7 @@ def derivative(purifier: Purifier, x: Tensor, weights: Tensor, last: int) -> Ten
         {"pairing": "all"},
         {"view_gradient": 1},
         {"view_gradient": 0},
+        {"followed": 2},
         {"reduction": "pixel"},
     ],
     ids=str,
