@@ -146,8 +146,14 @@ Candidate = tuple[Callable[..., nn.Module], dict[str, Any]]
 
 def steps(count: int = 4, of: float = 0.5, **settings: Any) -> Candidate:
     """Steps of some part of the radius, from a random corner, without momentum, over the six views."""
-    plain = {"momentum": 0, "sets": "six", "average": False, "view_gradient": 1}
+    plain = {"momentum": 0, "sets": "six", "average": False, "view_gradient": 1, "followed": "all"}
     return purify, {"steps": count, "relative_step": of, **plain, **settings}
+
+
+def two(**settings: Any) -> Candidate:
+    """Two steps of half the radius, from a random corner, over all five views of `fast`."""
+    plain = {"steps": 2, "relative_step": 0.5, "views_per_step": "all", "followed": "all", "view_gradient": 0.15}
+    return purify, plain | settings
 
 
 CANDIDATES: dict[str, Candidate] = {
@@ -170,31 +176,42 @@ CANDIDATES: dict[str, Candidate] = {
     ),
     "fast": (purify, {}),
     "strong": (purify, {"preset": "strong"}),
-    "fast, one prediction": (purify, {"average": False}),
-    "fast, steps of 0.35": (purify, {"relative_step": 0.35}),
-    "fast, steps of 0.65": (purify, {"relative_step": 0.65}),
-    "fast, steps of 0.75, radius x 2/3": (purify, {"relative_step": 0.75, "radius": 2 / 3}),
-    "fast, 1 step of 1": (purify, {"steps": 1, "relative_step": 1.0}),
-    "fast, 3 steps of 0.4": (purify, {"steps": 3, "relative_step": 0.4}),
-    "fast, no momentum": (purify, {"momentum": 0}),
-    "fast, from the image": (purify, {"start": "origin"}),
-    "fast, temperature 1": (purify, {"temperature": 1.0}),
-    "fast, temperature 2": (purify, {"temperature": 2.0}),
-    "fast, targets": (purify, {"view_gradient": 0}),
-    "fast, view gradient 0.1": (purify, {"view_gradient": 0.1}),
-    "fast, view gradient 0.3": (purify, {"view_gradient": 0.3}),
-    "fast, view gradient 0.5": (purify, {"view_gradient": 0.5}),
-    "fast, view gradient 1": (purify, {"view_gradient": 1}),
-    "fast, all pairs": (purify, {"pairing": "all", "view_gradient": 1}),
-    "fast, palette 8": (purify, {"palette": 8}),
-    "fast, fifth view smaller": (purify, {"views": SMALLER_FIFTH}),
-    "fast, fifth view smaller, temperature 2": (purify, {"views": SMALLER_FIFTH, "temperature": 2.0}),
-    "fast, three views": (purify, {"views": FEWER}),
-    "fast, three views, steps of 0.75": (purify, {"views": FEWER, "relative_step": 0.75}),
-    "fast, three views, steps of 0.75, view gradient 1": (
+    "fast, five views": (purify, {"views_per_step": "all", "followed": 1}),
+    "fast, two steps of 1/2, five views": (
         purify,
-        {"views": FEWER, "relative_step": 0.75, "view_gradient": 1},  # was `fast` before that
+        {"steps": 2, "relative_step": 0.5, "views_per_step": "all", "followed": 1},
     ),
+    "fast, all followed": (purify, {"followed": "all"}),
+    "fast, view gradient 0.2": (purify, {"view_gradient": 0.2}),
+    "fast, view gradient 0.4": (purify, {"view_gradient": 0.4}),
+    "fast, steps of 0.3": (purify, {"relative_step": 0.3}),
+    "fast, one prediction": (purify, {"average": False}),
+    "fast, then flip and enlarged less": (purify, {"average": (views.Flip(), *SETS["enlarged less"])}),
+    "fast, palette 8": (purify, {"palette": 8}),
+    "two steps": two(),  # was `fast` before
+    "two steps, one prediction": two(average=False),
+    "two steps, steps of 0.35": two(relative_step=0.35),
+    "two steps, steps of 0.65": two(relative_step=0.65),
+    "two steps, steps of 0.75, radius x 2/3": two(relative_step=0.75, radius=2 / 3),
+    "two steps, 1 step of 1": two(steps=1, relative_step=1.0),
+    "two steps, 3 steps of 0.4": two(steps=3, relative_step=0.4),
+    "two steps, no momentum": two(momentum=0),
+    "two steps, from the image": two(start="origin"),
+    "two steps, temperature 1": two(temperature=1.0),
+    "two steps, temperature 2": two(temperature=2.0),
+    "two steps, targets": two(view_gradient=0),
+    "two steps, view gradient 0.1": two(view_gradient=0.1),
+    "two steps, view gradient 0.3": two(view_gradient=0.3),
+    "two steps, view gradient 0.5": two(view_gradient=0.5),
+    "two steps, view gradient 1": two(view_gradient=1),
+    "two steps, all pairs": two(pairing="all", view_gradient=1),
+    "two steps, fifth view smaller": two(views=SMALLER_FIFTH),
+    "two steps, fifth view smaller, temperature 2": two(views=SMALLER_FIFTH, temperature=2.0),
+    "two steps, three views": two(views=FEWER),
+    "two steps, three views, steps of 0.75": two(views=FEWER, relative_step=0.75),
+    "two steps, three views, steps of 0.75, view gradient 1": two(
+        views=FEWER, relative_step=0.75, view_gradient=1
+    ),  # was `fast` before that
     "4 steps, momentum 1": steps(momentum=1.0),  # was `fast` at first
     "4 steps, 1 of eight, momentum 1": steps(sets="eight", views_per_step=1, momentum=1.0),
     "2 steps of 0.75, momentum 1": steps(2, 0.75, momentum=1.0),

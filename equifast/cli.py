@@ -270,7 +270,7 @@ def evaluate(
         list[str] | None,
         typer.Option(
             help=f"Any of {', '.join(DEFENSES)}; none, averaging and fast where not given "
-            "(with a protocol averaging-16, of as many passes as fast). "
+            "(with a protocol averaging-16, of at least as many passes as fast). "
             "With @SUBMODULE one takes its own features."
         ),
     ] = None,

@@ -72,15 +72,16 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             pairing="all",
         ),
         "fast": Preset(
-            steps=2,
-            relative_step=0.5,
+            steps=3,
+            relative_step=0.4,
             start="corner",
             noise=False,
             views=fast(),
-            views_per_step=None,
+            views_per_step=3,
             momentum=1.0,
             average=(Flip(),),
-            view_gradient=0.15,
+            view_gradient=0.3,
+            followed=1,
         ),
         "strong": Preset(
             steps=8,
@@ -101,7 +102,7 @@ _CHUNK = 2**18
 # time together, large ones on a CPU do not.
 _TOGETHER = {"cpu": 2**17, "cuda": 2**21}
 # Sets of sizes where steps are captured or the model is compiled, and no palette is given.
-_PALETTE = 8
+_PALETTE = 16
 
 
 class Purifier:
@@ -148,8 +149,8 @@ class Purifier:
         max_memory: bytes that a step's passes may take, about: as many images run at once, and as many views of one
             size in one batch, as fit, but at least one image and one view. What a pass takes is found out by one at the
             first call. None for batches of small maps, on CUDA of larger ones too.
-        palette: sizes of views are of so many fixed sets; None for new ones at every step, or for 8 sets with
-            ``capture`` or ``compile``.
+        palette: choice and sizes of views are one of so many fixed sets; None for a new one at every step, or for 16
+            sets with ``capture`` or ``compile``.
         capture: whether steps on CUDA are captured as graphs, one for each set of sizes and shape of ``x``, and
             replayed, which pays where images are small and few. What cannot be captured, such as a model that decides
             by values, runs as it is after one warning. For purifiers that keep their last iterate and have no ``stop``.

@@ -355,8 +355,8 @@ def sample(
         size: (H, W) of the images.
         seed, draw, step: as in :mod:`equifast.rng`. Choice and sizes are those of all images, the rest of each.
         ids: (N,) int64 image ids; the result is on their device.
-        palette: what all images share, sizes above all, is one of so many fixed sets, the same under every seed; None
-            for a new one at every step.
+        palette: what all images share, sizes and choice of views, is one of so many fixed sets, the same under every
+            seed; None for a new one at every step.
         followed: through how many of those drawn a gradient goes, drawn too; all of them where None.
 
     Raises:
@@ -370,8 +370,8 @@ def sample(
     numbers = rng.uniform(seed, streams, rows, draw, step, most + 1)
     choice, shared, image = numbers[0, 0], numbers[1 : 1 + len(views), 0], numbers[1 + len(views) :, 1:]
     if palette is not None:
-        entry = int(choice[most] * palette)
-        shared = rng.uniform(0, streams[1 : 1 + len(views)], rows[:1], 0, entry, most)[:, 0]
+        fixed = rng.uniform(0, streams[: 1 + len(views)], rows[:1], 0, int(choice[most] * palette), most)
+        choice, shared = fixed[0, 0], fixed[1:, 0]
     order = choice[: len(views)].argsort()[:count].tolist()
     sampled = []
     for i in sorted(order):

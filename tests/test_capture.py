@@ -55,7 +55,7 @@ def test_replays_equal_steps_one_by_one(backend: str, settings: dict[str, Any]) 
             assert torch.equal(replayed(x, ids, draw=number), plain(x, ids, draw=number))
     assert replayed._capture is not None
     assert not replayed._capture.refused
-    assert 0 < len(replayed._capture) <= palette * (len(replayed.views) if replayed.views_per_step else 1)
+    assert 0 < len(replayed._capture) <= palette
 
 
 def test_a_recording_ends_with_what_it_holds() -> None:
@@ -100,7 +100,7 @@ def test_what_cannot_be_captured_runs_after_one_warning() -> None:
     purifier = Purifier(cases.dense(), capture=True)  # on the CPU
     with pytest.warns(RuntimeWarning, match="cannot be captured as CUDA graphs.*not on a CUDA device"):
         first = purifier(x)
-    plain = Purifier(cases.dense(), palette=8)
+    plain = Purifier(cases.dense(), palette=16)
     assert torch.equal(first, plain(x))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

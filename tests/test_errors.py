@@ -115,7 +115,7 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: Purifier(MODEL, view_gradient=1.5),
         "view_gradient is 1.5; it must be a finite number of at least 0 and at most 1",
     ),
-    "followed": (lambda: Purifier(MODEL, followed=6), "followed is 6; it must be an integer from 1 to 5"),
+    "followed": (lambda: Purifier(MODEL, followed=6), "followed is 6; it must be an integer from 1 to 3"),
     "followed of some": (lambda: Purifier(MODEL, followed=3, views_per_step=2), "followed is 3; it must be"),
     "followed by all pairs": (lambda: Purifier(MODEL, preset="paper", followed=1), "followed is 1 with pairing 'all'"),
     "reduction": (

@@ -76,7 +76,7 @@ def test_a_sign_step_by_hand() -> None:
     x, weights = 0.3 + 0.4 * cases.images(1), torch.randn(1, 3, 20, 28, generator=torch.Generator().manual_seed(0))
     found = derivative(purifier, x, weights, 1)
     leaf = x.clone().requires_grad_()
-    with purifier._objective(x, None, 0, None) as (_, objective, _, _):
+    with purifier._objective(x, None, 0, purifier.views_per_step) as (_, objective, _, _):
         gradient = objective.slope(leaf, 0)
     direction = gradient / gradient.norm()
     soft = (direction / direction.detach().abs().mean()).tanh()
@@ -92,7 +92,7 @@ def test_a_noisy_sign_step_by_hand() -> None:
     x, weights = 0.3 + 0.4 * cases.images(1), torch.randn(1, 3, 20, 28, generator=torch.Generator().manual_seed(0))
     found = derivative(purifier, x, weights, 2)
     leaf = x.clone().requires_grad_()
-    with purifier._objective(x, None, 0, None) as (_, objective, seed, ids):
+    with purifier._objective(x, None, 0, purifier.views_per_step) as (_, objective, seed, ids):
         at = leaf
         for t, sigma in ((0, 0.5), (1, 0.0)):
             slope = objective.slope(at, t)
