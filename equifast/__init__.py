@@ -1,6 +1,6 @@
 """equifast: fast, honest test-time robustness for vision models, by equivariance."""
 
-from equifast import attacks, defenses, ops, reference, rng, views
+from equifast import attacks, defenses, detectors, ops, reference, rng, views
 from equifast._allocator import keep_freed_memory
 from equifast._version import __version__
 from equifast.purifier import Defended, Purifier, purify
@@ -11,6 +11,7 @@ __all__ = [
     "__version__",
     "attacks",
     "defenses",
+    "detectors",
     "keep_freed_memory",
     "ops",
     "purify",

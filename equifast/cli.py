@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from equifast import _C, __version__, ops
 from equifast._allocator import keep_freed_memory
 from equifast._cheap import has_fast_bfloat16
+from equifast._fingerprint import fingerprint
 from equifast.defenses import Averaging, Contrastive, Invariance, RandomNoise, Rotation
 from equifast.demo import report
 from equifast.evaluate import (
@@ -536,13 +537,10 @@ def _device(name: str) -> torch.device:
 
 def _arguments(model: str, network: nn.Module, purifier: Purifier, features: str | None) -> dict[str, Any]:
     """What decides the results, but for the images: lines of another run of these do not count."""
-    weights = hashlib.sha256()
-    for tensor in network.state_dict().values():
-        weights.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return {
         "version": __version__,
         "model": model,
-        "weights": weights.hexdigest()[:16],
+        "weights": fingerprint(network.state_dict().values()),
         "features": features,
         **{key: value for key, value in purifier.settings().items() if key != "views"},
         "device": next((p.device.type for p in network.parameters()), "cpu"),

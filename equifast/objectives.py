@@ -25,6 +25,7 @@ __all__ = [
     "TaskLoss",
     "TurnPrediction",
     "average_predictions",
+    "column_sum",
     "confusions",
     "cross_entropies",
     "cross_entropy",
@@ -35,6 +36,8 @@ __all__ = [
     "number_of_pairs",
     "pairwise",
     "pooled",
+    "rendered",
+    "warped_back",
 ]
 
 PAIRINGS = ("anchor", "all")
@@ -51,6 +54,14 @@ def rendered(x: Tensor, sampled: Sequence[Sampled]) -> list[Tensor]:
     for k in set(range(len(images))).difference(kept):
         images[k] = ops.warp_sampled(images[k], sampled[k].theta[None], [sampled[k].size])[0]
     return images
+
+
+def column_sum(columns: Tensor) -> Tensor:
+    """(N, K) -> (N,), where the sum of a row does not depend on N: one column after the other."""
+    total = columns[:, 0].clone()
+    for column in columns.unbind(1)[1:]:
+        total += column
+    return total
 
 
 def number_of_pairs(pairing: str, views: int) -> int:
@@ -337,14 +348,14 @@ class Agreement:
 
     def value(self, x: Tensor) -> Tensor:
         """(N,): the sum over all views of the set, as the first step would draw them."""
-        return torch.stack(self.similarities(x).unbind(1)).sum(0)
+        return column_sum(self.similarities(x))
 
     def gradient(self, x: Tensor, t: int) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             leaf = _leaf(x)
             columns = self.columns(leaf, self.step_views(x, t))
             (gradient,) = _differentiate(columns.sum(), [leaf])
-        return torch.stack(columns.detach().unbind(1)).sum(0), gradient
+        return column_sum(columns.detach()), gradient
 
     def slope(self, x: Tensor, t: int) -> Tensor:
         """(N, C, H, W) -> the gradient at step ``t``, with a graph of its own derivative by ``x``; no autocast."""
@@ -417,7 +428,7 @@ class Equivariance(Agreement):
                 return value.detach(), own.add_(through, alpha=self._view_gradient)
             gradient = self._toward if self._view_gradient == 0 else self._both
             values, total = gradient(image, source, sampled)
-        return torch.stack(values.unbind(1)).sum(0), total
+        return column_sum(values), total
 
     def _toward(self, image: Tensor, source: Tensor, sampled: Sequence[Sampled]) -> tuple[Tensor, Tensor]:
         """Similarities (N, K), and the gradient of their sum where views are targets: they go forward alone."""
@@ -587,7 +598,7 @@ class Contrast(Agreement):
         return torch.stack(found, 1)
 
 
-def _warped_back(
+def warped_back(
     predict: Callable[[Tensor], Tensor], x: Tensor, sampled: Sequence[Sampled], size: tuple[int, int]
 ) -> list[tuple[Tensor, Tensor]]:
     """Predictions on views, in the frame of the image: pairs of (N, C, h, w) and the overlap (N, 1, h, w)."""
@@ -615,7 +626,7 @@ def average_predictions(predict: Callable[[Tensor], Tensor], x: Tensor, sampled:
     if first.dim() != 4:
         return (first + sum(predict(image) for image in rendered(x, sampled))) / (1 + len(sampled))
     total, count = first, torch.ones_like(first[:, :1])
-    for prediction, overlap in _warped_back(predict, x, sampled, (first.shape[2], first.shape[3])):
+    for prediction, overlap in warped_back(predict, x, sampled, (first.shape[2], first.shape[3])):
         total, count = total + prediction, count + overlap
     return total / count
 
@@ -631,7 +642,7 @@ def disagreement(predict: Callable[[Tensor], Tensor], x: Tensor, sampled: Sequen
         first = predict(x.clone())
         probabilities = first.softmax(1)
         total, count = torch.zeros_like(first[:, 0]), torch.zeros_like(first[:, 0])
-        for prediction, overlap in _warped_back(predict, x, sampled, (first.shape[2], first.shape[3])):
+        for prediction, overlap in warped_back(predict, x, sampled, (first.shape[2], first.shape[3])):
             distance = (prediction.softmax(1) - probabilities).abs().sum(1) / 2
             total, count = total + distance * overlap[:, 0], count + overlap[:, 0]
         return total / count.clamp(min=1)

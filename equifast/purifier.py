@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,18 @@ from equifast._memory import pass_bytes
 from equifast.ascent import Advance, Ascent, Progress
 from equifast.balls import STARTS, Step, make
 from equifast.features import Features, LogProbabilities, evaluating, output
-from equifast.objectives import PAIRINGS, Agreement, Equivariance, Objective, average_predictions, number_of_pairs
+from equifast.objectives import (
+    PAIRINGS,
+    Agreement,
+    Equivariance,
+    Objective,
+    average_predictions,
+    column_sum,
+    number_of_pairs,
+)
 from equifast.views import Flip, View, as_set, fast, paper, sample
 
-__all__ = ["PRESETS", "Defended", "DefendedModel", "Preset", "Purifier", "Purify", "purify"]
+__all__ = ["PRESETS", "Defended", "DefendedModel", "Preset", "Purifier", "Purify", "Suspects", "purify"]
 
 Purify = Callable[..., Tensor]
 """What :class:`Defended` takes: ``(x, ids=None, draw=0) -> x``, images to images."""
@@ -480,9 +488,7 @@ class Purifier:
 
     def score(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
         """(N,): the mean similarity over all views of the preset, in [-1, 1], no graph; arguments as for a call."""
-        similarities = self.similarities(x, ids, draw)
-        # summed column by column: the order of summation must not depend on N
-        return torch.stack(similarities.unbind(1)).sum(0) / len(self.views)
+        return column_sum(self.similarities(x, ids, draw)) / len(self.views)
 
     @contextlib.contextmanager
     def _objective(
@@ -544,6 +550,14 @@ def purify(model: Callable[[Tensor], Any], x: Tensor, **settings: Any) -> Tensor
     return Purifier(model, **settings)(x, **call)
 
 
+class Suspects(Protocol):
+    """What tells which images are suspicious: a :class:`equifast.detectors.Detector` after ``fit``."""
+
+    def predict(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
+        """(N, 3, H, W) -> (N,) bool."""
+        ...
+
+
 class DefendedModel(nn.Module):
     """The base of models with a defense inside: ``(x, ids=None, draw=0) -> logits``.
 
@@ -580,12 +594,27 @@ class Defended(DefendedModel):
             and ``"strong"`` do, the prediction is the mean over those views too, differentiated exactly.
         gradient: ``"straight-through"``, or ``"unrolled"`` (:meth:`Purifier.unrolled`; for a Purifier).
         last: how many steps an unrolled gradient goes through.
+        detector: with :meth:`equifast.detectors.Detector.predict`: only images that it suspects are purified, and the
+            others are left to the model alone; None to purify all. Attackers have the gradient of the branch taken.
+
+    Attributes:
+        seen, purified: how many images there have been, and how many of them were purified.
     """
 
     def __init__(
-        self, model: nn.Module, purifier: Purify, *, gradient: str = "straight-through", last: int = 1
+        self,
+        model: nn.Module,
+        purifier: Purify,
+        *,
+        gradient: str = "straight-through",
+        last: int = 1,
+        detector: Suspects | None = None,
     ) -> None:
         super().__init__(model)
+        if detector is not None and not callable(getattr(detector, "predict", None)):
+            raise TypeError(f"detector is a {type(detector).__name__}; it must have predict(x, ids=None, draw=0)")
+        self.detector = detector
+        self.seen = self.purified = 0
         _checks.choice("gradient", gradient, ("straight-through", "unrolled"))
         if gradient == "unrolled":
             if not isinstance(purifier, Purifier):
@@ -609,11 +638,35 @@ class Defended(DefendedModel):
         """
         if not isinstance(self.purifier, Purifier):
             raise TypeError(f"purifier is a {type(self.purifier).__name__}; a trajectory is that of a Purifier")
+        if self.detector is not None:
+            raise TypeError("detector is given; a trajectory is that of a model that purifies all images")
         for purified in self.purifier.iterates(x, ids, draw):
             yield self._predict(x, purified + (x - x.detach()), ids, draw)
 
     def forward(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
         """(N, 3, H, W) -> logits, (N, C) or (N, C, h, w)."""
+        if self.detector is None:
+            logits, suspected = self._purified(x, ids, draw), len(x)
+        else:
+            with torch.no_grad():
+                mask = self.detector.predict(x.detach(), ids=ids, draw=draw)
+            logits, suspected = self._by_branch(x, ids, draw, mask), int(mask.sum())
+        self.seen, self.purified = self.seen + len(x), self.purified + suspected
+        return logits
+
+    def _by_branch(self, x: Tensor, ids: Tensor | None, draw: int, mask: Tensor) -> Tensor:
+        """Logits of images that are purified where the mask says so, and others that are not."""
+        if bool(mask.all()):
+            return self._purified(x, ids, draw)
+        with evaluating(x, self.model):
+            alone = self.predict(x[~mask])
+        if not bool(mask.any()):
+            return alone
+        chosen = self._purified(x[mask], None if ids is None else ids[mask], draw)
+        order = torch.cat([(~mask).nonzero().flatten(), mask.nonzero().flatten()]).argsort()
+        return torch.cat([alone, chosen.to(alone.dtype)])[order]
+
+    def _purified(self, x: Tensor, ids: Tensor | None, draw: int) -> Tensor:
         followed = torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad  # checked by the purifier
         if followed and self.gradient == "unrolled":
             assert isinstance(self.purifier, Purifier)

@@ -7,7 +7,7 @@ import equifast
 
 ORDER = [
     {"_version", "_C"},
-    {"_checks", "_allocator", "_capture", "_memory"},
+    {"_checks", "_allocator", "_capture", "_fingerprint", "_memory"},
     {"rng"},
     {"reference"},
     {"_step_triton"},
@@ -17,7 +17,7 @@ ORDER = [
     {"ascent", "_cheap"},
     {"purifier"},
     {"attacks"},
-    {"defenses"},
+    {"defenses", "detectors"},
     {"evaluate"},
     {"demo"},
     {"models"},

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from equifast import __version__, _checks, ops, rng
+from equifast._fingerprint import fingerprint
 from equifast.attacks import BPDA, Attack
+from equifast.detectors import Detector
 from equifast.evaluate.metrics import Estimate, accuracy, average, confusion, difference, mean_iou
 from equifast.evaluate.worst import worst_accuracy, worst_iou
 from equifast.features import evaluating, output
@@ -58,13 +60,16 @@ def describe(thing: object) -> Any:
         head = getattr(thing, "head", None)  # of defenses that have one
         kept = {"class": type(thing).__name__, "features": _named(thing._features.where), **thing.settings()}
         return kept if head is None else {**kept, "head": describe(head)}
+    if isinstance(thing, Detector):
+        return describe(thing.description())
     if isinstance(thing, nn.Module | Tensor):
         state = thing.state_dict().values() if isinstance(thing, nn.Module) else [thing]
-        tensors = hashlib.sha256()
-        for tensor in state:
-            tensors.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        kept = {} if not isinstance(thing, DefendedModel) else _attributes(thing, skip=("model", "predictor"))
-        return {"class": type(thing).__name__, "tensors": tensors.hexdigest()[:16], **kept}
+        kept = (
+            {}
+            if not isinstance(thing, DefendedModel)
+            else _attributes(thing, skip=("model", "predictor", "seen", "purified"))
+        )
+        return {"class": type(thing).__name__, "tensors": fingerprint(state), **kept}
     if isinstance(thing, Mapping):
         return {str(key): describe(value) for key, value in thing.items()}
     if isinstance(thing, list | tuple):

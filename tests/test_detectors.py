@@ -1,0 +1,225 @@
+"""Detectors: their scores, their thresholds, and a model that purifies what they suspect."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cases
+import pytest
+import torch
+from torch import Tensor, nn
+
+from equifast import Defended, Purifier, attacks, defenses, views
+from equifast.detectors import Detector, OutputVariance, Similarity
+from equifast.evaluate.study import describe
+from equifast.reference import invert, warp
+from equifast.views import sample
+
+DETECTORS: dict[str, Callable[[nn.Module], Detector]] = {
+    "similarity": lambda model: Similarity(Purifier(model)),
+    "flip": lambda model: Similarity(Purifier(model, views=[views.Flip()])),
+    "invariance": lambda model: Similarity(defenses.Invariance(model)),
+    "variance": lambda model: OutputVariance(model, views.paper()),
+}
+
+
+@pytest.fixture(params=DETECTORS)
+def detector(request: pytest.FixtureRequest) -> Detector:
+    made: Detector = DETECTORS[request.param](cases.dense())
+    return made
+
+
+def clean(count: int = 24, seed: int = 0) -> list[Tensor]:
+    return list(torch.rand(count, 3, 20, 28, generator=torch.Generator().manual_seed(seed)).split(5))
+
+
+def test_a_score_does_not_depend_on_the_batch(detector: Detector) -> None:
+    x, ids = torch.cat(clean(6)), torch.arange(6)
+    together = detector.score(x, ids)
+    assert together.shape == (6,)
+    assert together.isfinite().all()
+    assert not together.requires_grad
+    for n in range(6):
+        assert torch.equal(detector.score(x[n : n + 1], ids[n : n + 1]), together[n : n + 1])
+    assert detector.score(x[:0]).shape == (0,)
+    assert not torch.equal(detector.score(x, ids, draw=1), together) or repr(views.Flip()) in str(detector.settings())
+
+
+def test_similarity_is_the_purifiers_own_score() -> None:
+    purifier, x = Purifier(cases.dense()), cases.images()
+    assert torch.equal(Similarity(purifier).score(x), 1 - purifier.score(x))
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_variance_of_the_output_by_hand(dense: bool) -> None:
+    model = cases.dense().eval() if dense else cases.classifier().eval()
+    x, chosen = cases.images().double(), [views.Flip(), views.Rotation(20), views.Resize(0.5)]
+    model = model.double()
+    found = OutputVariance(model, chosen, seed=3, dtype="float32").score(x)
+    drawn = sample(chosen, (20, 28), seed=3, ids=torch.zeros(2, dtype=torch.int64))
+    with torch.no_grad():
+        maps = [model(x).softmax(1)]
+        seen = [torch.ones_like(maps[0][:, :1], dtype=torch.bool)]
+        for view in drawn:
+            p = model(*warp(x, view.theta[None], [view.size])).softmax(1)
+            if dense:
+                inverse, size = invert(view.theta)[None], (maps[0].shape[2], maps[0].shape[3])
+                seen.append(warp(torch.ones_like(p[:, :1]), inverse, [size])[0] > 0.5)
+                p = warp(p, inverse, [size])[0]
+            else:
+                seen.append(seen[0])
+            maps.append(p)
+    for n in range(2):
+        if not dense:
+            expected = torch.stack([p[n] for p in maps]).var(0, correction=0).sum()
+        else:
+            total = 0.0
+            height, width = maps[0].shape[2:]
+            for i in range(height):
+                for j in range(width):
+                    values = [p[n, :, i, j] for p, s in zip(maps, seen, strict=True) if s[n, 0, i, j]]
+                    total += float(torch.stack(values).var(0, correction=0).sum())
+            expected = torch.tensor(total / (height * width), dtype=torch.float64)
+        torch.testing.assert_close(found[n], expected, rtol=1e-5, atol=1e-9)
+
+
+def test_the_threshold_is_an_order_statistic() -> None:
+    detector = Similarity(Purifier(cases.dense(), views=[views.Flip()]))
+    detector.fit(((x, "label") for x in clean(39)), false_positive_rate=0.1)
+    scores = detector.clean_scores
+    assert len(scores) == 39
+    assert detector.threshold == scores[35]  # number 36 of 39: ceil(40 * 0.9)
+    low, high = detector.interval
+    assert low < 0.1 < high
+    flagged = torch.cat([detector.predict(x) for x in clean(39)])
+    assert flagged.dtype == torch.bool
+    assert int(flagged.sum()) == 3
+    narrow = detector.fit(clean(39), false_positive_rate=0.1, confidence=0.5).interval
+    assert low < narrow[0] < narrow[1] < high
+
+
+def test_the_rate_of_false_positives_is_in_the_mean_the_one_asked_for() -> None:
+    """Over many draws of clean scores; the model is left out of it."""
+
+    class Given(Detector):
+        def settings(self) -> dict[str, Any]:
+            return {}
+
+        def _score(self, x: Tensor, ids: Tensor | None, draw: int) -> Tensor:
+            return x[:, 0, 0, 0].square()
+
+    generator, rates, covered = torch.Generator().manual_seed(0), [], 0
+    for _ in range(300):
+        images = torch.rand(60, 3, 1, 1, generator=generator)
+        detector = Given(cases.dense()).fit([images], false_positive_rate=0.1, confidence=0.9)
+        rates.append(1 - detector.threshold**0.5)  # of uniform numbers, squared
+        covered += detector.interval[0] <= rates[-1] <= detector.interval[1]
+    assert sum(rates) / 300 == pytest.approx(0.1, abs=0.01)
+    assert sum(rates) / 300 <= 0.1 + 0.005
+    assert 0.85 <= covered / 300 <= 0.95
+
+
+def test_saved_and_loaded(detector: Detector, tmp_path: Path) -> None:
+    path = tmp_path / "detector.json"
+    detector.fit(clean()).save(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["detector.json"]
+    name = next(name for name, make in DETECTORS.items() if make(cases.dense()).settings() == detector.settings())
+    other = DETECTORS[name](cases.dense()).load(path)
+    x = torch.cat(clean(8, seed=1))
+    assert torch.equal(other.predict(x), detector.predict(x))
+    assert other.interval == detector.interval
+    assert describe(other) == describe(detector)
+    changed = cases.dense()
+    with torch.no_grad():
+        changed.head.bias.add_(1)
+    with pytest.raises(ValueError, match="is of a model or detector with weights"):
+        DETECTORS[name](changed).load(path)
+    with pytest.raises(ValueError, match="is of a model or detector with"):
+        OutputVariance(cases.dense(), [views.Shift()]).load(path)
+
+
+def test_a_head_is_part_of_what_was_fitted(tmp_path: Path) -> None:
+    model = cases.dense()
+    heads = [defenses.Rotation(model, seed=seed).fit(clean(8), epochs=2) for seed in (0, 1)]
+    for head in heads:
+        head.seed = 0
+    Similarity(heads[0]).fit(clean()).save(tmp_path / "a.json")
+    Similarity(heads[0]).load(tmp_path / "a.json")
+    with pytest.raises(ValueError, match="with settings"):
+        Similarity(heads[1]).load(tmp_path / "a.json")
+
+
+def test_what_is_wrong(detector: Detector, tmp_path: Path) -> None:
+    for use in (lambda: detector.threshold, lambda: detector.predict(cases.images()), lambda: detector.save("x")):
+        with pytest.raises(RuntimeError, match="has no threshold yet; call fit"):
+            use()
+    with pytest.raises(
+        ValueError, match=r"loader has 18 images; for false_positive_rate 0\.05 it must have at least 19"
+    ):
+        detector.fit(clean(18))
+    detector.fit(clean(19))
+    with pytest.raises(ValueError, match="loader has 0 images"):
+        detector.fit([])
+    for rate in (0, 1, -1, float("nan")):
+        with pytest.raises(ValueError, match="false_positive_rate is"):
+            detector.fit(clean(), false_positive_rate=rate)
+    for text in ("no json", "[]", json.dumps({"detector": "Similarity"})):
+        (tmp_path / "wrong.json").write_text(text)
+        with pytest.raises(ValueError, match=r"wrong\.json is no"):
+            detector.load(tmp_path / "wrong.json")
+    with pytest.raises(TypeError, match="purifier is a DenseNet"):
+        Similarity(cases.dense())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="seed=None"):
+        Similarity(Purifier(cases.dense(), seed=None))
+
+
+class Suspects:
+    """Suspects images whose first value is high."""
+
+    def predict(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
+        return x.mean((1, 2, 3)) > 0.5
+
+
+@pytest.mark.parametrize("gradient", ["straight-through", "unrolled"])
+@pytest.mark.parametrize("dense", [True, False])
+def test_only_what_is_suspected_is_purified(dense: bool, gradient: str) -> None:
+    model = (cases.dense() if dense else cases.classifier()).eval()
+    purifier = Purifier(model, None if dense else "features")
+    defended = Defended(model, purifier, detector=Suspects(), gradient=gradient)
+    always = Defended(model, purifier, gradient=gradient)
+    x, ids = torch.cat(clean(6)), torch.arange(6)
+    mask = Suspects().predict(x)
+    assert 0 < int(mask.sum()) < 6
+    leaf = x.clone().requires_grad_()
+    logits = defended(leaf, ids=ids)
+    with torch.no_grad():
+        torch.testing.assert_close(logits[mask], always(x[mask], ids=ids[mask]))
+        torch.testing.assert_close(logits[~mask], model(x[~mask]))
+    assert (defended.seen, defended.purified) == (6, int(mask.sum()))
+    weights = torch.rand(logits.shape, generator=torch.Generator().manual_seed(0))
+    (found,) = torch.autograd.grad((logits * weights).sum(), leaf)
+    for rows, predict in ((mask, lambda x: always(x, ids=ids[mask])), (~mask, model)):
+        part = x[rows].clone().requires_grad_()
+        (expected,) = torch.autograd.grad((predict(part) * weights[rows]).sum(), part)
+        torch.testing.assert_close(found[rows], expected, rtol=1e-4, atol=1e-6)
+    for rows in (mask, ~mask):  # all of one kind
+        torch.testing.assert_close(defended(x[rows], ids=ids[rows]), logits[rows].detach())
+    assert defended.purified == 2 * int(mask.sum())
+
+
+def test_an_attack_goes_through_both_branches() -> None:
+    model = cases.dense()
+    detector = Similarity(Purifier(model, views=[views.Flip()])).fit(clean(), false_positive_rate=0.5)
+    defended = Defended(model, Purifier(model), detector=detector)
+    x = torch.cat(clean(6))
+    y = model.eval()(x).argmax(1)
+    adversarial = attacks.BPDA(attacks.PGD(model, eps=0.1, step_size=0.05, steps=4), defended)(x, y, torch.arange(6))
+    loss = nn.CrossEntropyLoss()
+    with torch.no_grad():
+        assert loss(defended(adversarial, draw=99), y) > loss(defended(x, draw=99), y)
+    assert 0 < defended.purified < defended.seen
+    with pytest.raises(TypeError, match="detector is given; a trajectory"):
+        next(defended.trajectory(x))
+    with pytest.raises(TypeError, match="detector is a Purifier"):
+        Defended(model, Purifier(model), detector=Purifier(model))  # type: ignore[arg-type]
