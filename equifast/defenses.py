@@ -81,7 +81,7 @@ class Averaging(DefendedModel):
 class _Other(Purifier):
     """The base of purifiers that climb something else than equivariance."""
 
-    _NOT_ITS = ("pairing", "view_gradient", "temperature", "reduction")
+    _NOT_ITS = ("pairing", "view_gradient", "followed", "temperature", "reduction")
 
     def __init__(
         self, model: Callable[[Tensor], Any], features: str | Callable[[Tensor], Any] | None = None, **settings: Any
@@ -89,7 +89,7 @@ class _Other(Purifier):
         for name in self._NOT_ITS:
             if name in settings:
                 raise TypeError(f"{name} is given; {type(self).__name__} has no such setting")
-        super().__init__(model, features, pairing="anchor", **settings)
+        super().__init__(model, features, pairing="anchor", view_gradient=1.0, followed="all", **settings)
 
 
 class Invariance(_Other):
@@ -100,7 +100,7 @@ class Invariance(_Other):
 
     Args:
         model, features, settings: as for :class:`equifast.Purifier`, but for ``pairing``, ``view_gradient``,
-            ``temperature`` and ``reduction``.
+            ``followed``, ``temperature`` and ``reduction``.
     """
 
     def _agreement(self, features: Features, **rest: Any) -> Agreement:
@@ -279,7 +279,7 @@ class Rotation(_WithHead):
 
     Args:
         model, features, settings: as for :class:`equifast.Purifier`, but for ``views``, ``pairing``, ``view_gradient``,
-            ``temperature`` and ``reduction``.
+            ``followed``, ``temperature`` and ``reduction``.
     """
 
     _OUT = 4
@@ -313,7 +313,7 @@ class Contrastive(_WithHead):
 
     Args:
         model, features, settings: as for :class:`equifast.Purifier`, but for ``pairing``, ``view_gradient``,
-            ``temperature`` (here that of the head, 0.2) and ``reduction``.
+            ``followed``, ``temperature`` (here that of the head, 0.2) and ``reduction``.
     """
 
     _OUT = 64

@@ -37,7 +37,7 @@ def test_all_positions_are_the_purifier() -> None:
     x = cases.images(2).double()
     settings: dict[str, Any] = {"eps": EPS, "seed": 3, "dtype": "float32", "fold": False}
     model = cases.dense().double().eval()
-    whole = gradient(Purifier(model, view_gradient=1, **settings), x)
+    whole = gradient(Purifier(model, view_gradient=1, followed="all", **settings), x)
     for positions in (20 * 28, 10**6):
         for a, b in zip(gradient(Constrained(model, positions=positions, **settings), x), whole, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)

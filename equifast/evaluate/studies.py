@@ -78,12 +78,12 @@ class Constrained(Purifier):
 
     Args:
         model, features, preset, eps, seed, settings: as for :class:`equifast.Purifier`, but for ``pairing``,
-            ``view_gradient``, ``reduction`` and ``temperature``: the gradient is the whole one.
+            ``view_gradient``, ``followed``, ``reduction`` and ``temperature``: the gradient is the whole one.
         positions: how many, drawn once for all images; at most all there are.
     """
 
     def __init__(self, *arguments: Any, positions: int, **settings: Any) -> None:
-        super().__init__(*arguments, pairing="anchor", view_gradient=1.0, reduction="image", **settings)
+        super().__init__(*arguments, pairing="anchor", view_gradient=1.0, followed="all", reduction="image", **settings)
         self.positions = _checks.integer("positions", positions, 1, 2**31)
 
     def settings(self) -> dict[str, object]:
