@@ -126,7 +126,7 @@ class Capture:
         if key not in self._recorded:
             try:
                 self._recorded[key] = self._make(function, arguments)
-            except (RuntimeError, NotImplementedError) as error:
+            except RuntimeError as error:
                 self._refused = True
                 self._recorded.clear()
                 reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -23,7 +23,7 @@ __all__ = ["Detector", "OutputVariance", "Similarity"]
 
 
 class Detector:
-    """The base: a subclass gives :meth:`settings` and :meth:`_score`.
+    """The base: a subclass gives :meth:`settings` and :meth:`score`.
 
     Args:
         model: the model whose images they are.
@@ -44,9 +44,6 @@ class Detector:
         weights = fingerprint(self.model.state_dict().values())
         return {"detector": type(self).__name__, "model": weights, "settings": self.settings()}
 
-    def _score(self, x: Tensor, ids: Tensor | None, draw: int) -> Tensor:
-        raise NotImplementedError
-
     def score(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
         """How anomalous images are, higher for more; no graph.
 
@@ -58,7 +55,7 @@ class Detector:
         Returns:
             (N,). An image's score does not depend on the rest of the batch.
         """
-        return self._score(x, ids, draw)
+        raise NotImplementedError
 
     def fit(self, loader: Iterable[Any], *, false_positive_rate: float = 0.05, confidence: float = 0.95) -> Self:
         """Find the threshold that few clean images exceed.
@@ -73,7 +70,7 @@ class Detector:
             confidence: of the interval, above 0 and below 1.
 
         Raises:
-            ValueError: if there are too few images for the rate, with the number that it needs.
+            ValueError: if there are too few images for the rate, with the number that it needs, or a score is NaN.
         """
         rate = _checks.number("false_positive_rate", false_positive_rate, above=0)
         sure = _checks.number("confidence", confidence, above=0)
@@ -90,6 +87,8 @@ class Detector:
         n, needed = len(scores), math.ceil(1 / rate - 1 - 1e-9)
         if n < needed:
             raise ValueError(f"loader has {n} images; for false_positive_rate {rate} it must have at least {needed}")
+        if scores.isnan().any():
+            raise ValueError(f"model gives {int(scores.isnan().sum())} clean images a score of NaN; there must be none")
         place = min(n, math.ceil((n + 1) * (1 - rate) - 1e-9))
         # the part of all images above the place-th smallest of n is Beta(n + 1 - place, place)
         low, high = (float(beta.ppf(q, n + 1 - place, place)) for q in ((1 - sure) / 2, (1 + sure) / 2))
@@ -125,9 +124,12 @@ class Detector:
         return torch.tensor(self._known("scores"), dtype=torch.float64)
 
     def predict(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
-        """(N,) bool: which images are suspicious; arguments as for :meth:`score`; RuntimeError before :meth:`fit`."""
+        """(N,) bool: which images are suspicious; arguments as for :meth:`score`; RuntimeError before :meth:`fit`.
+
+        An image whose score is NaN is.
+        """
         threshold = self.threshold
-        return self.score(x, ids, draw).double() > threshold
+        return ~(self.score(x, ids, draw).double() <= threshold)
 
     def description(self) -> dict[str, Any]:
         """What :meth:`save` writes; before :meth:`fit` without a threshold."""
@@ -194,7 +196,7 @@ class Similarity(Detector):
             settings["head"] = fingerprint(head.state_dict().values())
         return settings
 
-    def _score(self, x: Tensor, ids: Tensor | None, draw: int) -> Tensor:
+    def score(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
         return 1 - self.purifier.score(x, ids, draw)
 
 
@@ -225,7 +227,7 @@ class OutputVariance(Detector):
     def settings(self) -> dict[str, Any]:
         return {"views": [repr(view) for view in self.views], "seed": self.seed, "dtype": self.dtype}
 
-    def _score(self, x: Tensor, ids: Tensor | None, draw: int) -> Tensor:
+    def score(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
         x = _checks.images("x", x, channels=3)
         numbers = _checks.ids(ids, len(x), x.device)
         _checks.integer("draw", draw, 0, rng.MAX_DRAW)

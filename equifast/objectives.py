@@ -196,7 +196,7 @@ class _Pairs(torch.autograd.Function):
             if not needed:
                 found.append(None)
                 continue
-            along = row_sum(_rows(f) * _rows(total)).view(-1, 1, 1, 1)  # what is along the map does not turn it
+            along = row_sum(_rows(f * total)).view(-1, 1, 1, 1)  # what is along the map does not turn it
             found.append(torch.addcmul(total * (weight * scale), f, -weight * scale.pow(3) * along))
         return tuple(found)
 

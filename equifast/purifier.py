@@ -650,12 +650,16 @@ class Defended(DefendedModel):
         else:
             with torch.no_grad():
                 mask = self.detector.predict(x.detach(), ids=ids, draw=draw)
-            logits, suspected = self._by_branch(x, ids, draw, mask), int(mask.sum())
+            logits = self._by_branch(x, ids, draw, mask)
+            suspected = int(mask.sum())
         self.seen, self.purified = self.seen + len(x), self.purified + suspected
         return logits
 
     def _by_branch(self, x: Tensor, ids: Tensor | None, draw: int, mask: Tensor) -> Tensor:
         """Logits of images that are purified where the mask says so, and others that are not."""
+        if mask.dtype != torch.bool or mask.shape != (len(x),):
+            got = f"{mask.dtype} of shape {_checks.shape(mask)}"
+            raise ValueError(f"detector predicts {got} for images {_checks.shape(x)}; it must be bool, one for each")
         if bool(mask.all()):
             return self._purified(x, ids, draw)
         with evaluating(x, self.model):

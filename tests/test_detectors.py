@@ -106,7 +106,7 @@ def test_the_rate_of_false_positives_is_in_the_mean_the_one_asked_for() -> None:
         def settings(self) -> dict[str, Any]:
             return {}
 
-        def _score(self, x: Tensor, ids: Tensor | None, draw: int) -> Tensor:
+        def score(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
             return x[:, 0, 0, 0].square()
 
     generator, rates, covered = torch.Generator().manual_seed(0), [], 0
@@ -118,6 +118,16 @@ def test_the_rate_of_false_positives_is_in_the_mean_the_one_asked_for() -> None:
     assert sum(rates) / 300 == pytest.approx(0.1, abs=0.01)
     assert sum(rates) / 300 <= 0.1 + 0.005
     assert 0.85 <= covered / 300 <= 0.95
+
+
+def test_a_score_of_nan_is_suspicious() -> None:
+    model = cases.dense()
+    detector = OutputVariance(model, dtype="float32").fit(clean())
+    with torch.no_grad():
+        model.head.bias[0] = torch.nan
+    assert detector.predict(cases.images()).all()
+    with pytest.raises(ValueError, match="gives 24 clean images a score of NaN"):
+        detector.fit(clean())
 
 
 def test_saved_and_loaded(detector: Detector, tmp_path: Path) -> None:
@@ -174,6 +184,16 @@ def test_what_is_wrong(detector: Detector, tmp_path: Path) -> None:
         Similarity(Purifier(cases.dense(), seed=None))
 
 
+class Saying:
+    """A detector that says what a function does."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.function = function
+
+    def predict(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
+        return self.function(x)
+
+
 class Suspects:
     """Suspects images whose first value is high."""
 
@@ -219,6 +239,9 @@ def test_an_attack_goes_through_both_branches() -> None:
     with torch.no_grad():
         assert loss(defended(adversarial, draw=99), y) > loss(defended(x, draw=99), y)
     assert 0 < defended.purified < defended.seen
+    for wrong in (lambda x: x.mean((1, 2, 3)), lambda x: x > 0.5):
+        with pytest.raises(ValueError, match=r"detector predicts .* it must be bool, one for each"):
+            Defended(model, Purifier(model), detector=Saying(wrong))(x)
     with pytest.raises(TypeError, match="detector is given; a trajectory"):
         next(defended.trajectory(x))
     with pytest.raises(TypeError, match="detector is a Purifier"):

@@ -145,6 +145,23 @@ def test_all_pairs_against_the_quadratic_sum() -> None:
     torch.testing.assert_close(pairwise(maps[0], maps[1:], theta), expected)
 
 
+def test_all_pairs_of_maps_of_other_layouts() -> None:
+    """A map that is one pixel wide comes back from its warp in another order of memory than the image's."""
+    generator = torch.Generator().manual_seed(0)
+    maps = [torch.randn(2, 3, *shape, generator=generator, dtype=torch.float64) for shape in ((6, 7), (4, 1), (5, 4))]
+    theta = torch.cat([cases.theta(name, 2) for name in ("flip", "rotation")])
+    found = []
+    for layouts in (
+        (torch.contiguous_format,) * 3,
+        (torch.channels_last, torch.contiguous_format, torch.channels_last),
+    ):
+        leaves = [m.to(memory_format=f).requires_grad_() for m, f in zip(maps, layouts, strict=True)]
+        value = pairwise(leaves[0], leaves[1:], theta)
+        found.append([value, *torch.autograd.grad(value.sum(), leaves)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_features_by_name_by_callable_and_by_dict() -> None:
     x, model = cases.images(), cases.dense().eval()
     named = Purifier(model, "body")(x)
