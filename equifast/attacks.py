@@ -3,12 +3,13 @@
 An attack sees what it attacks as a callable from images to logits; :class:`BPDA` puts a defense before it.
 """
 
+import contextlib
 import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -428,24 +429,36 @@ class APGD(Attack):
         return TaskLoss(predict, loss, (y, index, order), ids, self._draws, climbed)
 
 
+class Watching(Protocol):
+    """What an attacker may want to please: a :class:`equifast.Purifier`, or a fitted detector."""
+
+    def objective(
+        self, x: Tensor, ids: Tensor | None = None, draw: int = 0
+    ) -> contextlib.AbstractContextManager[Objective]:
+        """What such an attacker climbs."""
+        ...
+
+
 class Adaptive(Attack):
     """An attacker who keeps the image equivariant, lest it be purified (Mao et al. 2023, Eq. 6).
 
     Climbs the task loss plus ``weight`` times the mean similarity of the purifier's views, both of the attacked image.
+    With a detector in its place, minus what the score has above the threshold, in standard deviations of clean scores.
 
     Args:
         model: the undefended model; :class:`BPDA` puts a defense before it.
-        purifier: whose features, views and pairing the similarity has.
+        purifier: whose features, views and pairing the similarity has; or a :class:`equifast.detectors.Detector` after
+            ``fit``, by which the image is to be overlooked.
         weight: a number, or several of which each image keeps the result with the largest task loss; with a defense, of
             the defended model, at draws of the attacker's.
     """
 
     def __init__(
-        self, model: Callable[..., Any], purifier: Purifier, *, weight: float | Sequence[float] = 1.0, **settings: Any
+        self, model: Callable[..., Any], purifier: Watching, *, weight: float | Sequence[float] = 1.0, **settings: Any
     ) -> None:
         super().__init__(model, **settings)
-        if not isinstance(purifier, Purifier):
-            raise TypeError(f"purifier is a {type(purifier).__name__}; it must be a Purifier")
+        if not callable(getattr(purifier, "objective", None)):
+            raise TypeError(f"purifier is a {type(purifier).__name__}; it must be a Purifier, or a Detector")
         weights = [weight] if isinstance(weight, int | float) else list(weight)
         if not weights:
             raise ValueError("weight is empty; it must be a number, or several")

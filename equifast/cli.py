@@ -1,13 +1,15 @@
-"""The command line: ``equifast demo``, ``purify``, ``evaluate``, ``bench`` and ``doctor``."""
+"""The command line: ``equifast demo``, ``purify``, ``detect``, ``evaluate``, ``bench`` and ``doctor``."""
 
+import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from importlib import metadata
@@ -27,6 +29,7 @@ from equifast._cheap import has_fast_bfloat16
 from equifast._fingerprint import fingerprint
 from equifast.defenses import Averaging, Contrastive, Invariance, RandomNoise, Rotation
 from equifast.demo import report
+from equifast.detectors import Detector, Deviation, OutputVariance, Similarity
 from equifast.evaluate import (
     PARTS,
     Cost,
@@ -39,6 +42,9 @@ from equifast.evaluate import (
     open_data,
     profile_step,
 )
+from equifast.evaluate.detection import STUDIES as DETECTION
+from equifast.evaluate.detection import Detection, DetectionReport
+from equifast.evaluate.records import CLEAN
 from equifast.evaluate.studies import STUDIES, Make, Sweep, nothing
 from equifast.features import Features, evaluating, suggest
 from equifast.models import find_images, first_line, load_model, read_image, write_image
@@ -54,6 +60,15 @@ app = typer.Typer(
 )
 _out = Console()
 _err = Console(stderr=True)
+
+WITH_HEADS: dict[str, type[Rotation] | type[Contrastive]] = {"rotation": Rotation, "contrastive": Contrastive}
+DEFENSES = ("none", "random", "averaging", "averaging-16", "flip", "invariance", *WITH_HEADS, *PRESETS, "detect")
+
+DETECTORS: Mapping[str, Callable[[nn.Module, str | None, int], Detector]] = {
+    "similarity": lambda network, features, seed: Similarity(Purifier(network, features, seed=seed, views=[Flip()])),
+    "variance": lambda network, features, seed: OutputVariance(network, seed=seed),
+    "deviation": lambda network, features, seed: Deviation(network, features, seed=seed),
+}
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")]
 Model = Annotated[
@@ -211,6 +226,95 @@ def purify(
 
 
 @app.command()
+def detect(
+    paths: Annotated[list[Path], typer.Argument(help="Image files, or folders of PNG, JPEG and WebP files.")],
+    output: Output,
+    model: Model,
+    fit: Annotated[
+        Path, typer.Option(help="Folder of clean images for the threshold; or a detector.json of an earlier run.")
+    ],
+    features: WhereFeatures = None,
+    detector: Annotated[str, typer.Option(help=f"One of {', '.join(DETECTORS)}.")] = "deviation",
+    rate: Annotated[float, typer.Option(help="Part of clean images that may be flagged.")] = 0.05,
+    seed: Annotated[int, typer.Option(help="Seed of the random numbers.")] = 0,
+    device: Device = "cpu",
+) -> None:
+    """Score image files, the suspicious first: scores.json, detector.json, and an overlay of where views disagree."""
+    try:
+        if detector not in DETECTORS:
+            raise ValueError(f"detector is {detector!r}; it must be one of {', '.join(DETECTORS)}")
+        found = list(find_images(paths, output))
+        if not found:
+            raise ValueError(f"no PNG, JPEG or WebP file in {', '.join(map(str, paths))}")
+        network = load_model(model).to(_device(device))
+        if features is None:
+            features = _find_features(network, read_image(found[0][0])[None].to(_device(device)))
+        chosen = DETECTORS[detector](network, features, seed)
+        with _progress() as progress:
+            if fit.is_file():
+                chosen.load(fit)
+            else:
+                clean = [source for source, _ in find_images([fit])]
+                task = progress.add_task("clean images", total=len(clean))
+                tracked = progress.track((read_image(path)[None].to(_device(device)) for path in clean), task_id=task)
+                chosen.fit(tracked, false_positive_rate=rate)
+            (output / "overlays").mkdir(parents=True, exist_ok=True)
+            chosen.save(output / "detector.json")
+            lines, failed = _scored(chosen, found, output, _device(device), progress)
+        if not lines:
+            raise ValueError(f"none of {len(found)} images could be read")
+        kept = {"threshold": chosen.threshold, "interval": chosen.interval, "images": lines}
+        _write(output / "scores.json", json.dumps(kept, indent=2) + "\n")
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        raise _fail(first_line(error)) from error
+    table = Table(title=f"{detector}: threshold {chosen.threshold:.4g}")
+    for heading in ("image", "score", "flagged"):
+        table.add_column(heading, justify="right" if heading == "score" else "left")
+    for line in lines[:20]:
+        score = "NaN" if line["score"] is None else f"{line['score']:.4g}"
+        table.add_row(line["image"], score, "yes" if line["flagged"] else "")
+    _out.print(table)
+    low, high = chosen.interval
+    _out.print(
+        f"{sum(line['flagged'] for line in lines)} of {len(lines)} images are suspicious; of clean ones "
+        f"{100 * low:.1f}% to {100 * high:.1f}% would be. All scores are in {output / 'scores.json'}.",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    if failed:
+        raise typer.Exit(1)
+
+
+def _scored(
+    detector: Detector, found: Sequence[tuple[Path, Path]], output: Path, device: torch.device, progress: Progress
+) -> tuple[list[dict[str, Any]], int]:
+    """What is told of each image, the suspicious first, and how many could not be read; overlays are written."""
+    from equifast.evaluate.plots import overlay  # here, since matplotlib takes its time
+
+    scored: list[tuple[float, str]] = []
+    failed = 0
+    for source, name in progress.track(found, description="images"):
+        try:
+            x = read_image(source)[None].to(device)
+            score = float(detector.score(x))
+            scored.append((score, name.as_posix()))
+            with contextlib.suppress(TypeError):  # those that see an image as a whole
+                heat = detector.map(x)[0]
+                write_image(output / "overlays" / name.with_suffix(".png"), overlay(x[0], heat))
+        except Exception as error:  # one bad file: report it, do the rest
+            failed += 1
+            _err.print(f"equifast: {source}: {first_line(error)}", highlight=False, markup=False, soft_wrap=True)
+    # a score of NaN is suspicious, and JSON has none
+    scored.sort(key=lambda line: (not math.isnan(line[0]), -line[0], line[1]))
+    lines = [
+        {"image": name, "score": None if math.isnan(score) else score, "flagged": not score <= detector.threshold}
+        for score, name in scored
+    ]
+    return lines, failed
+
+
+@app.command()
 def bench(
     model: Model,
     size: Annotated[str, typer.Option(help="Height and width of the images, as 176x240.")],
@@ -251,10 +355,6 @@ def bench(
     )
 
 
-WITH_HEADS: dict[str, type[Rotation] | type[Contrastive]] = {"rotation": Rotation, "contrastive": Contrastive}
-DEFENSES = ("none", "random", "averaging", "averaging-16", "flip", "invariance", *WITH_HEADS, *PRESETS)
-
-
 @app.command()
 def evaluate(
     data: Annotated[
@@ -280,12 +380,22 @@ def evaluate(
         typer.Option(help="Attackers by name (PGD, APGD, BPDA, ...); PGD, through averaging and BPDA where not given."),
     ] = None,
     protocol: Annotated[str | None, typer.Option(help="adaptive: the attackers who know, instead of --attack.")] = None,
-    study: Annotated[str | None, typer.Option(help=f"Instead of --defense, one of {', '.join(STUDIES)}.")] = None,
+    study: Annotated[
+        str | None,
+        typer.Option(help=f"Instead of --defense, one of {', '.join(STUDIES)}; of detectors, {', '.join(DETECTION)}."),
+    ] = None,
     preset: Annotated[str, typer.Option(help="Whose settings a study changes, one by one.")] = "fast",
     fit: Annotated[
         Path | None, typer.Option(help="Data on which the heads of rotation and contrastive are trained.")
     ] = None,
-    fit_images: Annotated[int, typer.Option(min=1, help="How many of their images.")] = 256,
+    clean: Annotated[
+        Path | None,
+        typer.Option(help="Clean data, like those that are to come, for the thresholds of detectors."),
+    ] = None,
+    foreign: Annotated[
+        list[Path] | None, typer.Option(help="Data that the model does not know, for --study ood; any number.")
+    ] = None,
+    fit_images: Annotated[int, typer.Option(min=1, help="How many of their images, of both.")] = 256,
     quick: Annotated[bool, typer.Option("--quick", help="8 images, fewer steps, draws and queries: a look.")] = False,
     images: Annotated[int | None, typer.Option(min=1, help="How many images, evenly over the data.")] = None,
     size: Annotated[str | None, typer.Option(help="Height and width that image files are resized to.")] = None,
@@ -332,11 +442,21 @@ def evaluate(
         if features is None:
             features = _find_features(network, chosen[0][0][None].to(_device(device)))
         radius = _fraction(purify_eps)
+        if study is not None and study in DETECTION:
+            heads = _Heads(output, fit, clean, fit_images, shape, _device(device))
+            others = {f"{path.parent.name}/{path.stem}": open_data(path, len(chosen)) for path in foreign or ()}
+            anomalies = DETECTION[study](strength, Purifier(network, features, preset, radius, seed), others)
+            detectors = _detectors(network, features, seed, heads)
+            told = {"size": size, "spec": model, "device": _device(device).type}
+            _report_detection(
+                str(study), Detection(network, chosen, detectors, anomalies, batch=batch, arguments=told), output
+            )
+            return
         sweep = _sweep(study, defense, Make(network, features, preset, radius, seed))
         if sweep is not None:
             rows = dict(sweep.defenses)
         else:
-            heads = _Heads(output, fit, fit_images, shape, _device(device))
+            heads = _Heads(output, fit, clean, fit_images, shape, _device(device))
             rows = {
                 name: _defended(name, network, features, radius, seed, heads)
                 for name in defense or ("none", "averaging" if protocol is None else "averaging-16", "fast")
@@ -381,11 +501,78 @@ def _write(path: Path, text: str) -> None:
     part.replace(path)
 
 
+def _detectors(network: nn.Module, features: str | None, seed: int, heads: "_Heads") -> dict[str, Detector]:
+    """All detectors with their thresholds."""
+    made = {name: make(network, features, seed) for name, make in DETECTORS.items()}
+    made["invariance"] = Similarity(Invariance(network, features, seed=seed))
+    for name, kind in WITH_HEADS.items():
+        made[name] = Similarity(heads.give(kind(network, features, seed=seed), name))
+    return {name: heads.fitted(detector, name) for name, detector in made.items()}
+
+
+def _report_detection(study: str, detection: Detection, output: Path) -> None:
+    with _progress() as progress:
+        task = progress.add_task("starting", total=1.0)
+        report = detection.run(
+            output,
+            lambda what, done, total: progress.update(task, description=what, completed=done, total=total),
+        )
+        progress.update(task, description="figures")
+        document = report.document()
+        _write(output / "table.json", json.dumps(document, indent=2) + "\n")
+        from equifast.evaluate import plots  # here, since matplotlib takes its time
+
+        plots.save(plots.histograms(report), output / "scores")
+        if study == "corruptions":
+            for name in report.scores:
+                plots.save(plots.corruption_map(report, name), output / f"corruptions-{name}")
+        else:
+            plots.save(plots.characteristics(report), output / "characteristics")
+        curve = plots.evasion(report)
+        if curve is not None:
+            plots.save(curve, output / "evasion")
+        tables = _detection_tables(study, report)
+        _write(output / "table.md", _markdown(tables, (), ""))
+    _print(tables, (), "")
+
+
+def _detection_tables(study: str, report: DetectionReport) -> list[tuple[str, list[str], list[list[str]]]]:
+    names, kinds = list(report.scores), list(report.groups)
+    first = names[0]
+    of = f"{report.images} images (95% by bootstrap)"
+    if study == "corruptions":
+        means = report.means()
+        rows = [
+            [kind.rsplit(" ", 1)[0], *(f"{report.separations[n][kind].auroc.value:.1f}" for n in names)]
+            for kind in kinds
+            if kind.endswith(" 3")
+        ]
+        groups = list(dict.fromkeys(group for group in report.groups.values() if group))
+        rows += [[f"mean, {group}", *(str(means[n][group]) for n in names)] for group in groups]
+        return [(f"area under the characteristic in %, severity 3, {of}", ["", *names], rows)]
+    areas = [[kind, *(str(report.separations[n][kind].auroc) for n in names)] for kind in kinds]
+    rates = [[kind, *(f"{report.flagged(n, kind).value:.1f}" for n in names)] for kind in (CLEAN, *kinds)]
+    damage = [
+        [kind, *(str(report.damage(n, kind)) for n in (names if report.groups.get(kind) == "evading" else [first]))]
+        for kind in (CLEAN, *kinds)
+        if report.groups.get(kind) != "foreign"
+    ]
+    times = [["ms per image", *(f"{1e3 * report.seconds[n]:.1f}" for n in names)]]
+    tables = [
+        (f"area under the characteristic in %, {of}", ["", *names], areas),
+        ("images flagged at the threshold, in %", ["", *names], rates + times),
+    ]
+    if len(damage) > 1:
+        whole = [[*row, *[""] * (1 + len(names) - len(row))] for row in damage]
+        tables.append((f"what attackers leave of the model, {report.figure}", ["", *names], whole))
+    return tables
+
+
 def _sweep(study: str | None, defense: list[str] | None, make: Make) -> Sweep | None:
     if study is None:
         return None
     if study not in STUDIES:
-        raise ValueError(f"study is {study!r}; it must be one of {', '.join(STUDIES)}")
+        raise ValueError(f"study is {study!r}; it must be one of {', '.join((*STUDIES, *DETECTION))}")
     if defense:
         raise ValueError("study is given with defenses; it brings its own")
     return STUDIES[study](make)
@@ -393,13 +580,37 @@ def _sweep(study: str | None, defense: list[str] | None, make: Make) -> Sweep | 
 
 @dataclass(frozen=True)
 class _Heads:
-    """Where the heads of defenses are kept, and what they are trained on."""
+    """Where heads and thresholds are kept, and what they are of: data for the heads, and clean data."""
 
     folder: Path
     data: Path | None
+    clean: Path | None
     images: int
     size: tuple[int, int] | None
     device: torch.device
+
+    def fitted(self, detector: Detector, name: str) -> Detector:
+        """The detector with its threshold, fitted the first time; the file is named after what it was fitted on."""
+        if self.clean is None:
+            raise ValueError(f"detector {name} needs clean images; name data for it with --clean")
+        path = self._path(f"detector-{name}", "json", self.clean)
+        if path.exists():
+            return detector.load(path)
+        chosen = self._open(self.clean)
+        with _progress() as progress:
+            task = progress.add_task(f"the threshold of {name}", total=len(chosen))
+            batches = (chosen[i][0][None].to(self.device) for i in range(len(chosen)))
+            detector.fit(progress.track(batches, task_id=task, total=len(chosen)))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        detector.save(path)
+        return detector
+
+    def _path(self, name: str, suffix: str, data: Path) -> Path:
+        fitted_on = repr((str(data.resolve()), self.images, self.size))
+        return self.folder / f"{name}-{hashlib.sha256(fitted_on.encode()).hexdigest()[:8]}.{suffix}"
+
+    def _open(self, data: Path) -> Any:
+        return open_data(data, min(self.images, len(open_data(data, None, self.size))), self.size)
 
     def give(self, purifier: Rotation | Contrastive, name: str) -> Purifier:
         """The purifier with its head, trained the first time; the file is named after what it was trained on."""
@@ -409,11 +620,10 @@ class _Heads:
                 where = f"{self.folder} has {len(found)}"
                 raise ValueError(f"defense {name} needs one head, of which {where}; name data for it with --fit")
             return purifier.load(found[0])
-        trained_on = repr((str(self.data.resolve()), self.images, self.size))
-        path = self.folder / f"{name}-{hashlib.sha256(trained_on.encode()).hexdigest()[:8]}.safetensors"
+        path = self._path(name, "safetensors", self.data)
         if path.exists():
             return purifier.load(path)
-        chosen = open_data(self.data, min(self.images, len(open_data(self.data, None, self.size))), self.size)
+        chosen = self._open(self.data)
         with _progress() as progress:
             task = progress.add_task(f"the head of {name}", total=None)
             purifier.fit(
@@ -447,6 +657,9 @@ def _defended(
         return Defended(network, heads.give(WITH_HEADS[name](network, features, eps=eps, seed=seed), whole))
     if name in PRESETS:
         return Defended(network, Purifier(network, features, name, eps, seed))
+    if name == "detect":
+        detector = heads.fitted(DETECTORS["deviation"](network, features, seed), "deviation")
+        return Defended(network, Purifier(network, features, "fast", eps, seed), detector=detector)
     raise ValueError(f"defense is {whole!r}; it must be one of {', '.join(DEFENSES)}")
 
 
@@ -498,17 +711,21 @@ def _title(report: Report) -> str:
 _FOOTNOTE = "* forward passes of an image, by area; a backward pass counts as two"
 
 
-def _markdown(tables: Sequence[tuple[str, list[str], list[list[str]]]], warnings: Sequence[str]) -> str:
+def _markdown(
+    tables: Sequence[tuple[str, list[str], list[list[str]]]], warnings: Sequence[str], footnote: str = _FOOTNOTE
+) -> str:
     parts = []
     for title, headings, rows in tables:
         lines = [headings, ["---"] * len(headings), *rows]
         parts.append(title + "\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
-    parts.append(f"\\{_FOOTNOTE}\n")
+    parts += [f"\\{footnote}\n"] if footnote else []
     parts += [f"Warning: {warning}\n" for warning in warnings]
     return "\n".join(parts)
 
 
-def _print(tables: Sequence[tuple[str, list[str], list[list[str]]]], warnings: Sequence[str]) -> None:
+def _print(
+    tables: Sequence[tuple[str, list[str], list[list[str]]]], warnings: Sequence[str], footnote: str = _FOOTNOTE
+) -> None:
     for title, headings, rows in tables:
         table = Table(title=title)
         for heading in headings:
@@ -516,7 +733,8 @@ def _print(tables: Sequence[tuple[str, list[str], list[list[str]]]], warnings: S
         for row in rows:
             table.add_row(*row)
         _out.print(table)
-    _out.print(_FOOTNOTE, highlight=False, soft_wrap=True)
+    if footnote:
+        _out.print(footnote, highlight=False, soft_wrap=True)
     for warning in warnings:
         _out.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
 

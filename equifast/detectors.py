@@ -1,33 +1,41 @@
 """Detectors: how unlike the clean images of a model an image is, and from where on that is suspicious."""
 
+import contextlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from scipy.stats import beta
 from torch import Tensor, nn
+from torch.nn import functional
 
-from equifast import _checks, rng
-from equifast._cheap import DTYPES, Cheap
+from equifast import _checks, ops, rng
+from equifast._cheap import DTYPES, autocast
 from equifast._fingerprint import fingerprint
-from equifast.features import evaluating
-from equifast.objectives import rendered, warped_back
-from equifast.purifier import Purifier
-from equifast.reference import row_sum
-from equifast.views import Flip, View, as_set, sample
+from equifast._folded import Folded
+from equifast.features import Features, evaluating
+from equifast.objectives import Objective, batched, distances, pooled, rendered
+from equifast.purifier import Purifier, chunks, together
+from equifast.reference import invert, row_sum
+from equifast.views import Flip, Sampled, View, as_set, sample
 
-__all__ = ["Detector", "OutputVariance", "Similarity"]
+__all__ = ["Detector", "Deviation", "OutputVariance", "Similarity"]
+
+Scores = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+"""``(x, ids, t) -> `` scores (N,) and their gradient (N, 3, H, W), of the draws of step ``t``."""
 
 
 class Detector:
-    """The base: a subclass gives :meth:`settings` and :meth:`score`.
+    """The base: a subclass gives :meth:`settings` and :meth:`score`, and :meth:`objective` for attackers who evade it.
 
     Args:
         model: the model whose images they are.
     """
+
+    _LEARNED: tuple[str, ...] = ()
 
     def __init__(self, model: nn.Module) -> None:
         if not isinstance(model, nn.Module):
@@ -72,6 +80,17 @@ class Detector:
         Raises:
             ValueError: if there are too few images for the rate, with the number that it needs, or a score is NaN.
         """
+        return self._fit(loader, false_positive_rate, confidence)
+
+    def _seen(self, x: Tensor) -> Tensor:
+        """What :meth:`fit` keeps of clean images, (N, ...)."""
+        return self.score(x)
+
+    def _learn(self, seen: Tensor) -> tuple[dict[str, Any], Tensor]:
+        """What a detector learns of clean images beside the threshold, and their scores (n,)."""
+        return {}, seen
+
+    def _fit(self, loader: Iterable[Any], false_positive_rate: float, confidence: float) -> Self:
         rate = _checks.number("false_positive_rate", false_positive_rate, above=0)
         sure = _checks.number("confidence", confidence, above=0)
         for name, value in (("false_positive_rate", rate), ("confidence", sure)):
@@ -82,13 +101,16 @@ class Detector:
             images = item[0] if isinstance(item, list | tuple) else item
             images = _checks.images("loader's images", images, channels=3)
             if len(images):
-                parts.append(self.score(images).double().cpu())
-        scores = torch.cat(parts).sort().values if parts else torch.zeros(0, dtype=torch.float64)
-        n, needed = len(scores), math.ceil(1 / rate - 1 - 1e-9)
+                parts.append(self._seen(images).double().cpu())
+        n, needed = sum(map(len, parts)), math.ceil(1 / rate - 1 - 1e-9)
         if n < needed:
             raise ValueError(f"loader has {n} images; for false_positive_rate {rate} it must have at least {needed}")
-        if scores.isnan().any():
-            raise ValueError(f"model gives {int(scores.isnan().sum())} clean images a score of NaN; there must be none")
+        seen = torch.cat(parts)
+        if seen.isnan().any():
+            count = int(seen.flatten(1).isnan().any(1).sum()) if seen.dim() > 1 else int(seen.isnan().sum())
+            raise ValueError(f"model gives {count} clean images a score of NaN; there must be none")
+        learned, scores = self._learn(seen)
+        scores = scores.sort().values
         place = min(n, math.ceil((n + 1) * (1 - rate) - 1e-9))
         # the part of all images above the place-th smallest of n is Beta(n + 1 - place, place)
         low, high = (float(beta.ppf(q, n + 1 - place, place)) for q in ((1 - sure) / 2, (1 + sure) / 2))
@@ -99,6 +121,7 @@ class Detector:
             "threshold": float(scores[place - 1]),
             "interval": [low, high],
             "scores": scores.tolist(),
+            **learned,
         }
         return self
 
@@ -131,6 +154,25 @@ class Detector:
         threshold = self.threshold
         return ~(self.score(x, ids, draw).double() <= threshold)
 
+    @contextlib.contextmanager
+    def objective(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Iterator[Objective]:
+        """Minus what the score has above the threshold, in standard deviations of clean scores, for an ascent on ``x``.
+
+        For attackers who want to be overlooked (Carlini and Wagner 2017): 0, and without a gradient, from a quarter of
+        one below the threshold on. A context, in which the model is in eval mode; RuntimeError before :meth:`fit`.
+        """
+        level, unit = self.threshold, max(float(self.clean_scores.std()), 1e-12)
+        with self._scores(x, ids, draw) as scores:
+            yield _Unsuspicious(scores, level - unit / 4, unit)
+
+    def _scores(self, x: Tensor, ids: Tensor | None, draw: int) -> contextlib.AbstractContextManager[Objective]:
+        """The score as an objective; later steps of an ascent may see other draws of the views."""
+        raise TypeError(f"{type(self).__name__} has no gradient; there is no attacker who evades it")
+
+    def map(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
+        """(N, H, W): where in the images what they are suspected for lies, higher for more; arguments as for a call."""
+        raise TypeError(f"{type(self).__name__} sees an image as a whole; it has no map")
+
     def description(self) -> dict[str, Any]:
         """What :meth:`save` writes; before :meth:`fit` without a threshold."""
         return dict(self._fitted or self._origin())
@@ -157,7 +199,7 @@ class Detector:
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is no JSON: {error}") from None
         own = json.loads(json.dumps(self._origin()))
-        keys = {*own, "threshold", "interval", "scores", "false_positive_rate", "confidence"}
+        keys = {*own, "threshold", "interval", "scores", "false_positive_rate", "confidence", *self._LEARNED}
         if not isinstance(found, dict) or not keys <= found.keys():
             raise ValueError(f"{path} is not of a detector; it must have {', '.join(sorted(keys))}")
         for key, value in own.items():
@@ -199,8 +241,308 @@ class Similarity(Detector):
     def score(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
         return 1 - self.purifier.score(x, ids, draw)
 
+    @contextlib.contextmanager
+    def _scores(self, x: Tensor, ids: Tensor | None, draw: int) -> Iterator[Objective]:
+        with self.purifier.objective(x, ids, draw, scored=True) as similarity:
+            yield _OneMinus(similarity)
 
-class OutputVariance(Detector):
+    def map(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
+        """(N, H, W) in [0, 2]: one minus the cosine of features, in the mean over the views that see a position.
+
+        TypeError where the purifier is another than that of equivariance, which compares no maps.
+        """
+        if type(self.purifier) is not Purifier:
+            return super().map(x, ids, draw)
+        with self.purifier._objective(x, ids, draw, None) as (images, objective, _, _):
+            if len(images) == 0:
+                return x.new_zeros(0, *x.shape[2:])
+            with torch.no_grad():
+                apart = [
+                    objective.only(rows).distances(images[rows])  # type: ignore[attr-defined, unused-ignore]
+                    for rows in self.purifier._chunks(images)
+                ]
+            return _enlarged(torch.cat(apart), images)
+
+
+class _OneMinus:
+    """One minus an objective."""
+
+    def __init__(self, objective: Objective) -> None:
+        self._objective = objective
+
+    @property
+    def fixed(self) -> bool:
+        return self._objective.fixed
+
+    def value(self, x: Tensor) -> Tensor:
+        return 1 - self._objective.value(x)
+
+    def gradient(self, x: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        value, gradient = self._objective.gradient(x, t)
+        return 1 - value, -gradient
+
+    def only(self, rows: Tensor | slice) -> "_OneMinus":
+        return _OneMinus(self._objective.only(rows))
+
+
+class _Unsuspicious:
+    """Minus what scores have above ``level``, in units of ``unit``."""
+
+    def __init__(self, scores: Objective, level: float, unit: float) -> None:
+        self._scores, self._level, self._unit = scores, level, unit
+
+    @property
+    def fixed(self) -> bool:
+        return self._scores.fixed
+
+    def value(self, x: Tensor) -> Tensor:
+        return -(self._scores.value(x) - self._level).clamp(min=0) / self._unit
+
+    def gradient(self, x: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        value, gradient = self._scores.gradient(x, t)
+        above = (value > self._level).view(-1, *[1] * (gradient.dim() - 1))
+        return -(value - self._level).clamp(min=0) / self._unit, -torch.where(above, gradient, 0.0) / self._unit
+
+    def only(self, rows: Tensor | slice) -> "_Unsuspicious":
+        return _Unsuspicious(self._scores.only(rows), self._level, self._unit)
+
+
+class _Graph:
+    """Scores that autograd differentiates: ``(x, ids, step) -> (N,)``."""
+
+    fixed = False
+
+    def __init__(self, function: Callable[[Tensor, Tensor, int], Tensor], ids: Tensor) -> None:
+        self._function, self._ids = function, ids
+
+    def value(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self._function(x, self._ids, 0)
+
+    def gradient(self, x: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            value = self._function(leaf, self._ids, t)
+            return value.detach(), torch.autograd.grad(value.sum(), leaf)[0]
+
+    def only(self, rows: Tensor | slice) -> "_Graph":
+        return _Graph(self._function, self._ids[rows])
+
+
+def _warped_back(map: Tensor, view: Sampled, like: Tensor) -> tuple[Tensor, Tensor]:
+    """What is said of a view, in the frame of the image, and where the view sees it, (N, 1, ...)."""
+    if map.dim() != 4:
+        return map, torch.ones_like(map[:, :1])
+    inverse, size = invert(view.theta)[None], (like.shape[2], like.shape[3])
+    ones = torch.ones_like(map[:, :1].detach())
+    return ops.warp(map, inverse, [size])[0], (ops.warp(ones, inverse, [size])[0] > 0.5).to(map.dtype)
+
+
+def _enlarged(maps: Tensor, x: Tensor) -> Tensor:
+    """(N, h, w) at the resolution of the images, (N, H, W) in their dtype."""
+    size = (x.shape[2], x.shape[3])
+    return functional.interpolate(maps[:, None].to(x.dtype), size, mode="bilinear", align_corners=False)[:, 0]
+
+
+class _OfViews(Detector):
+    """The base of detectors that look at what a model says of an image and of views of it, in one pass each.
+
+    A subclass gives :meth:`_measure`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        features: str | Callable[[Tensor], Any] | None,
+        views: Sequence[View],
+        seed: int,
+        dtype: str,
+    ) -> None:
+        self.views = as_set(views)
+        if seed is None:
+            raise ValueError("seed is None, with which scores change from call to call; it must be a number")
+        _checks.seed(seed)
+        self.seed, self.dtype = seed, _checks.choice("dtype", dtype, DTYPES)
+        super().__init__(model)
+        self._features = Features(model, features)
+        place = self._features.place
+        self._folded = Folded(model, place or None) if place is not None else None
+
+    def settings(self) -> dict[str, Any]:
+        where = self._features.where
+        named = where if where is None or isinstance(where, str) else "a function"
+        return {"views": [repr(view) for view in self.views], "features": named, "seed": self.seed, "dtype": self.dtype}
+
+    def _measure(self, x: Tensor, run: "_Run", sampled: Sequence[Sampled]) -> Tensor:
+        """(N, ...), differentiable: what decides the score."""
+        raise NotImplementedError
+
+    def _judge(self, measured: Tensor) -> Tensor:
+        """(N, ...) -> scores (N,)."""
+        return measured
+
+    def _measured(
+        self, x: Tensor, ids: Tensor, draw: int, step: int = 0, how: Callable[..., Tensor] | None = None
+    ) -> Tensor:
+        """In a context in which the model is in eval mode."""
+        features = self._features
+        if self._folded is not None:
+            features = features.on(self._folded(x, lambda model, images: torch.cat(features.on(model).both(images))))
+        run, size = _Run(features, autocast(self.dtype, x)), (x.shape[2], x.shape[3])
+        parts = []
+        for rows in chunks(x):
+            sampled = sample(self.views, size, seed=self.seed, ids=ids[rows], draw=draw, step=step)
+            parts.append((how or self._measure)(x[rows], run, sampled))
+        return torch.cat(parts)
+
+    def _checked(self, x: Tensor, ids: Tensor | None, draw: int) -> tuple[Tensor, Tensor]:
+        x = _checks.images("x", x, channels=3)
+        _checks.integer("draw", draw, 0, rng.MAX_DRAW)
+        return x, _checks.ids(ids, len(x), x.device)
+
+    def _seen(self, x: Tensor) -> Tensor:
+        x, numbers = self._checked(x, None, 0)
+        with torch.no_grad(), evaluating(x, self.model, *self._features.modules()):
+            return self._measured(x, numbers, 0)
+
+    def score(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
+        x, numbers = self._checked(x, ids, draw)
+        if len(x) == 0:
+            return x.new_zeros(0)
+        with torch.no_grad(), evaluating(x, self.model, *self._features.modules()):
+            return self._judge(self._measured(x, numbers, draw))
+
+    @contextlib.contextmanager
+    def _scores(self, x: Tensor, ids: Tensor | None, draw: int) -> Iterator[Objective]:
+        with torch.inference_mode(False):
+            x, numbers = self._checked(x, ids, draw)
+            with evaluating(x, self.model, *self._features.modules(), lean=True):
+                yield _Graph(lambda x, ids, step: self._judge(self._measured(x, ids, draw, step)), numbers)
+
+
+class _Run:
+    """A model, under autocast where that is asked for: images -> features and output, in float32 or wider."""
+
+    def __init__(self, features: Features, lowered: torch.dtype | None) -> None:
+        self._features, self._lowered = features, lowered
+
+    def of(self, images: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Of several images (N, 3, h, w), or views, those of one size in one pass while they are few."""
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        for batch in batched(len(images[0]), [tuple(image.shape[2:]) for image in images], together(images[0])):
+            passed = self(torch.cat([images[i] for i in batch]))
+            found.update(zip(batch, zip(*(part.chunk(len(batch)) for part in passed), strict=True), strict=True))
+        return [found[i] for i in range(len(images))]
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        enabled = self._lowered is not None
+        with torch.autocast(images.device.type, dtype=self._lowered, enabled=enabled, cache_enabled=False):
+            found, result = self._features.both(images.clone())
+        wide = torch.promote_types(found.dtype, torch.float32)
+        return found.to(wide), result.to(wide)
+
+
+class Deviation(_OfViews):
+    """How far what views say of an image is from what they say of clean ones, to either side.
+
+    Of each view four numbers: one minus the cosines of its features with the image's, as whole maps, position by
+    position and pooled; and the variance that it brings into the output. Their logarithms lie, on clean images, about a
+    mean, with a covariance, both of which ``fit`` finds (Ledoit and Wolf 2004), and the score is the Mahalanobis
+    distance from it. Views of an attacked image agree less than those of clean ones; those of an image that is blurred,
+    or of something else, may agree more, or in another way.
+
+    The threshold is that of clean images which the mean and covariance have not seen, by cross-validation.
+
+    Args:
+        model: images in [0, 1] to logits, (N, C) or dense.
+        features: as in :class:`equifast.Purifier`; they come from the same pass as the output.
+        views: the set of views.
+        seed: 0..2**32-1.
+        dtype: as in :class:`equifast.Purifier`, but for float16.
+    """
+
+    _LEARNED = ("mean", "precision")
+    _FOLDS = 50
+
+    def __init__(
+        self,
+        model: nn.Module,
+        features: str | Callable[[Tensor], Any] | None = None,
+        views: Sequence[View] = (Flip(),),
+        *,
+        seed: int = 0,
+        dtype: str = "auto",
+    ) -> None:
+        super().__init__(model, features, views, seed, dtype)
+
+    def _measure(self, x: Tensor, run: _Run, sampled: Sequence[Sampled]) -> Tensor:
+        """(N, 4 K): logarithms."""
+        (anchor, first), *others = run.of([x, *rendered(x, sampled)])
+        if anchor.dim() != 4:
+            raise ValueError(f"features have shape {_checks.shape(anchor)}; they must be (N, C, h, w)")
+        first, whole, columns = first.softmax(1), functional.normalize(pooled(anchor), eps=1e-6), []
+        for (features, output), view in zip(others, sampled, strict=True):
+            maps, positions = (
+                ops.similarity(anchor, [features], view.theta[None], reduction=how)[:, 0] for how in ("image", "pixel")
+            )
+            probabilities, overlap = _warped_back(output.softmax(1), view, first)
+            apart = ((probabilities - first).square().sum(1, keepdim=True) / 4 * overlap).flatten(1)
+            variance = row_sum(apart) / row_sum(overlap.flatten(1)).clamp(min=1)
+            alike = row_sum(whole * functional.normalize(pooled(features), eps=1e-6))
+            columns += [1 - maps, 1 - positions, 1 - alike, variance]
+        # rounding may take a cosine past 1
+        return torch.stack([column.clamp(min=0).add(1e-4).log() for column in columns], 1)
+
+    def map(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
+        """(N, H, W) in [0, 2]: one minus the cosine of features, in the mean over the views that see a position.
+
+        It tells where views disagree; that they agree more than those of clean images, it does not.
+        """
+        x, numbers = self._checked(x, ids, draw)
+        if len(x) == 0:
+            return x.new_zeros(0, *x.shape[2:])
+
+        def apart(x: Tensor, run: _Run, sampled: Sequence[Sampled]) -> Tensor:
+            (anchor, _), *others = run.of([x, *rendered(x, sampled)])
+            return distances(anchor, [features for features, _ in others], sampled)
+
+        with torch.no_grad(), evaluating(x, self.model, *self._features.modules()):
+            return _enlarged(self._measured(x, numbers, draw, how=apart), x)
+
+    def _judge(self, measured: Tensor) -> Tensor:
+        mean, precision = (
+            torch.tensor(self._known(key), dtype=torch.float64, device=measured.device) for key in self._LEARNED
+        )
+        return _distance(measured.double(), mean, precision).to(measured.dtype)
+
+    def _learn(self, seen: Tensor) -> tuple[dict[str, Any], Tensor]:
+        folds, scores = min(len(seen), self._FOLDS), torch.zeros(len(seen), dtype=torch.float64)
+        place = torch.arange(len(seen)) % folds
+        for fold in range(folds):
+            out = place == fold
+            scores[out] = _distance(seen[out], *_clean(seen[~out]))
+        mean, precision = _clean(seen)
+        return {"mean": mean.tolist(), "precision": precision.tolist()}, scores
+
+
+def _clean(measured: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (D,) and the inverse (D, D) of a covariance, of measurements (n, D)."""
+    from sklearn.covariance import LedoitWolf  # here, since it takes its time
+
+    unit = measured.std(0, correction=0).clamp(min=1e-6)
+    found = LedoitWolf().fit((measured / unit).numpy())
+    mean, precision = (torch.from_numpy(part) for part in (found.location_, found.precision_))
+    return mean * unit, precision / unit / unit[:, None]
+
+
+def _distance(measured: Tensor, mean: Tensor, precision: Tensor) -> Tensor:
+    """(N, D) -> (N,), the Mahalanobis distance; products and sums, whose rounding does not depend on N."""
+    apart = measured - mean
+    turned = (apart[:, None, :] * precision).sum(2)
+    return (turned * apart).sum(1).clamp(min=1e-12).sqrt()
+
+
+class OutputVariance(_OfViews):
     """How much the predicted probabilities vary over the image and its views, warped back.
 
     At each position the variance of each class's probability over the image and the views that see it, summed over the
@@ -216,40 +558,34 @@ class OutputVariance(Detector):
     def __init__(
         self, model: nn.Module, views: Sequence[View] = (Flip(),), *, seed: int = 0, dtype: str = "auto"
     ) -> None:
-        self.views = as_set(views)
-        if seed is None:
-            raise ValueError("seed is None, with which scores change from call to call; it must be a number")
-        _checks.seed(seed)
-        self.seed, self.dtype = seed, _checks.choice("dtype", dtype, DTYPES)
-        super().__init__(model)
-        self._cheap = Cheap(model, dtype)
+        super().__init__(model, None, views, seed, dtype)
 
     def settings(self) -> dict[str, Any]:
         return {"views": [repr(view) for view in self.views], "seed": self.seed, "dtype": self.dtype}
 
-    def score(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
-        x = _checks.images("x", x, channels=3)
-        numbers = _checks.ids(ids, len(x), x.device)
-        _checks.integer("draw", draw, 0, rng.MAX_DRAW)
+    def _measure(self, x: Tensor, run: _Run, sampled: Sequence[Sampled]) -> Tensor:
+        variance = self._variance(x, run, sampled)
+        return variance if variance.dim() == 1 else row_sum(variance.flatten(1)) / variance[0].numel()
+
+    def _variance(self, x: Tensor, run: _Run, sampled: Sequence[Sampled]) -> Tensor:
+        """(N,), or (N, h, w)."""
+        (_, first), *others = run.of([x, *rendered(x, sampled)])
+        first = first.softmax(1)
+        # about the first prediction, lest squares cancel
+        count, total, squares = torch.ones_like(first[:, :1]), torch.zeros_like(first), torch.zeros_like(first)
+        for (_, output), view in zip(others, sampled, strict=True):
+            probabilities, overlap = _warped_back(output.softmax(1), view, first)
+            apart = (probabilities - first) * overlap
+            count, total, squares = count + overlap, total + apart, squares + apart.square()
+        return (squares / count - (total / count).square()).clamp(min=0).sum(1)
+
+    def map(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
+        """(N, H, W) in [0, 1/2]: the variance at each position; TypeError for a model without dense output."""
+        x, numbers = self._checked(x, ids, draw)
         if len(x) == 0:
-            return x.new_zeros(0)
-        size = (x.shape[2], x.shape[3])
-        sampled = sample(self.views, size, seed=self.seed, ids=numbers, draw=draw)
+            return x.new_zeros(0, *x.shape[2:])
         with torch.no_grad(), evaluating(x, self.model):
-            model = self._cheap.on(x)
-
-            def predict(images: Tensor) -> Tensor:
-                return model(images).softmax(1)
-
-            first = predict(x.clone())
-            if first.dim() == 4:
-                pairs = warped_back(predict, x, sampled, (first.shape[2], first.shape[3]))
-            else:
-                pairs = [(predict(view), torch.ones_like(first[:, :1])) for view in rendered(x, sampled)]
-            # about the first prediction, lest squares cancel
-            count, total, squares = torch.ones_like(first[:, :1]), torch.zeros_like(first), torch.zeros_like(first)
-            for probabilities, overlap in pairs:
-                apart = (probabilities - first) * overlap
-                count, total, squares = count + overlap, total + apart, squares + apart.square()
-            variance = (squares / count - (total / count).square()).clamp(min=0).sum(1)
-            return variance if variance.dim() == 1 else row_sum(variance.flatten(1)) / variance[0].numel()
+            variance = self._measured(x, numbers, draw, how=self._variance)
+        if variance.dim() == 1:
+            return super().map(x, ids, draw)
+        return _enlarged(variance, x)

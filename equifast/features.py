@@ -84,6 +84,28 @@ class Features:
             )
         return features
 
+    def both(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The features and the model's output, from one forward pass; two where a function gives the features."""
+        if self._module is None:
+            result = output(self.model(x.clone() if callable(self.where) else x))
+            return (self(x) if callable(self.where) else result), result
+        caught: list[Any] = []
+        thread = threading.get_ident()
+
+        def catch(_module: nn.Module, _inputs: Any, result: Any) -> None:
+            if threading.get_ident() == thread and not caught:
+                # what the model does in place to it later is not of it
+                caught.append(output(result).clone())
+
+        handle = self._module.register_forward_hook(catch)
+        try:
+            result = output(self.model(x))
+        finally:
+            handle.remove()
+        if not caught:
+            raise ValueError(f"features is {self.where!r}, a submodule that the model's forward pass does not call")
+        return caught[0], result
+
     @property
     def place(self) -> str | None:
         """The name of the submodule that ``where`` is, or is a method of: "" for the model itself, None for another."""

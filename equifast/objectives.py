@@ -25,11 +25,13 @@ __all__ = [
     "TaskLoss",
     "TurnPrediction",
     "average_predictions",
+    "batched",
     "column_sum",
     "confusions",
     "cross_entropies",
     "cross_entropy",
     "disagreement",
+    "distances",
     "label_index",
     "label_mean",
     "margins",
@@ -62,6 +64,18 @@ def column_sum(columns: Tensor) -> Tensor:
     for column in columns.unbind(1)[1:]:
         total += column
     return total
+
+
+def batched(n: int, sizes: Sequence[tuple[int, ...]], together: int) -> list[list[int]]:
+    """Which of several (n, C, h, w), given by (h, w), run at once: those of one size, up to so many positions."""
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for i, size in enumerate(sizes):
+        alike.setdefault(tuple(size), []).append(i)
+    found: list[list[int]] = []
+    for size, members in alike.items():
+        most = max(1, together // max(1, n * math.prod(size)))
+        found += [members[i : i + most] for i in range(0, len(members), most)]
+    return found
 
 
 def number_of_pairs(pairing: str, views: int) -> int:
@@ -264,14 +278,7 @@ class Agreement:
 
         Their order is the same whatever ``n``, so that sums over them round alike.
         """
-        alike: dict[tuple[int, ...], list[int]] = {}
-        for i, size in enumerate(sizes):
-            alike.setdefault(tuple(size), []).append(i)
-        found: list[list[int]] = []
-        for size, members in alike.items():
-            most = max(1, self.together // max(1, n * math.prod(size)))
-            found += [members[i : i + most] for i in range(0, len(members), most)]
-        return found
+        return batched(n, sizes, self.together)
 
     def features_of(self, images: Sequence[Tensor]) -> list[Tensor]:
         """F of several images (N, 3, h, w), or views, one after the other but for :meth:`batches`."""
@@ -341,6 +348,10 @@ class Agreement:
         part._autocast = None if self._autocast == torch.float16 else self._autocast  # which needs another scale
         return Scaled(part, factor)
 
+    def to_anchor(self) -> Self:
+        """The same, views compared with the image alone."""
+        return self
+
     def similarities(self, x: Tensor, t: int = 0, count: int | None = None) -> Tensor:
         """(N, K): the columns, with no graph; of all views where ``count`` is None."""
         with torch.no_grad():
@@ -405,6 +416,17 @@ class Equivariance(Agreement):
                 for k, features in zip(batch, self.joined(views).chunk(len(batch)), strict=True):
                     columns[k] = ops.similarity(anchor, [features], sampled[k].theta[None], self._reduction)
         return torch.cat([columns[k] for k in range(len(sampled))], 1)
+
+    def to_anchor(self) -> Self:
+        part = copy.copy(self)
+        part._pairing = "anchor"
+        return part
+
+    def distances(self, x: Tensor) -> Tensor:
+        """(N, h, w), no graph: one minus the cosine of features at a position, the mean over the views that see it."""
+        sampled = self.sample(x, 0, None)
+        with torch.no_grad():
+            return distances(self.anchor(x), map(self.features, self.render(x, sampled)), sampled)
 
     def whole(self, factor: float) -> Objective:
         part = copy.copy(self)
@@ -646,6 +668,18 @@ def disagreement(predict: Callable[[Tensor], Tensor], x: Tensor, sampled: Sequen
             distance = (prediction.softmax(1) - probabilities).abs().sum(1) / 2
             total, count = total + distance * overlap[:, 0], count + overlap[:, 0]
         return total / count.clamp(min=1)
+
+
+def distances(anchor: Tensor, views: Iterable[Tensor], sampled: Sequence[Sampled]) -> Tensor:
+    """(N, h, w) in [0, 2]: one minus the cosine of features at a position, the mean over the views that see it."""
+    anchor, size = anchor.float(), (anchor.shape[2], anchor.shape[3])
+    total, count = torch.zeros_like(anchor[:, 0]), torch.zeros_like(anchor[:, 0])
+    for view, features in zip(sampled, views, strict=True):
+        inverse = invert(view.theta)[None]
+        overlap = ops.warp(torch.ones_like(features[:, :1].float()), inverse, [size])[0][:, 0] > 0.5
+        cosine = functional.cosine_similarity(anchor, ops.warp(features.float(), inverse, [size])[0], dim=1, eps=1e-6)
+        total, count = total + (1 - cosine) * overlap, count + overlap
+    return total / count.clamp(min=1)
 
 
 def label_mean(values: Tensor, y: Tensor, ignore_index: int = 255) -> Tensor:

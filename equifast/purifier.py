@@ -109,6 +109,27 @@ _CHUNK = 2**18
 # Pixels of the image and of views that run as one batch where a budget of memory does not say: small maps take less
 # time together, large ones on a CPU do not.
 _TOGETHER = {"cpu": 2**17, "cuda": 2**21}
+
+
+def together(x: Tensor) -> int:
+    """How many positions of images as ``x`` and of views of one size run as one batch."""
+    return _TOGETHER.get(x.device.type, 0)
+
+
+def at_once(x: Tensor) -> int:
+    """How many images as ``x`` run at once: on a CPU a few large ones, on CUDA all."""
+    return max(2, _CHUNK // max(1, x.shape[2] * x.shape[3])) if x.device.type == "cpu" else max(1, len(x))
+
+
+def chunks(x: Tensor, most: int | None = None) -> list[slice]:
+    """The images that run at once: at most so many, or :func:`at_once`."""
+    n, most = len(x), at_once(x) if most is None else most
+    bounds = [*range(0, n, most), n]
+    if most > 1 and n > most and n % most == 1:
+        del bounds[-2]  # none alone, which large convolutions round otherwise
+    return [slice(first, last) for first, last in itertools.pairwise(bounds) if first < last]
+
+
 # Sets of sizes where steps are captured or the model is compiled, and no palette is given.
 _PALETTE = 16
 
@@ -420,7 +441,7 @@ class Purifier:
     def _together(self, x: Tensor, features: Features) -> int:
         """How many positions run as one batch: half of what memory allows, as two batches are held at once."""
         if self.max_memory is None or x.numel() == 0:
-            return _TOGETHER.get(x.device.type, 0) if self.max_batch is None else 0
+            return together(x) if self.max_batch is None else 0
         key = (x.device, x.dtype)
         if key not in self._held:
             lowered = autocast(self.dtype, x)
@@ -436,15 +457,10 @@ class Purifier:
 
     def _chunks(self, x: Tensor, together: int = 0) -> list[slice]:
         """The images that run at once."""
-        n, most = len(x), self.max_batch
-        if most is None:
-            most = max(2, _CHUNK // (x.shape[2] * x.shape[3])) if x.device.type == "cpu" else max(1, n)
+        most = at_once(x) if self.max_batch is None else self.max_batch
         if together and self.max_memory is not None:
             most = min(most, max(1, together // self._largest(x)))
-        bounds = [*range(0, n, most), n]
-        if most > 1 and n > most and n % most == 1:
-            del bounds[-2]  # none alone, which large convolutions round otherwise
-        return [slice(first, last) for first, last in itertools.pairwise(bounds) if first < last]
+        return chunks(x, most)
 
     def iterates(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> list[Tensor]:
         """Purify a batch and return the images after every step, the last one the result; arguments as for a call.
@@ -461,14 +477,20 @@ class Purifier:
         return seen or [images.clone()]
 
     @contextlib.contextmanager
-    def objective(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Iterator[Objective]:
+    def objective(
+        self, x: Tensor, ids: Tensor | None = None, draw: int = 0, *, scored: bool = False
+    ) -> Iterator[Objective]:
         """The mean similarity over a step's views, with its whole gradient, as an objective for an ascent on ``x``.
 
-        A context, in which the model is in eval mode: for attackers who keep an image equivariant.
+        A context, in which the model is in eval mode: for attackers who keep an image equivariant. Where it is
+        ``scored``, that of all views to the image, as in :meth:`score`, whatever the steps compare.
         """
-        with self._objective(x, ids, draw, self.views_per_step) as (_, objective, _, _):
-            pairs = number_of_pairs(self.pairing, self.views_per_step or len(self.views))
-            yield objective.whole(1 / pairs)
+        count = None if scored else self.views_per_step
+        with self._objective(x, ids, draw, count) as (_, objective, _, _):
+            if scored:
+                yield objective.to_anchor().whole(1 / len(self.views))
+            else:
+                yield objective.whole(1 / number_of_pairs(self.pairing, count or len(self.views)))
 
     def _check_last(self, last: int) -> None:
         _checks.integer("last", last, 1, max(1, self.ascent.steps))

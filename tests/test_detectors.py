@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import cases
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from equifast import Defended, Purifier, attacks, defenses, views
-from equifast.detectors import Detector, OutputVariance, Similarity
+from equifast.detectors import Detector, Deviation, OutputVariance, Similarity
 from equifast.evaluate.study import describe
 from equifast.reference import invert, warp
 from equifast.views import sample
@@ -21,6 +22,10 @@ DETECTORS: dict[str, Callable[[nn.Module], Detector]] = {
     "flip": lambda model: Similarity(Purifier(model, views=[views.Flip()])),
     "invariance": lambda model: Similarity(defenses.Invariance(model)),
     "variance": lambda model: OutputVariance(model, views.paper()),
+    "deviation": lambda model: Deviation(model),
+    "deviation of layers": lambda model: Deviation(
+        model, "stem", [views.Flip(), views.Resize(0.5), views.Rotation(15)]
+    ),
 }
 
 
@@ -36,6 +41,7 @@ def clean(count: int = 24, seed: int = 0) -> list[Tensor]:
 
 def test_a_score_does_not_depend_on_the_batch(detector: Detector) -> None:
     x, ids = torch.cat(clean(6)), torch.arange(6)
+    detector.fit(clean())
     together = detector.score(x, ids)
     assert together.shape == (6,)
     assert together.isfinite().all()
@@ -43,7 +49,8 @@ def test_a_score_does_not_depend_on_the_batch(detector: Detector) -> None:
     for n in range(6):
         assert torch.equal(detector.score(x[n : n + 1], ids[n : n + 1]), together[n : n + 1])
     assert detector.score(x[:0]).shape == (0,)
-    assert not torch.equal(detector.score(x, ids, draw=1), together) or repr(views.Flip()) in str(detector.settings())
+    alone = detector.settings()["views"] == [repr(views.Flip())]  # which has no randomness
+    assert torch.equal(detector.score(x, ids, draw=1), together) == alone
 
 
 def test_similarity_is_the_purifiers_own_score() -> None:
@@ -82,6 +89,142 @@ def test_variance_of_the_output_by_hand(dense: bool) -> None:
                     total += float(torch.stack(values).var(0, correction=0).sum())
             expected = torch.tensor(total / (height * width), dtype=torch.float64)
         torch.testing.assert_close(found[n], expected, rtol=1e-5, atol=1e-9)
+
+
+def test_deviation_by_hand() -> None:
+    """The measurements of the definition, and the distance by NumPy."""
+    model = cases.dense().eval().double()
+    detector = Deviation(model, "stem", [views.Flip(), views.Resize(0.5)], dtype="float32")
+    x = cases.images().double()
+    measured = detector._seen(x)
+    drawn = sample(detector.views, (20, 28), seed=0, ids=torch.zeros(2, dtype=torch.int64))
+    with torch.no_grad():
+        f, p = model.stem(x), model(x).softmax(1)
+        for k, view in enumerate(drawn):
+            image = warp(x, view.theta[None], [view.size])[0]
+            inverse = invert(view.theta)[None]
+            g = warp(model.stem(image), inverse, [tuple(f.shape[2:])])[0]
+            q = warp(model(image).softmax(1), inverse, [tuple(p.shape[2:])])[0]
+            cosine = nn.functional.cosine_similarity
+            expected = [
+                1 - cosine(f.flatten(1), g.flatten(1)),
+                1 - cosine(f, g).mean((1, 2)),
+                1 - cosine(f.mean((2, 3)), model.stem(image).mean((2, 3))),
+                torch.stack((p, q)).var(0, correction=0).sum(1).mean((1, 2)),
+            ]
+            found = measured[:, 4 * k : 4 * k + 4]
+            torch.testing.assert_close(found, torch.stack(expected, 1).add(1e-4).log(), rtol=1e-5, atol=1e-5)
+    detector.fit([batch.double() for batch in clean()])
+    mean, precision = (np.array(detector.description()[key]) for key in ("mean", "precision"))
+    apart = detector._seen(x).numpy() - mean
+    expected_score = np.sqrt(np.einsum("ni,ij,nj->n", apart, precision, apart))
+    np.testing.assert_allclose(detector.score(x).numpy(), expected_score, rtol=1e-9)
+    assert np.linalg.eigvalsh(precision).min() > 0
+
+
+def test_deviation_is_two_sided_and_its_threshold_that_of_unseen_images() -> None:
+    class Given(Deviation):
+        """Measurements by hand."""
+
+        def _seen(self, x: Tensor) -> Tensor:
+            return x[:, 0, 0, :2]
+
+        def score(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
+            return self._judge(self._seen(x))
+
+    generator, rates = torch.Generator().manual_seed(0), []
+    for _ in range(40):
+        images = torch.rand(40, 3, 1, 2, generator=generator)
+        detector = Given(cases.dense()).fit([images], false_positive_rate=0.1)
+        rates.append(float(detector.predict(torch.rand(500, 3, 1, 2, generator=generator)).float().mean()))
+    assert 0.06 < sum(rates) / 40 < 0.11  # left out, an image is a little further off than a new one is later
+    corners = torch.tensor([[0.5, 0.5], [0.0, 0.0], [1.0, 1.0], [0.0, 1.0]])[:, None, None].expand(-1, 3, 1, 2)
+    middle, *others = detector.score(corners).tolist()
+    assert min(others) > middle
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_the_objective_of_attackers_who_evade(name: str) -> None:
+    """Its gradient is that of the score above the threshold, in units of the clean scores' deviation."""
+    model = cases.dense().double()
+    detector = DETECTORS[name](model)
+    if isinstance(detector, Similarity):
+        detector.purifier.dtype = "float32"
+    else:
+        detector.dtype = "float32"  # type: ignore[attr-defined]
+    detector.fit([batch.double() for batch in clean()], false_positive_rate=0.5)
+    x, ids = torch.cat(clean(4, seed=7)).double().clamp(0.05, 0.95), torch.arange(4)
+    level, unit = detector.threshold, float(detector.clean_scores.std())
+    with detector.objective(x, ids) as objective:
+        value, gradient = objective.gradient(x, 0)
+        torch.testing.assert_close(objective.value(x), value, rtol=1e-5, atol=1e-6)
+        (some, along), rows = objective.only(slice(1, 3)).gradient(x[1:3], 0), slice(1, 3)
+        torch.testing.assert_close(along, gradient[rows], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(some, value[rows], rtol=1e-5, atol=1e-6)
+    score = detector.score(x, ids)
+    expected = -((score - (level - unit / 4)).clamp(min=0) / unit)
+    torch.testing.assert_close(value, expected.to(value.dtype), rtol=1e-4, atol=1e-5)
+    above = expected < 0
+    assert above.any()
+    assert (gradient[~above] == 0).all()
+    step = 1e-6
+    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    ahead, behind = (detector.score(x + sign * step * direction, ids) for sign in (1, -1))
+    slope = -(ahead - behind) / (2 * step) / unit
+    found = (gradient * direction).flatten(1).sum(1)
+    torch.testing.assert_close(
+        found[above], slope.to(found.dtype)[above], rtol=0.02, atol=1e-3 * float(slope.abs().max())
+    )
+
+
+@pytest.mark.parametrize("name", ["similarity", "variance", "deviation"])
+def test_who_evades_is_overlooked_where_who_does_not_is_seen(name: str) -> None:
+    model = cases.dense()
+    detector = DETECTORS[name](model).fit(clean(60))
+    x = torch.cat(clean(8, seed=3))
+    y = model.eval()(x).argmax(1)
+    settings: dict[str, Any] = {"eps": 0.1, "step_size": 0.01, "steps": 30, "start": "origin"}
+    plain = attacks.PGD(model, **settings)(x, y)
+    evading = attacks.Adaptive(model, detector, weight=1.0, **settings, keep="best")(x, y)
+    assert float((evading - x).abs().max()) <= 0.1 + 1e-6
+    was_high = detector.score(plain) > detector.threshold
+    assert detector.predict(evading).sum() <= min(1, int(was_high.sum()))
+    assert (model(evading).argmax(1) != y).float().mean() > 0.1
+    with pytest.raises(RuntimeError, match="no threshold yet"), DETECTORS[name](model).objective(x):
+        pass
+    with pytest.raises(TypeError, match="purifier is a Conv2d; it must be a Purifier, or a Detector"):
+        attacks.Adaptive(model, nn.Conv2d(3, 3, 1))  # type: ignore[arg-type]
+
+
+def test_maps_of_where_views_disagree() -> None:
+    """A model that is equivariant but for one corner is suspected there."""
+
+    class Corner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            mark = torch.zeros_like(y)
+            mark[:, :, : y.shape[2] // 4, : y.shape[3] // 4] = torch.tensor([5.0, -5.0, 5.0, -5.0]).view(1, 4, 1, 1)
+            return y + mark
+
+    torch.manual_seed(0)
+    model, x = Corner(), cases.images()
+    flip = [views.Flip()]
+    for detector in (Similarity(Purifier(model, views=flip)), OutputVariance(model, flip), Deviation(model)):
+        heat = detector.map(x)
+        assert heat.shape == (2, 20, 28)
+        assert float(heat.min()) >= -1e-6
+        # the corner disagrees with its mirror image, and the mirror image's place with the corner
+        marked = torch.zeros(20, 28, dtype=torch.bool)
+        marked[:5, :7] = marked[:5, -7:] = True
+        assert float(heat[:, marked].mean()) > 10 * float(heat[:, ~marked].mean())
+        assert detector.map(x[:0]).shape == (0, 20, 28)
+    for whole in (Similarity(defenses.Invariance(model)), OutputVariance(cases.classifier())):
+        with pytest.raises(TypeError, match="sees an image as a whole; it has no map"):
+            whole.map(x)
 
 
 def test_the_threshold_is_an_order_statistic() -> None:
@@ -174,6 +317,10 @@ def test_what_is_wrong(detector: Detector, tmp_path: Path) -> None:
     for rate in (0, 1, -1, float("nan")):
         with pytest.raises(ValueError, match="false_positive_rate is"):
             detector.fit(clean(), false_positive_rate=rate)
+    with pytest.raises(ValueError, match=r"features have shape \(.*\); they must be \(N, C, h, w\)"):
+        Deviation(cases.classifier()).fit(clean())
+    with pytest.raises(ValueError, match="seed is None"):
+        Deviation(cases.dense(), seed=None)  # type: ignore[arg-type]
     for text in ("no json", "[]", json.dumps({"detector": "Similarity"})):
         (tmp_path / "wrong.json").write_text(text)
         with pytest.raises(ValueError, match=r"wrong\.json is no"):

@@ -1,34 +1,53 @@
-"""Evaluation: attackers against defenses, metrics with their standard errors, and what defenses cost."""
+"""Evaluation: attackers against defenses, anomalies against detectors, metrics with their errors, and costs."""
 
+from equifast.evaluate.corruptions import CORRUPTIONS, corrupt
 from equifast.evaluate.cost import Cost, cost
 from equifast.evaluate.data import Arrays, ClassFolders, LabelFolders, open_data
-from equifast.evaluate.metrics import Estimate, accuracy, confusion, difference, mean_iou
+from equifast.evaluate.detection import Anomaly, Detection, DetectionReport
+from equifast.evaluate.metrics import (
+    Estimate,
+    Interval,
+    Separation,
+    accuracy,
+    confusion,
+    difference,
+    mean_iou,
+    separation,
+)
 from equifast.evaluate.profile import PARTS, Profile, profile_step
 from equifast.evaluate.protocol import Strength, adaptive, known
 from equifast.evaluate.study import Attacker, Evaluation, Report
 from equifast.evaluate.worst import worst_accuracy, worst_iou
 
 __all__ = [
+    "CORRUPTIONS",
     "PARTS",
+    "Anomaly",
     "Arrays",
     "Attacker",
     "ClassFolders",
     "Cost",
+    "Detection",
+    "DetectionReport",
     "Estimate",
     "Evaluation",
+    "Interval",
     "LabelFolders",
     "Profile",
     "Report",
+    "Separation",
     "Strength",
     "accuracy",
     "adaptive",
     "confusion",
+    "corrupt",
     "cost",
     "difference",
     "known",
     "mean_iou",
     "open_data",
     "profile_step",
+    "separation",
     "worst_accuracy",
     "worst_iou",
 ]

@@ -14,7 +14,18 @@ from torch import Tensor
 
 from equifast.objectives import confusions
 
-__all__ = ["Estimate", "accuracy", "average", "confusion", "difference", "mean_iou"]
+__all__ = [
+    "Estimate",
+    "Interval",
+    "Separation",
+    "accuracy",
+    "average",
+    "confusion",
+    "difference",
+    "mean_auroc",
+    "mean_iou",
+    "separation",
+]
 
 Array = NDArray[Any]
 
@@ -28,6 +39,33 @@ class Estimate:
 
     def __str__(self) -> str:
         return f"{self.value:.1f} ± {self.standard_error:.1f}"
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure in percent, and where it lies with 95% confidence by bootstrap over images."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.1f} ({self.low:.1f}-{self.high:.1f})"
+
+
+@dataclass(frozen=True)
+class Separation:
+    """How well scores tell anomalous images from clean ones, in percent.
+
+    Args:
+        auroc: area under the receiver operating characteristic: how often an anomalous image has the higher score.
+        aupr: average precision, anomalous images being the positive ones.
+        fpr95: the part of clean images above the threshold that 95% of the anomalous ones reach.
+    """
+
+    auroc: Interval
+    aupr: Interval
+    fpr95: Interval
 
 
 def confusion(prediction: Tensor, labels: Tensor, classes: int, ignore_index: int = 255) -> Array:
@@ -106,3 +144,63 @@ def difference(a: Array, b: Array, resamples: int = 1000) -> Estimate:
     if a.ndim == 3:
         return _estimate(lambda i: _iou(a[i].sum(-3)) - _iou(b[i].sum(-3)), len(a), resamples)
     return _estimate(lambda i: a[i].mean(-1) - b[i].mean(-1), len(a), resamples)
+
+
+def separation(clean: Array, anomalous: Array, resamples: int = 1000) -> Separation:
+    """How well scores, higher for what is more anomalous, separate two sets of images.
+
+    The figures are scikit-learn's; those of bootstrap samples, a thousand at once, are the same formulas.
+
+    Args:
+        clean: (N,) scores, N at least 1; one that is NaN counts as higher than all.
+        anomalous: (M,), M at least 1.
+        resamples: bootstrap samples, drawn from both apart.
+    """
+    from sklearn import metrics  # here, since it takes its time
+
+    found = np.concatenate([clean, anomalous]).astype(np.float64)
+    ranks = np.unique(found, return_inverse=True, equal_nan=True)[1]  # NaN the last
+    truth = np.arange(len(found)) >= len(clean)
+    false, true, _ = metrics.roc_curve(truth, ranks, drop_intermediate=False)
+    precision = float(metrics.average_precision_score(truth, ranks))
+    values = [float(metrics.auc(false, true)), precision, float(false[np.argmax(true >= _REACHED)])]
+    rng, n, m = np.random.default_rng(0), len(clean), len(anomalous)
+    weights = np.concatenate([rng.multinomial(k, np.full(k, 1 / k), size=resamples) for k in (n, m)], 1)
+    low, high = np.percentile(_separations(ranks, truth, weights), [2.5, 97.5], axis=0)
+    figures = zip(values, low, high, strict=True)
+    return Separation(*(Interval(*(100 * float(part) for part in figure)) for figure in figures))
+
+
+_REACHED = 0.95 - 1e-9
+
+
+def _separations(ranks: Array, truth: Array, weights: Array) -> Array:
+    """(R, 3): the three figures of samples in which each of the scores occurs (R, N + M) times."""
+    order = np.argsort(-ranks, kind="stable")
+    last = np.append(np.flatnonzero(np.diff(ranks[order])), len(order) - 1)  # of equal scores
+    counts = [np.cumsum(weights[:, order] * chosen[order], 1)[:, last] for chosen in (truth, ~truth)]
+    positive, negative = (np.concatenate([np.zeros((len(weights), 1)), count], 1) for count in counts)
+    true, false = positive / positive[:, -1:], negative / negative[:, -1:]
+    area = (np.diff(false) * (true[:, 1:] + true[:, :-1]) / 2).sum(1)
+    precision = positive[:, 1:] / np.maximum(positive[:, 1:] + negative[:, 1:], 1)
+    average = (np.diff(true) * precision).sum(1)
+    reached = np.take_along_axis(false, np.argmax(true >= _REACHED, 1)[:, None], 1)[:, 0]
+    figures: Array = np.stack([area, average, reached], 1)
+    return figures
+
+
+def mean_auroc(clean: Array, anomalous: Array, resamples: int = 1000) -> Interval:
+    """The mean area under the characteristic of several kinds of anomalies made of the same images.
+
+    Args:
+        clean: (N,) scores.
+        anomalous: (G, N) scores of what was made of these images, kind by kind.
+        resamples: bootstrap samples of the images, which clean ones and all kinds share.
+    """
+    clean, anomalous = np.nan_to_num(clean, nan=np.inf), np.nan_to_num(anomalous, nan=np.inf)
+    above = (anomalous[:, :, None] > clean).mean(0) + (anomalous[:, :, None] == clean).mean(0) / 2  # (N, N)
+    n = len(clean)
+    weights = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=resamples) / n
+    drawn = ((weights @ above) * weights).sum(1)
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return Interval(100 * float(above.mean()), 100 * float(low), 100 * float(high))

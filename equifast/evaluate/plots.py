@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -13,11 +14,26 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from equifast.evaluate.cost import Cost
+from equifast.evaluate.detection import DetectionReport
 from equifast.evaluate.metrics import Estimate
+from equifast.evaluate.records import CLEAN
 from equifast.evaluate.studies import Sweep
-from equifast.evaluate.study import CLEAN, Evaluation, Report
+from equifast.evaluate.study import Evaluation, Report
 
-__all__ = ["bars", "curves", "front", "panels", "save", "sweep", "write_all"]
+__all__ = [
+    "bars",
+    "characteristics",
+    "corruption_map",
+    "curves",
+    "evasion",
+    "front",
+    "histograms",
+    "overlay",
+    "panels",
+    "save",
+    "sweep",
+    "write_all",
+]
 
 
 def save(figure: Figure, path: Path) -> list[Path]:
@@ -188,3 +204,117 @@ def write_all(
 
 def _file_name(text: str) -> str:
     return "".join(letter if letter.isalnum() else "-" for letter in text)
+
+
+def overlay(image: Tensor, heat: Tensor, most: float | None = None) -> Tensor:
+    """An image in gray with a map of the same size over it, from violet to yellow.
+
+    Args:
+        image: (3, H, W) in [0, 1].
+        heat: (H, W), at least 0.
+        most: what is yellow; the largest value where None.
+
+    Returns:
+        (3, H, W) float32 in [0, 1], on the CPU.
+    """
+    top = float(heat.max()) if most is None else most
+    share = (heat.float().cpu() / max(top, 1e-12)).clamp(0, 1)
+    painted = torch.from_numpy(colormaps["inferno"](share.numpy())[:, :, :3]).permute(2, 0, 1).float()
+    gray = image.float().cpu().mean(0).expand(3, -1, -1)
+    return ((1 - share) * gray + share * (0.3 * gray + 0.7 * painted)).clamp(0, 1)
+
+
+def characteristics(report: DetectionReport) -> Figure:
+    """For each detector the curves of true over false positives, one for each kind that is no mean's member."""
+    from sklearn.metrics import roc_curve
+
+    names = list(report.scores)
+    figure = _figure(3.2 * min(3, len(names)), 3.4 * -(-len(names) // 3))
+    axes = figure.subplots(-(-len(names) // 3), min(3, len(names)), squeeze=False).flat
+    for axis, name in zip(axes, names, strict=False):
+        for kind in report.groups:
+            clean, found = report.scores[name][CLEAN], report.scores[name][kind]
+            truth = np.arange(len(clean) + len(found)) >= len(clean)
+            ranks = np.unique(np.concatenate([clean, found]), return_inverse=True, equal_nan=True)[1]
+            false, true, _ = roc_curve(truth, ranks)
+            axis.plot(100 * false, 100 * true, label=f"{kind} ({report.separations[name][kind].auroc.value:.0f})")
+        axis.axvline(100 * report.rates[name], color="gray", linewidth=0.5)
+        axis.set_title(name, fontsize=9)
+        axis.set_xlabel("clean images flagged, %", fontsize=8)
+        axis.set_ylabel("others flagged, %", fontsize=8)
+        axis.legend(fontsize=6, title="area, %", title_fontsize=6)
+    for axis in list(axes)[len(names) :]:
+        axis.set_axis_off()
+    return figure
+
+
+def histograms(report: DetectionReport) -> Figure:
+    """Scores of clean images and of each kind, for each detector, with its threshold."""
+    names = list(report.scores)
+    figure = _figure(9, 2.2 * len(names))
+    for axis, name in zip(figure.subplots(len(names), 1, squeeze=False).flat, names, strict=True):
+        columns = {kind: np.nan_to_num(scores) for kind, scores in report.scores[name].items()}
+        together = np.concatenate(list(columns.values()))
+        bins = np.linspace(float(together.min()), float(np.quantile(together, 0.98)), 40)
+        for kind, scores in columns.items():
+            filled = kind == CLEAN
+            axis.hist(
+                np.clip(scores, bins[0], bins[-1]),
+                bins,
+                label=kind,
+                histtype="stepfilled" if filled else "step",
+                alpha=0.4 if filled else 1.0,
+                density=True,
+            )
+        axis.axvline(report.thresholds[name], color="black", linewidth=0.8, linestyle="--")
+        axis.set_title(f"{name}: scores; dashed, the threshold", fontsize=9)
+        axis.legend(fontsize=6, ncols=2)
+    return figure
+
+
+def corruption_map(report: DetectionReport, detector: str) -> Figure:
+    """The area under the characteristic of each corruption at each severity."""
+    kinds = [kind.rsplit(" ", 1) for kind in report.groups]
+    rows, columns = list(dict.fromkeys(k[0] for k in kinds)), sorted({k[1] for k in kinds})
+    found = np.full((len(rows), len(columns)), np.nan)
+    for name, severity in kinds:
+        area = report.separations[detector][f"{name} {severity}"].auroc.value
+        found[rows.index(name), columns.index(severity)] = area
+    figure = _figure(5, 0.3 * len(rows) + 1.2)
+    axis = figure.subplots()
+    axis.imshow(found, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
+    for (i, j), value in np.ndenumerate(found):
+        axis.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=7)
+    axis.set_xticks(range(len(columns)), columns)
+    axis.set_yticks(range(len(rows)), rows, fontsize=8)
+    axis.set_xlabel("severity")
+    axis.set_title(f"{detector}: area under the characteristic, %, {report.images} images", fontsize=9)
+    return figure
+
+
+def evasion(report: DetectionReport) -> Figure | None:
+    """What attackers who evade detectors leave of the model, over how many of their images are flagged."""
+    kinds = [kind for kind, group in report.groups.items() if group == "evading"]
+    if not kinds:
+        return None
+    figure = _figure(6, 4.5)
+    axis = figure.subplots()
+    for name in report.scores:
+        points = [(report.flagged(name, kind), report.damage(name, kind)) for kind in kinds]
+        points.sort(key=lambda point: point[0].value)
+        axis.errorbar(
+            [flagged.value for flagged, _ in points],
+            [left.value for _, left in points],
+            xerr=_errors([flagged for flagged, _ in points]),
+            yerr=_errors([left for _, left in points]),
+            marker="o",
+            capsize=2,
+            label=name,
+        )
+    axis.set_xlabel("attacked images that the detector flags, %")
+    axis.set_ylabel(f"what is left of the model, {report.figure}")
+    axis.set_ylim(bottom=0)
+    axis.set_title(f"attackers who evade; {report.images} images, ± standard error by bootstrap", fontsize=9)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
+    return figure

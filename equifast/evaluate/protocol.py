@@ -53,6 +53,15 @@ class Strength:
         chosen = {"eps": self.eps, "step_size": size, "steps": self.steps, "seed": self.seed, "dtype": self.dtype}
         return {**chosen, "targeted": self.targeted, **changed}
 
+    def patient(self, **changed: Any) -> dict[str, Any]:
+        """Of an attack that has a threshold to stay below: more and smaller steps, from the image, the best one kept.
+
+        With the steps of :meth:`settings`, which stand on one side of a threshold or on the other, few get past it.
+        """
+        steps, size = 5 * self.steps, self.settings()["step_size"] / 4
+        found = {"steps": steps, "step_size": size, "start": "origin", "keep": "best", "momentum": 0.75, **changed}
+        return self.settings(**found)
+
     def times(self, radius: float) -> "Strength":
         """The same in a ball of another radius, with steps as much longer."""
         size = None if self.step_size is None else self.step_size * radius
@@ -73,6 +82,11 @@ def _purifier(defended: DefendedModel) -> Purifier | None:
     return purifier if single else None
 
 
+def _detector(defended: DefendedModel) -> Any:
+    """What a defended model suspects images by, where it does not purify all."""
+    return defended.detector if isinstance(defended, Defended) else None
+
+
 def known(strength: Strength) -> dict[str, Attacker]:
     """Attackers by name, all of one strength."""
     s = strength
@@ -91,7 +105,7 @@ def known(strength: Strength) -> dict[str, Attacker]:
         return BPDA(strongest(model), defended)
 
     def trajectory(model: nn.Module, defended: DefendedModel) -> Attacked | None:
-        if _purifier(defended) is None:
+        if _purifier(defended) is None or _detector(defended) is not None:
             return None
         return BPDA(PGD(model, **s.settings()), defended, trajectory=True)
 
@@ -103,13 +117,14 @@ def known(strength: Strength) -> dict[str, Attacker]:
         # with noise the steps before the last draw corners (docs/corner.md)
         start = "corner" if purifier.ascent.noise else purifier.ascent.start
         short.ascent = replace(purifier.ascent, steps=1, start=start, noise=False)
-        return BPDA(PGD(model, **s.settings()), Defended(model, short))
+        return BPDA(PGD(model, **s.settings()), Defended(model, short, detector=_detector(defended)))
 
     def through(model: nn.Module, defended: DefendedModel) -> Defended | None:
         purifier = _purifier(defended)
         if purifier is None:
             return None
-        return Defended(model, purifier, gradient="unrolled", last=min(s.last, purifier.ascent.steps))
+        last = min(s.last, purifier.ascent.steps)
+        return Defended(model, purifier, gradient="unrolled", last=last, detector=_detector(defended))
 
     def unrolled(model: nn.Module, defended: DefendedModel) -> Attacked | None:
         followed = through(model, defended)
@@ -124,6 +139,12 @@ def known(strength: Strength) -> dict[str, Attacker]:
         if purifier is None:
             return None
         return BPDA(attacks.Adaptive(model, purifier, weight=s.weights, **s.settings()), defended)
+
+    def overlooked(model: nn.Module, defended: DefendedModel) -> Attacked | None:
+        detector = _detector(defended)
+        if detector is None or not callable(getattr(detector, "objective", None)):
+            return None
+        return BPDA(attacks.Adaptive(model, detector, weight=s.weights, **s.patient()), defended)
 
     def averaging(model: nn.Module, defended: DefendedModel) -> Attacked:
         return BPDA(PGD(model, **s.settings()), Averaging(model))
@@ -160,6 +181,7 @@ def known(strength: Strength) -> dict[str, Attacker]:
         Attacker("unrolled", unrolled),
         Attacker("unrolled, margin", unrolled_margin),
         Attacker("Adaptive", both),
+        Attacker("Adaptive, evading", overlooked),
         Attacker(f"Square, {s.queries} queries", square),
         *(larger(radius) for radius in RADII),
     ]
@@ -172,8 +194,8 @@ def adaptive(strength: Strength) -> list[Attacker]:
     PGD on the model, whose points every defense is tested on; the attack through averaging over views; BPDA that knows
     the defender's draw; BPDA with another draw at each step, with expectation, on the margin, and along the
     trajectory; through a purifier of one step, transferred; unrolled through the last steps, on cross-entropy and on
-    the margin; the paper's adaptive attack; and random search. Then BPDA at other radii: in larger balls it is no part
-    of the worst case, and must leave nothing in the end.
+    the margin; the paper's adaptive attack; the same evading the detector, where there is one; and random search. Then
+    BPDA at other radii: in larger balls it is no part of the worst case, and must leave nothing in the end.
     """
     everyone = known(strength)
     names = (
@@ -184,6 +206,7 @@ def adaptive(strength: Strength) -> list[Attacker]:
             "unrolled",
             "unrolled, margin",
             "Adaptive",
+            "Adaptive, evading",
             f"Square, {strength.queries} queries",
         ),
         *(f"BPDA, radius x {radius:g}" for radius in RADII),

@@ -2,13 +2,11 @@
 
 import functools
 import hashlib
-import json
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +18,20 @@ from equifast import __version__, _checks, ops, rng
 from equifast._fingerprint import fingerprint
 from equifast.attacks import BPDA, Attack
 from equifast.detectors import Detector
-from equifast.evaluate.metrics import Estimate, accuracy, average, confusion, difference, mean_iou
+from equifast.evaluate.metrics import Estimate, accuracy, average, difference, mean_iou
+from equifast.evaluate.records import (
+    CLEAN,
+    Advance,
+    Clock,
+    Image,
+    Records,
+    as_aimed,
+    as_array,
+    batches,
+    item,
+    judged,
+    list_images,
+)
 from equifast.evaluate.worst import worst_accuracy, worst_iou
 from equifast.features import evaluating, output
 from equifast.purifier import Defended, DefendedModel, Purifier
@@ -30,10 +41,6 @@ __all__ = ["Attacker", "Evaluation", "Report"]
 Array = NDArray[Any]
 Attacked = Callable[..., Tensor]
 """``(x, y, ids, progress=...) -> x``, as attacks are."""
-Advance = Callable[[str, float, float], object]
-"""Called as ``(what, done, total)``: what is under way, and seconds of work, of which the total is an estimate."""
-
-CLEAN = "clean"
 
 
 @dataclass(frozen=True)
@@ -97,42 +104,6 @@ def _attributes(thing: object, skip: Sequence[str] = ()) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class _Image:
-    key: str  # of the image and its label, whatever its place in the data
-    id: int
-    index: int
-    shape: tuple[int, ...]
-
-
-def _images(data: Dataset[Any]) -> list[_Image]:
-    """The images of a data set in an order of their own: that of the digests of image and label."""
-    found, seen = [], dict[str, int]()
-    for index in range(len(cast(Sized, data))):
-        x, y = _item(data, index)
-        digest = hashlib.sha256()
-        for tensor in (x, y):
-            digest.update(repr((tuple(tensor.shape), tensor.dtype)).encode())
-            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        key = digest.hexdigest()[:16]
-        again = seen[key] = seen.get(key, -1) + 1
-        found.append(_Image(key if not again else f"{key}-{again}", int(key[:15], 16), index, tuple(x.shape)))
-    if not found:
-        raise ValueError("data has no images; there must be at least one")
-    return sorted(found, key=lambda image: image.key)
-
-
-def _item(data: Dataset[Any], index: int) -> tuple[Tensor, Tensor]:
-    x, y = data[index][:2]
-    y = torch.as_tensor(y)
-    if not isinstance(x, Tensor) or x.dim() != 3 or not x.is_floating_point():
-        got = f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"data has an image that is {got}; it must be (3, H, W), floating point, in [0, 1]")
-    if y.dtype != torch.int64 or y.dim() not in (0, 2):
-        raise ValueError(f"data has a label {tuple(y.shape)} of {y.dtype}; it must be a number or (H, W), int64")
-    return x, y
-
-
 class Evaluation:
     """Every attacker against every defense, on every image; each result is recorded once, and whole.
 
@@ -187,7 +158,7 @@ class Evaluation:
         self.votes = _checks.integer("votes", votes, 0, 1000)
         self.batch = _checks.integer("batch", batch, 1, 2**31)
         self.ignore_index = ignore_index
-        self.images = _images(data)
+        self.images = list_images(data)
         # a model without parameters is where the images are
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._arguments = {
@@ -202,7 +173,7 @@ class Evaluation:
             "score": describe(score),
             "ignore_index": ignore_index,
         }
-        self._dense = _item(data, 0)[1].dim() == 2
+        self._dense = item(data, 0)[1].dim() == 2
 
     def run(self, folder: str | Path, progress: Advance | None = None) -> "Report":
         """Compute what the folder lacks, and the table of all.
@@ -218,10 +189,10 @@ class Evaluation:
         """
         folder = Path(folder)
         cells = self._cells()
-        with _Records(folder, self._manifest(cells)) as records:
+        with Records(folder, self._manifest(cells)) as records:
             missing = self._missing(cells, records)
-            clock = _Clock(missing, progress)
-            for batch in self._batches():
+            clock = Clock(missing, progress)
+            for batch in batches(self.images, self.batch):
                 self._run(batch, cells, records, clock)
             return Report(self, cells, records.results)
 
@@ -234,7 +205,7 @@ class Evaluation:
             defense, attack: names.
         """
         image, defended = self.images[place], self.defenses[defense]
-        x, y = (part[None].to(self._device) for part in _item(self.data, image.index))
+        x, y = (part[None].to(self._device) for part in item(self.data, image.index))
         ids = torch.tensor([image.id], device=self._device)
         made = self._cells()[defense, attack]
         attacked = x if made is None else self._attack(made, x, y, ids)[0]
@@ -262,24 +233,15 @@ class Evaluation:
             "attackers": made,
         }
 
-    def _batches(self) -> Iterator[list[_Image]]:
-        batch: list[_Image] = []
-        for image in sorted(self.images, key=lambda image: image.shape):
-            if batch and (len(batch) == self.batch or batch[0].shape != image.shape):
-                yield batch
-                batch = []
-            batch.append(image)
-        yield batch
-
-    def _missing(self, cells: Mapping[tuple[str, str], object], records: "_Records") -> dict[tuple[str, str], int]:
+    def _missing(self, cells: Mapping[tuple[str, str], object], records: "Records") -> dict[tuple[str, str], int]:
         return {cell: sum((image.key, *cell) not in records.results for image in self.images) for cell in cells}
 
     def _run(
         self,
-        batch: list[_Image],
+        batch: list[Image],
         cells: Mapping[tuple[str, str], Attacked | None],
-        records: "_Records",
-        clock: "_Clock",
+        records: "Records",
+        clock: "Clock",
     ) -> None:
         shared = {attacker.name for attacker in self.attackers if not attacker.knows}
         radius = {attacker.name: attacker.radius for attacker in self.attackers}
@@ -289,7 +251,7 @@ class Evaluation:
             left = [image for image in batch if (image.key, name, attack_name) not in records.results]
             if not left:
                 continue
-            items = [_item(self.data, image.index) for image in left]
+            items = [item(self.data, image.index) for image in left]
             x, y = (torch.stack(parts).to(self._device) for parts in zip(*items, strict=True))
             ids = torch.tensor([image.id for image in left], device=self._device)
             started, spent = time.perf_counter(), 0.0
@@ -309,7 +271,7 @@ class Evaluation:
             begun = time.perf_counter()
             logits = self._logits(self.defenses[name], x, y, ids)
             seconds = time.perf_counter() - begun
-            results = self._judge(logits.argmax(1), y, logits.shape[1])
+            results = judged(logits.argmax(1), y, logits.shape[1], self.ignore_index)
             if attack is None:
                 for note, chances in zip(seen, _probabilities(logits), strict=True):
                     note["probabilities"] = chances
@@ -320,7 +282,7 @@ class Evaluation:
                     note["similarity"] = similarity
             if self.votes:
                 winners = self._vote(self.defenses[name], x, y, ids, logits)
-                for note, vote in zip(seen, self._judge(winners, y, logits.shape[1]), strict=True):
+                for note, vote in zip(seen, judged(winners, y, logits.shape[1], self.ignore_index), strict=True):
                     note["vote"] = vote
             records.add(
                 {
@@ -395,15 +357,6 @@ class Evaluation:
             votes.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=votes.dtype))
         return votes.argmax(1)
 
-    def _judge(self, prediction: Tensor, y: Tensor, classes: int) -> list[Any]:
-        if y.dim() == 1:
-            return [{"label": int(a), "predicted": int(b)} for a, b in zip(y, prediction, strict=True)]
-        matrices = confusion(prediction, y, classes, self.ignore_index)
-        return [
-            {"classes": classes, "pixels": [[int(i), int(j), int(m[i, j])] for i, j in np.argwhere(m)]}
-            for m in matrices
-        ]
-
 
 def _probabilities(logits: Tensor) -> list[bool]:
     """Of each image, whether what a model gives are probabilities and no logits: in [0, 1], with a sum of 1."""
@@ -412,93 +365,6 @@ def _probabilities(logits: Tensor) -> list[bool]:
     flat = logits.detach().float().flatten(2) if logits.dim() > 2 else logits.detach().float()[:, :, None]
     inside = ((flat >= 0) & (flat <= 1)).flatten(1).all(1)
     return (inside & ((flat.sum(1) - 1).abs() < 1e-3).flatten(1).all(1)).tolist()
-
-
-class _Clock:
-    """Tells how long the rest takes, from what each cell took so far; one not yet seen costs as the mean of others."""
-
-    def __init__(self, missing: dict[tuple[str, str], int], progress: Advance | None) -> None:
-        self._missing, self._progress = dict(missing), progress
-        self._spent: dict[tuple[str, str], tuple[float, int]] = {}
-
-    def done(self, cell: tuple[str, str], images: int, seconds: float) -> None:
-        before, count = self._spent.get(cell, (0.0, 0))
-        self._spent[cell] = before + seconds, count + images
-        self._missing[cell] -= images
-        if self._progress is None:
-            return
-        spent = sum(seconds for seconds, _ in self._spent.values())
-        each = {c: seconds / count for c, (seconds, count) in self._spent.items()}
-        unknown = sum(each.values()) / len(each)
-        rest = sum(each.get(c, unknown) * count for c, count in self._missing.items())
-        self._progress(" / ".join(cell), spent, spent + rest)
-
-
-class _Records:
-    """``study.json``, what is evaluated, and ``records.jsonl``, a line for each image and cell that is done."""
-
-    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
-        self._manifest = json.loads(json.dumps(manifest))
-        folder.mkdir(parents=True, exist_ok=True)
-        self._folder, self._path = folder, folder / "records.jsonl"
-        self.results: dict[tuple[str, str, str], dict[str, Any]] = {}
-        self._compare()
-        whole, torn = b"", False
-        if self._path.exists():
-            content = self._path.read_bytes()
-            end = content.rfind(b"\n") + 1
-            whole, torn = content[:end], end < len(content)
-        for text in whole.splitlines():
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError:
-                raise ValueError(
-                    f"{self._path} has a line that equifast did not write; choose another folder"
-                ) from None
-            self.results.setdefault((line["image"], line["defense"], line["attack"]), line)
-        if torn:  # half a line, of a run that was killed while writing it
-            part = self._path.with_suffix(".partial")
-            part.write_bytes(whole)
-            part.replace(self._path)
-
-    def _compare(self) -> None:
-        """Refuses a folder of other data or settings; more attackers and defenses may come."""
-        path = self._folder / "study.json"
-        now = self._manifest
-        if path.exists():
-            was = json.loads(path.read_text())
-            changed = [key for key in now if key not in ("attackers", "defenses") and was.get(key) != now[key]]
-            for kind in ("attackers", "defenses"):
-                changed += [
-                    f"{kind[:-1]} {name}"
-                    for name, settings in now[kind].items()
-                    if name in was[kind] and was[kind][name] != settings
-                ]
-                now[kind] = {**was[kind], **now[kind]}
-            if changed:
-                raise ValueError(f"{self._folder} holds results of another {', '.join(changed)}; choose another folder")
-        elif self._path.exists():
-            raise ValueError(f"{self._folder} has records and no study.json; choose another folder")
-        part = path.with_suffix(".partial")
-        part.write_text(json.dumps(now, indent=2) + "\n")
-        part.replace(path)
-
-    def __enter__(self) -> "_Records":
-        self._file = self._path.open("ab", buffering=0)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def add(self, lines: Iterator[dict[str, Any]]) -> None:
-        found = list(lines)
-        content = "".join(json.dumps(line) + "\n" for line in found).encode()
-        written = self._file.write(content)  # one append
-        if written != len(content):
-            raise OSError(f"{self._path} took {written} of {len(content)} bytes: the disk is full")
-        os.fsync(self._file.fileno())
-        for line in found:
-            self.results[line["image"], line["defense"], line["attack"]] = line
 
 
 class Report:
@@ -533,11 +399,11 @@ class Report:
         for defense, attack in cells:
             lines = [records[image.key, defense, attack] for image in evaluation.images]
             results = [line["result"] for line in lines]
-            self.results.setdefault(defense, {})[attack] = np.stack([_array(result) for result in results])
+            self.results.setdefault(defense, {})[attack] = np.stack([as_array(result) for result in results])
             if self.votes:
-                self.voted.setdefault(defense, {})[attack] = np.stack([_array(line["vote"]) for line in lines])
+                self.voted.setdefault(defense, {})[attack] = np.stack([as_array(line["vote"]) for line in lines])
             if self.target is not None:
-                aimed = [_aimed(result, self.target) for result in results]
+                aimed = [as_aimed(result, self.target) for result in results]
                 self.aimed.setdefault(defense, {})[attack] = np.stack(aimed)
             if all("losses" in line for line in lines):
                 self.losses.setdefault(defense, {})[attack] = np.array([line["losses"] for line in lines])
@@ -698,22 +564,3 @@ def _per_class(results: Array) -> dict[str, Any]:
         "mean accuracy": float(np.mean(recall)) if recall else None,
         "IoU": [100 * float(h / u) if u else None for h, u in zip(hit, union, strict=True)],
     }
-
-
-def _array(result: Mapping[str, Any]) -> Array:
-    if "label" in result:
-        return np.asarray(result["label"] == result["predicted"])
-    matrix = np.zeros((result["classes"], result["classes"]), np.int64)
-    for i, j, count in result["pixels"]:
-        matrix[i, j] = count
-    return matrix
-
-
-def _aimed(result: Mapping[str, Any], target: int) -> Array:
-    """The same with the target in place of every true label."""
-    if "label" in result:
-        return np.asarray(result["predicted"] == target)
-    matrix = np.zeros((result["classes"], result["classes"]), np.int64)
-    for _, j, count in result["pixels"]:
-        matrix[target, j] += count
-    return matrix

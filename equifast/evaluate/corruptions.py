@@ -1,0 +1,98 @@
+"""The fifteen common corruptions of Hendrycks and Dietterich (2019), by the package ``imagecorruptions-imaug``."""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from equifast import _checks
+
+__all__ = ["CORRUPTIONS", "SEVERITIES", "corrupt"]
+
+CORRUPTIONS = (
+    *("gaussian_noise", "shot_noise", "impulse_noise"),
+    *("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
+    *("snow", "frost", "fog", "brightness"),
+    *("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
+)
+"""Noise, blur, weather and digital, in the order of the paper's tables."""
+
+SEVERITIES = (1, 2, 3, 4, 5)
+
+_LEAST = 32
+_LOCK = threading.Lock()
+
+
+def _library() -> ModuleType:
+    try:
+        import imagecorruptions
+    except ImportError as error:
+        raise RuntimeError(
+            f"corruptions need imagecorruptions-imaug, which cannot be imported ({error}); "
+            "pip install 'equifast[corruptions]'"
+        ) from None
+    module: ModuleType = imagecorruptions
+    return module
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """NumPy's global state, and generators that are asked for without a seed, as the library uses both."""
+    made = np.random.default_rng
+
+    def default_rng(given: Any = None) -> np.random.Generator:
+        return made(seed if given is None else given)
+
+    with _LOCK:
+        before = np.random.get_state()  # noqa: NPY002
+        np.random.seed(seed)  # noqa: NPY002
+        try:
+            with mock.patch.object(np.random, "default_rng", default_rng):
+                yield
+        finally:
+            np.random.set_state(before)  # noqa: NPY002
+
+
+def corrupt(x: Tensor, name: str, severity: int, ids: Tensor | None = None, seed: int = 0) -> Tensor:
+    """Corrupt a batch, as uint8 images as the published data sets are.
+
+    Args:
+        x: (N, 3, H, W), floating point, in [0, 1], sides of at least 32.
+        name: one of :data:`CORRUPTIONS`.
+        severity: 1 to 5.
+        ids: (N,) int64: which random numbers each image gets; all 0 where None.
+        seed: 0..2**32-1.
+
+    Returns:
+        (N, 3, H, W) in the dtype of ``x``, multiples of 1/255. An image's result does not depend on the rest of the
+        batch, nor on NumPy's global state, which stays as it was.
+
+    Raises:
+        ValueError: for a name or severity that there is none of, or images that are too small.
+        RuntimeError: if the package is not there.
+    """
+    _checks.choice("name", name, CORRUPTIONS)
+    _checks.integer("severity", severity, 1, 5)
+    _checks.integer("seed", seed, 0, 2**32 - 1)
+    x = _checks.images("x", x, channels=3)
+    numbers = _checks.ids(ids, len(x), x.device)
+    if len(x) and min(x.shape[2:]) < _LEAST:
+        raise ValueError(f"x has shape {_checks.shape(x)}; corruptions take sides of at least {_LEAST}")
+    library = _library()
+    pixels = (255 * x.detach().float()).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy(force=True)
+    place = CORRUPTIONS.index(name)
+    parts = []
+    for image, number in zip(pixels, numbers.tolist(), strict=True):
+        entropy = np.random.SeedSequence([seed, number % 2**64, place, severity])
+        with _seeded(int(entropy.generate_state(1)[0])):
+            parts.append(library.corrupt(image, corruption_name=name, severity=severity))
+    if not parts:
+        return x.detach().clone()
+    found = torch.from_numpy(np.stack(parts)).to(x.device, x.dtype)
+    return (found / 255).permute(0, 3, 1, 2).contiguous()

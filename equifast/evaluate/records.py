@@ -1,0 +1,200 @@
+"""What evaluations keep: a line for each image and cell, written at once, in an order that the data decide."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from equifast.evaluate.metrics import confusion
+
+__all__ = [
+    "CLEAN",
+    "Advance",
+    "Clock",
+    "Image",
+    "Records",
+    "as_aimed",
+    "as_array",
+    "batches",
+    "item",
+    "judged",
+    "list_images",
+]
+
+Array = NDArray[Any]
+Advance = Callable[[str, float, float], object]
+"""Called as ``(what, done, total)``: what is under way, and seconds of work, of which the total is an estimate."""
+
+CLEAN = "clean"
+
+
+@dataclass(frozen=True)
+class Image:
+    key: str  # of the image and its label, whatever its place in the data
+    id: int
+    index: int
+    shape: tuple[int, ...]
+
+
+def list_images(data: Dataset[Any]) -> list[Image]:
+    """The images of a data set in an order of their own: that of the digests of image and label."""
+    found, seen = [], dict[str, int]()
+    for index in range(len(cast(Sized, data))):
+        x, y = item(data, index)
+        digest = hashlib.sha256()
+        for tensor in (x, y):
+            digest.update(repr((tuple(tensor.shape), tensor.dtype)).encode())
+            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        key = digest.hexdigest()[:16]
+        again = seen[key] = seen.get(key, -1) + 1
+        found.append(Image(key if not again else f"{key}-{again}", int(key[:15], 16), index, tuple(x.shape)))
+    if not found:
+        raise ValueError("data has no images; there must be at least one")
+    return sorted(found, key=lambda image: image.key)
+
+
+def item(data: Dataset[Any], index: int) -> tuple[Tensor, Tensor]:
+    x, y = data[index][:2]
+    y = torch.as_tensor(y)
+    if not isinstance(x, Tensor) or x.dim() != 3 or not x.is_floating_point():
+        got = f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"data has an image that is {got}; it must be (3, H, W), floating point, in [0, 1]")
+    if y.dtype != torch.int64 or y.dim() not in (0, 2):
+        raise ValueError(f"data has a label {tuple(y.shape)} of {y.dtype}; it must be a number or (H, W), int64")
+    return x, y
+
+
+def batches(images: Sequence[Image], count: int) -> Iterator[list[Image]]:
+    """Images of one shape at a time, at most so many."""
+    batch: list[Image] = []
+    for image in sorted(images, key=lambda image: image.shape):
+        if batch and (len(batch) == count or batch[0].shape != image.shape):
+            yield batch
+            batch = []
+        batch.append(image)
+    yield batch
+
+
+def judged(prediction: Tensor, y: Tensor, classes: int, ignore_index: int = 255) -> list[Any]:
+    """What is recorded of the predictions for each image: its label, or the pixels of its confusion matrix."""
+    if y.dim() == 1:
+        return [{"label": int(a), "predicted": int(b)} for a, b in zip(y, prediction, strict=True)]
+    matrices = confusion(prediction, y, classes, ignore_index)
+    return [
+        {"classes": classes, "pixels": [[int(i), int(j), int(m[i, j])] for i, j in np.argwhere(m)]} for m in matrices
+    ]
+
+
+class Clock:
+    """Tells how long the rest takes, from what each cell took so far; one not yet seen costs as the mean of others."""
+
+    def __init__(self, missing: dict[tuple[str, str], int], progress: Advance | None) -> None:
+        self._missing, self._progress = dict(missing), progress
+        self._spent: dict[tuple[str, str], tuple[float, int]] = {}
+
+    def done(self, cell: tuple[str, str], images: int, seconds: float) -> None:
+        before, count = self._spent.get(cell, (0.0, 0))
+        self._spent[cell] = before + seconds, count + images
+        self._missing[cell] -= images
+        if self._progress is None:
+            return
+        spent = sum(seconds for seconds, _ in self._spent.values())
+        each = {c: seconds / count for c, (seconds, count) in self._spent.items()}
+        unknown = sum(each.values()) / len(each)
+        rest = sum(each.get(c, unknown) * count for c, count in self._missing.items())
+        self._progress(" / ".join(cell), spent, spent + rest)
+
+
+class Records:
+    """``study.json``, what is evaluated, and ``records.jsonl``, a line for each image and cell that is done."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self._manifest = json.loads(json.dumps(manifest))
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._path = folder, folder / "records.jsonl"
+        self.results: dict[tuple[str, str, str], dict[str, Any]] = {}
+        self._compare()
+        whole, torn = b"", False
+        if self._path.exists():
+            content = self._path.read_bytes()
+            end = content.rfind(b"\n") + 1
+            whole, torn = content[:end], end < len(content)
+        for text in whole.splitlines():
+            try:
+                line = json.loads(text)
+            except json.JSONDecodeError:
+                raise ValueError(
+                    f"{self._path} has a line that equifast did not write; choose another folder"
+                ) from None
+            self.results.setdefault((line["image"], line["defense"], line["attack"]), line)
+        if torn:  # half a line, of a run that was killed while writing it
+            part = self._path.with_suffix(".partial")
+            part.write_bytes(whole)
+            part.replace(self._path)
+
+    def _compare(self) -> None:
+        """Refuses a folder of other data or settings; more attackers and defenses may come."""
+        path = self._folder / "study.json"
+        now = self._manifest
+        if path.exists():
+            was = json.loads(path.read_text())
+            changed = [key for key in now if key not in ("attackers", "defenses") and was.get(key) != now[key]]
+            for kind in ("attackers", "defenses"):
+                changed += [
+                    f"{kind[:-1]} {name}"
+                    for name, settings in now[kind].items()
+                    if name in was[kind] and was[kind][name] != settings
+                ]
+                now[kind] = {**was[kind], **now[kind]}
+            if changed:
+                raise ValueError(f"{self._folder} holds results of another {', '.join(changed)}; choose another folder")
+        elif self._path.exists():
+            raise ValueError(f"{self._folder} has records and no study.json; choose another folder")
+        part = path.with_suffix(".partial")
+        part.write_text(json.dumps(now, indent=2) + "\n")
+        part.replace(path)
+
+    def __enter__(self) -> "Records":
+        self._file = self._path.open("ab", buffering=0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def add(self, lines: Iterator[dict[str, Any]]) -> None:
+        found = list(lines)
+        content = "".join(json.dumps(line) + "\n" for line in found).encode()
+        written = self._file.write(content)  # one append
+        if written != len(content):
+            raise OSError(f"{self._path} took {written} of {len(content)} bytes: the disk is full")
+        os.fsync(self._file.fileno())
+        for line in found:
+            self.results[line["image"], line["defense"], line["attack"]] = line
+
+
+def as_array(result: Mapping[str, Any]) -> Array:
+    if "label" in result:
+        return np.asarray(result["label"] == result["predicted"])
+    matrix = np.zeros((result["classes"], result["classes"]), np.int64)
+    for i, j, count in result["pixels"]:
+        matrix[i, j] = count
+    return matrix
+
+
+def as_aimed(result: Mapping[str, Any], target: int) -> Array:
+    """The same with the target in place of every true label."""
+    if "label" in result:
+        return np.asarray(result["predicted"] == target)
+    matrix = np.zeros((result["classes"], result["classes"]), np.int64)
+    for _, j, count in result["pixels"]:
+        matrix[target, j] += count
+    return matrix

@@ -1,0 +1,372 @@
+"""Detectors against anomalies: figures, what is recorded, corruptions, and the commands."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import cases
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn import metrics
+from torch import Tensor
+from torch.utils.data import Dataset, TensorDataset
+from typer.testing import CliRunner
+
+from equifast import Defended, Purifier, attacks, views
+from equifast.cli import app
+from equifast.detectors import Deviation, OutputVariance, Similarity
+from equifast.evaluate import CORRUPTIONS, Detection, Strength, corrupt, known, mean_iou, plots, separation
+from equifast.evaluate.detection import STUDIES, Anomaly, attacked, corrupted, evading, foreign, noise
+from equifast.evaluate.metrics import _separations, mean_auroc
+from equifast.models import write_image
+
+MODEL = cases.dense().eval()
+
+
+def images(n: int, seed: int = 0) -> Tensor:
+    """Smooth ones, unlike noise."""
+    coarse = torch.rand(n, 3, 4, 5, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.interpolate(coarse, (32, 40), mode="bicubic").clamp(0, 1)
+
+
+def scenes(n: int = 6, seed: int = 0) -> TensorDataset:
+    x = images(n, seed)
+    with torch.no_grad():
+        return TensorDataset(x, MODEL(x).argmax(1))
+
+
+def detectors() -> dict[str, Any]:
+    made = {
+        "similarity": Similarity(Purifier(MODEL, views=[views.Flip()])),
+        "variance": OutputVariance(MODEL),
+        "deviation": Deviation(MODEL),
+    }
+    return {name: detector.fit(images(40, seed=9).split(8)) for name, detector in made.items()}
+
+
+STRENGTH = Strength(eps=8 / 255, steps=2, seed=1, dtype="float32")
+
+
+def test_separation_is_that_of_scikit_learn() -> None:
+    generator = np.random.default_rng(0)
+    for shift, digits in ((0.0, 6), (1.0, 6), (1.0, 0), (9.0, 6)):
+        clean = generator.normal(size=37).round(digits)
+        other = generator.normal(shift, size=23).round(digits)
+        found = separation(clean, other)
+        truth, scores = np.arange(60) >= 37, np.concatenate([clean, other])
+        false, true, _ = metrics.roc_curve(truth, scores)
+        assert found.auroc.value == pytest.approx(100 * metrics.roc_auc_score(truth, scores))
+        assert found.aupr.value == pytest.approx(100 * metrics.average_precision_score(truth, scores))
+        assert found.fpr95.value == pytest.approx(100 * min(false[true >= 0.95]))
+        for interval in (found.auroc, found.aupr, found.fpr95):
+            assert interval.low - 1e-9 <= interval.value <= interval.high + 1e-9
+        # a sample of the bootstrap: scores that occur as often as a weight says
+        ranks = np.unique(scores, return_inverse=True)[1]
+        weights = generator.multinomial(60, np.full(60, 1 / 60), size=5)
+        for weight, figures in zip(weights, _separations(ranks, truth, weights), strict=True):
+            false, true, _ = metrics.roc_curve(truth, scores, sample_weight=weight, drop_intermediate=False)
+            assert figures[0] == pytest.approx(metrics.auc(false, true))
+            assert figures[1] == pytest.approx(metrics.average_precision_score(truth, scores, sample_weight=weight))
+            assert figures[2] == pytest.approx(min(false[true >= 0.95 - 1e-9]))
+        assert mean_auroc(clean[:23], np.stack([other, other])).value == pytest.approx(
+            100 * metrics.roc_auc_score(truth[14:], np.concatenate([clean[:23], other]))
+        )
+    nan = separation(np.array([0.0, 1.0]), np.array([np.nan, 2.0]))
+    assert nan.auroc.value == 100
+    assert str(nan.auroc) == "100.0 (100.0-100.0)"
+    kinds = np.stack([np.arange(10.0), np.arange(10.0) + 20])
+    assert mean_auroc(np.arange(10.0), kinds).value == pytest.approx(75)
+
+
+def test_intervals_cover() -> None:
+    """The truth lies inside about as often as they say."""
+    generator, truth, inside = np.random.default_rng(0), 0.76025, 0  # of normal scores one apart
+    for _ in range(200):
+        found = separation(generator.normal(size=40), generator.normal(1, size=40), resamples=200).auroc
+        inside += found.low <= 100 * truth <= found.high
+    assert 0.88 <= inside / 200 <= 0.99
+
+
+def test_a_study_records_what_detectors_say(tmp_path: Path) -> None:
+    data, made = scenes(), detectors()
+    kinds = [attacked(STRENGTH), attacked(STRENGTH, Purifier(MODEL, steps=1)), noise(), evading(STRENGTH, 0.1)]
+    study = Detection(MODEL, data, made, kinds, batch=4)
+    told: list[str] = []
+    report = study.run(tmp_path / "a", lambda what, done, total: told.append(what))
+    assert told
+    order = [image.index for image in study.images]
+    x, y = data.tensors[0][order], data.tensors[1][order]
+    ids = torch.tensor([image.id for image in study.images])
+    pgd = attacks.PGD(MODEL, **STRENGTH.settings())(x, y, ids)
+    for name, detector in made.items():
+        for kind, changed in (("clean", x), ("PGD 8/255", pgd)):
+            assert report.scores[name][kind] == pytest.approx(detector.score(changed, ids).numpy())
+            flagged = detector.predict(changed, ids).float().mean()
+            assert report.flagged(name, kind).value == pytest.approx(100 * float(flagged))
+            with torch.no_grad():
+                judged = MODEL(changed).argmax(1)
+            assert report.damage(name, kind).value == pytest.approx(
+                mean_iou(np.stack([np.histogramdd((a.numpy().ravel(), b.numpy().ravel()), [np.arange(6)] * 2)[0]
+                                   for a, b in zip(y, judged, strict=True)]), 2).value
+            )  # fmt: skip
+    assert report.damage("deviation", "clean").value == 100
+    # who evades is another for every detector
+    assert not np.array_equal(*(report.scores["variance"][k] for k in ("PGD 8/255", "evading 8/255, weight 0.1")))
+    document = json.loads(json.dumps(report.document()))
+    assert set(document["rows"]["deviation"]) == {"clean", *(kind.name for kind in kinds)}
+    assert document["rows"]["deviation"]["PGD 8/255"]["auroc"].keys() == {"value", "low", "high"}
+    for figure in (plots.characteristics(report), plots.histograms(report), plots.evasion(report)):
+        assert figure is not None
+
+    # killed in between, and in other batches: the same records
+    lines = (tmp_path / "a" / "records.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "study.json").write_text((tmp_path / "a" / "study.json").read_text())
+    (tmp_path / "b" / "records.jsonl").write_text("".join(lines[: len(lines) // 2]) + lines[-1][:20])
+    again = Detection(MODEL, data, made, kinds, batch=3).run(tmp_path / "b")
+    for name, row in report.scores.items():
+        for kind, scores in row.items():
+            assert np.array_equal(again.scores[name][kind], scores)
+    for changed in ({"data": scenes(5)}, {"detectors": {"variance": OutputVariance(MODEL, seed=1).fit([images(40)])}}):
+        other: dict[str, Any] = {"model": MODEL, "data": data, "detectors": made, "anomalies": kinds, **changed}
+        with pytest.raises(ValueError, match=r"holds results of another (data|defense variance); choose another"):
+            Detection(**other).run(tmp_path / "a")
+
+
+def test_what_a_study_refuses(tmp_path: Path) -> None:
+    data, made = scenes(2), detectors()
+    with pytest.raises(ValueError, match="names must differ"):
+        Detection(MODEL, data, made, [noise(), noise(1)])
+    with pytest.raises(ValueError, match="detectors is empty"):
+        Detection(MODEL, data, {}, [noise()])
+    with pytest.raises(RuntimeError, match="has no threshold yet"):
+        Detection(MODEL, data, {"variance": OutputVariance(MODEL)}, [noise()])
+    few = foreign("few", TensorDataset(images(1), torch.zeros(1, dtype=torch.int64)))
+    with pytest.raises(ValueError, match="few has 1 images; there must be as many as clean ones"):
+        Detection(MODEL, data, made, [few]).run(tmp_path / "few")
+    shrunk = Anomaly("shrunk", lambda model, detector: lambda x, y, ids, places: x[:, :, ::2])
+    with pytest.raises(ValueError, match=r"the model gives logits .* for labels"):
+        Detection(MODEL, data, made, [shrunk]).run(tmp_path / "shrunk")
+
+
+def test_foreign_images_take_the_size_of_those_in_their_place(tmp_path: Path) -> None:
+    x = torch.rand(3, 3, 8, 9, generator=torch.Generator().manual_seed(0))
+    made = foreign("others", TensorDataset(x, torch.zeros(3, dtype=torch.int64))).make(MODEL, None)  # type: ignore[arg-type]
+    found = made(images(2), torch.zeros(2, 32, 40), torch.arange(2), [2, 0])
+    assert found.shape == (2, 3, 32, 40)
+    expected = torch.nn.functional.interpolate(x[[2, 0]], (32, 40), mode="bilinear")
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_corruptions(name: str) -> None:
+    x, ids = images(3), torch.tensor([5, -(2**62), 7])
+    state = np.random.get_state()[1].copy()  # noqa: NPY002
+    found = {severity: corrupt(x, name, severity, ids) for severity in (1, 5)}
+    assert np.array_equal(np.random.get_state()[1], state)  # noqa: NPY002
+    for severity, changed in found.items():
+        assert changed.shape == x.shape
+        assert changed.dtype == x.dtype
+        assert 0 <= float(changed.min()) <= float(changed.max()) <= 1
+        assert torch.equal(corrupt(x[1:2], name, severity, ids[1:2]), changed[1:2])
+    random = not torch.equal(corrupt(x, name, 5, ids, seed=1), found[5])
+    fixed = {"defocus_blur", "zoom_blur", "brightness", "contrast", "pixelate", "jpeg_compression"}
+    assert random == (name not in fixed)
+    assert corrupt(x[:0], name, 1).shape == (0, 3, 32, 40)
+    if name not in {"frost", "snow", "glass_blur", "elastic_transform"}:  # of which severities differ in kind
+        distances = [float((changed - x).abs().mean()) for changed in found.values()]
+        assert distances[0] < distances[1]
+
+
+def test_a_corruption_is_the_published_one() -> None:
+    """Gaussian noise and contrast by their definitions, at the published strengths."""
+    x = torch.full((1, 3, 64, 64), 0.5)
+    for severity, deviation in enumerate((0.08, 0.12, 0.18, 0.26, 0.38), 1):
+        spread = float((corrupt(x, "gaussian_noise", severity) - 0.5).std())
+        inside = deviation if severity < 4 else None  # beyond, clamping takes some
+        assert inside is None or spread == pytest.approx(inside, rel=0.03)
+    pattern = images(1)
+    for severity, factor in enumerate((0.4, 0.3, 0.2, 0.1, 0.05), 1):
+        mean = pattern.mean((2, 3), keepdim=True)
+        expected = mean + factor * (pattern - mean)
+        assert float((corrupt(pattern, "contrast", severity) - expected).abs().max()) < 1.5 / 255
+
+
+def test_what_corruptions_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = images(1)
+    for arguments, sentence in (
+        ((x, "rain", 1), "name is 'rain'; it must be one of"),
+        ((x, "fog", 6), "severity is 6"),
+        ((x[:, :, :31], "fog", 1), "corruptions take sides of at least 32"),
+        ((x * 2, "fog", 1), "x has values"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            corrupt(*arguments)  # type: ignore[arg-type]
+    monkeypatch.setitem(__import__("sys").modules, "imagecorruptions", None)
+    with pytest.raises(RuntimeError, match=r"corruptions need imagecorruptions-imaug, .* pip install"):
+        corrupt(x, "fog", 1)
+
+
+def test_studies() -> None:
+    others: dict[str, Dataset[Any]] = {"others": scenes(2)}
+    names = {study: [a.name for a in make(STRENGTH, Purifier(MODEL), others)] for study, make in STUDIES.items()}
+    assert len(names["corruptions"]) == 75
+    assert names["ood"] == ["others", "uniform noise"]
+    assert names["detection"][:4] == ["PGD 2/255", "PGD 4/255", "PGD 8/255", "PGD 8/255, purified"]
+    assert corrupted("fog", 3).group == "severity 3"
+
+
+def test_the_protocol_against_a_model_that_purifies_what_it_suspects() -> None:
+    detector = Deviation(MODEL).fit(images(40, seed=9).split(8))
+    guarded = Defended(MODEL, Purifier(MODEL, steps=2), detector=detector)
+    attackers = {name: made.make(MODEL, guarded) for name, made in known(STRENGTH).items()}
+    assert attackers["BPDA, trajectory"] is None
+    evades = attackers["Adaptive, evading"]
+    assert evades is not None
+    assert evades._attack.purifier is detector  # type: ignore[attr-defined]
+    assert attackers["unrolled"]._attack.model.detector is detector  # type: ignore[union-attr]
+    always = Defended(MODEL, Purifier(MODEL, steps=2))
+    assert known(STRENGTH)["Adaptive, evading"].make(MODEL, always) is None
+    x, y = scenes(2).tensors
+    assert evades(x, y).shape == x.shape
+
+
+def write_data(folder: Path, n: int, seed: int = 0) -> Path:
+    x, y = scenes(n, seed).tensors
+    (folder / "labels").mkdir(parents=True)
+    for i in range(n):
+        write_image(folder / "images" / f"{i}.png", x[i])
+        Image.fromarray(y[i].byte().numpy()).save(folder / "labels" / f"{i}.png")
+    return folder
+
+
+MODEL_FILE = "import sys\nsys.path.insert(0, {path!r})\nimport cases\ndef build():\n    return cases.dense()\n"
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> str:
+    (tmp_path / "model.py").write_text(MODEL_FILE.format(path=str(Path(__file__).parent)))
+    return f"{tmp_path / 'model.py'}:build"
+
+
+@pytest.mark.parametrize("study", ["detection", "ood"])
+def test_studies_from_the_command_line(study: str, tmp_path: Path, spec: str) -> None:
+    data, clean = write_data(tmp_path / "data", 3), write_data(tmp_path / "clean", 20, seed=5)
+    fixed = ["evaluate", data, "-o", tmp_path / "out", "--model", spec, "--study", study, "--steps", "1"]
+    given = ["--fit", clean, "--clean", clean, "--foreign", clean]
+    done = CliRunner().invoke(app, [str(a) for a in (*fixed, *given)])
+    assert done.exit_code == 0, done.output
+    document = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert set(document["rows"]) == {"similarity", "variance", "deviation", "invariance", "rotation", "contrastive"}
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert "area under the characteristic in %, 3 images" in text
+    assert ("what attackers leave of the model" in text) == (study == "detection")
+    for name in ("scores", "characteristics"):
+        assert (tmp_path / "out" / f"{name}.png").stat().st_size > 1000
+    before = (tmp_path / "out" / "records.jsonl").read_text()
+    done = CliRunner().invoke(app, [str(a) for a in (*fixed, *given)])  # nothing is left to do
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "out" / "records.jsonl").read_text() == before
+    assert (tmp_path / "out" / "table.md").read_text() == text
+    done = CliRunner().invoke(app, [str(a) for a in (*fixed, "-o", tmp_path / "none", "--fit", clean)])
+    assert done.exit_code == 2
+    assert "detector similarity needs clean images; name data for it with --clean" in done.output
+
+
+def test_a_map_of_corruptions(tmp_path: Path) -> None:
+    kinds = [corrupted(name, severity) for name in ("fog", "contrast") for severity in (1, 3)]
+    report = Detection(MODEL, scenes(3), detectors(), kinds).run(tmp_path)
+    assert set(report.means()["deviation"]) == {"severity 1", "severity 3"}
+    expected = np.mean([report.separations["deviation"][f"{name} 3"].auroc.value for name in ("fog", "contrast")])
+    assert report.means()["deviation"]["severity 3"].value == pytest.approx(expected)
+    texts = [text.get_text() for text in plots.corruption_map(report, "deviation").axes[0].texts]
+    assert len(texts) == 4
+
+
+def test_a_model_that_purifies_what_it_suspects_from_the_command_line(tmp_path: Path, spec: str) -> None:
+    data, clean = write_data(tmp_path / "data", 2), write_data(tmp_path / "clean", 20, seed=5)
+    fixed = ["evaluate", data, "-o", tmp_path / "out", "--model", spec, "--defense", "none", "--defense", "detect"]
+    rest = ["--attack", "PGD", "--attack", "Adaptive, evading", "--steps", "1", "--clean", clean]
+    done = CliRunner().invoke(app, [str(a) for a in (*fixed, *rest)])
+    assert done.exit_code == 0, done.output
+    rows = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
+    assert "Adaptive, evading" in rows["detect"]
+    assert "Adaptive, evading" not in rows["none"]
+
+
+@pytest.mark.parametrize("detector", ["similarity", "variance", "deviation"])
+def test_detect(detector: str, tmp_path: Path, spec: str) -> None:
+    clean = write_data(tmp_path / "clean", 30, seed=5) / "images"
+    for i in range(3):
+        write_image(tmp_path / "in" / f"a{i}.png", images(1, seed=20 + i)[0])
+    write_image(tmp_path / "in" / "sub" / "noise.png", torch.rand(3, 32, 40))
+    (tmp_path / "in" / "broken.png").write_text("no image")
+    out = tmp_path / "out"
+    given = ["detect", tmp_path / "in", "-o", out, "--model", spec, "--fit", clean, "--detector", detector]
+    done = CliRunner().invoke(app, [str(a) for a in given])
+    assert done.exit_code == 1, done.output  # one cannot be read, the others are done
+    assert "broken.png" in done.output
+    scores = json.loads((out / "scores.json").read_text())
+    assert {line["image"] for line in scores["images"]} == {"a0.png", "a1.png", "a2.png", "sub/noise.png"}
+    assert all(line["flagged"] == (line["score"] > scores["threshold"]) for line in scores["images"])
+    values = [line["score"] for line in scores["images"]]
+    assert values == sorted(values, reverse=True)
+    assert len(values) == 4
+    overlays = sorted(path.relative_to(out / "overlays").as_posix() for path in (out / "overlays").rglob("*.png"))
+    assert overlays == ["a0.png", "a1.png", "a2.png", "sub/noise.png"]
+    with Image.open(out / "overlays" / "a0.png") as image:
+        assert image.size == (40, 32)
+    # the threshold of an earlier run
+    (tmp_path / "in" / "broken.png").unlink()
+    again = [*given[:4], "--model", spec, "--fit", out / "detector.json", "--detector", detector]
+    again[3] = tmp_path / "again"
+    done = CliRunner().invoke(app, [str(a) for a in again])
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "again" / "scores.json").read_text()) == scores
+
+
+def test_what_detect_refuses(tmp_path: Path, spec: str) -> None:
+    clean = write_data(tmp_path / "clean", 4, seed=5) / "images"
+    (tmp_path / "empty").mkdir()
+    out = tmp_path / "out"
+    for arguments, sentence in (
+        ((tmp_path / "empty",), "no PNG, JPEG or WebP file in"),
+        ((clean,), "loader has 4 images; for false_positive_rate 0.05 it must have at least 19"),
+        ((clean, "--detector", "magic"), "detector is 'magic'; it must be one of similarity, variance, deviation"),
+        ((clean, "--fit", tmp_path / "model.py"), "is no JSON"),
+    ):
+        given = ["detect", *arguments[:1], "-o", out, "--model", spec, "--fit", clean, *arguments[1:]]
+        done = CliRunner().invoke(app, [str(a) for a in given])
+        assert done.exit_code == 2, done.output
+        assert sentence in done.output.replace("\n", " ")
+        assert not (out / "scores.json").exists()
+
+
+def test_a_score_of_nan_comes_first(tmp_path: Path) -> None:
+    from rich.progress import Progress
+
+    from equifast.cli import _scored
+
+    detector = detectors()["variance"]
+    for i, value in enumerate((0.2, math.nan, 0.4)):
+        write_image(tmp_path / f"{i}.png", torch.full((3, 8, 8), 0.1 * i))
+        detector.__dict__.setdefault("values", []).append(value)
+    values = iter(detector.values)
+    detector.score = lambda x: torch.tensor([next(values)])
+    found = [(tmp_path / f"{i}.png", Path(f"{i}.png")) for i in range(3)]
+    lines, failed = _scored(detector, found, tmp_path, torch.device("cpu"), Progress(disable=True))
+    assert [line["image"] for line in lines] == ["1.png", "2.png", "0.png"]
+    assert (lines[0]["score"], lines[0]["flagged"], failed) == (None, True, 0)
+
+
+def test_an_overlay() -> None:
+    heat = torch.zeros(4, 6)
+    heat[1, 2] = 3.0
+    painted = plots.overlay(torch.full((3, 4, 6), 0.5), heat)
+    assert painted.shape == (3, 4, 6)
+    torch.testing.assert_close(painted[:, 0, 0], torch.full((3,), 0.5))
+    assert float(painted[0, 1, 2]) > float(painted[2, 1, 2])  # yellow
+    assert torch.equal(plots.overlay(torch.full((3, 4, 6), 0.5), torch.zeros(4, 6)), torch.full((3, 4, 6), 0.5))
