@@ -154,6 +154,13 @@ class Detector:
         threshold = self.threshold
         return ~(self.score(x, ids, draw).double() <= threshold)
 
+    def examine(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> tuple[Tensor, Tensor | None]:
+        """What :meth:`predict` gives, and the model's output on the images where it was computed for that; no graph.
+
+        The output is that of the pass in which the detector looked at them, in its dtype; None where there was none.
+        """
+        return self.predict(x, ids, draw), None
+
     @contextlib.contextmanager
     def objective(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Iterator[Objective]:
         """Minus what the score has above the threshold, in standard deviations of clean scores, for an ascent on ``x``.
@@ -347,8 +354,11 @@ def _enlarged(maps: Tensor, x: Tensor) -> Tensor:
 class _OfViews(Detector):
     """The base of detectors that look at what a model says of an image and of views of it, in one pass each.
 
-    A subclass gives :meth:`_measure`.
+    Maps with a longer side than ``_SIDE`` are averaged over squares of positions first: more tell no more, and their
+    softmax would take longer than the network. A subclass gives :meth:`_measure`.
     """
+
+    _SIDE = 64
 
     def __init__(
         self,
@@ -382,17 +392,26 @@ class _OfViews(Detector):
         return measured
 
     def _measured(
-        self, x: Tensor, ids: Tensor, draw: int, step: int = 0, how: Callable[..., Tensor] | None = None
+        self,
+        x: Tensor,
+        ids: Tensor,
+        draw: int,
+        step: int = 0,
+        how: Callable[..., Tensor] | None = None,
+        own: list[Tensor] | None = None,
     ) -> Tensor:
-        """In a context in which the model is in eval mode."""
+        """In a context in which the model is in eval mode; ``own`` is given the model's output on the images."""
         features = self._features
         if self._folded is not None:
             features = features.on(self._folded(x, lambda model, images: torch.cat(features.on(model).both(images))))
-        run, size = _Run(features, autocast(self.dtype, x)), (x.shape[2], x.shape[3])
+        side = self._SIDE if how is None else None
+        run, size = _Run(features, autocast(self.dtype, x), side), (x.shape[2], x.shape[3])
         parts = []
         for rows in chunks(x):
             sampled = sample(self.views, size, seed=self.seed, ids=ids[rows], draw=draw, step=step)
             parts.append((how or self._measure)(x[rows], run, sampled))
+            if own is not None:
+                own.append(run.own)
         return torch.cat(parts)
 
     def _checked(self, x: Tensor, ids: Tensor | None, draw: int) -> tuple[Tensor, Tensor]:
@@ -412,6 +431,15 @@ class _OfViews(Detector):
         with torch.no_grad(), evaluating(x, self.model, *self._features.modules()):
             return self._judge(self._measured(x, numbers, draw))
 
+    def examine(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> tuple[Tensor, Tensor | None]:
+        x, numbers = self._checked(x, ids, draw)
+        threshold, own = self.threshold, list[Tensor]()
+        if len(x) == 0:
+            return self.predict(x), None
+        with torch.no_grad(), evaluating(x, self.model, *self._features.modules()):
+            scores = self._judge(self._measured(x, numbers, draw, own=own))
+        return ~(scores.double() <= threshold), torch.cat(own).to(x.dtype)
+
     @contextlib.contextmanager
     def _scores(self, x: Tensor, ids: Tensor | None, draw: int) -> Iterator[Objective]:
         with torch.inference_mode(False):
@@ -421,25 +449,44 @@ class _OfViews(Detector):
 
 
 class _Run:
-    """A model, under autocast where that is asked for: images -> features and output, in float32 or wider."""
+    """A model, under autocast where that is asked for: images -> features and output, in float32 or wider.
 
-    def __init__(self, features: Features, lowered: torch.dtype | None) -> None:
-        self._features, self._lowered = features, lowered
+    Args:
+        features: of the model, and the model.
+        lowered: the dtype of autocast, or None.
+        side: maps with a longer side than that are averaged over squares of positions until they have no longer one.
+
+    Attributes:
+        own: the whole output on the first of the images that ran last, as the model gives it.
+    """
+
+    own: Tensor
+
+    def __init__(self, features: Features, lowered: torch.dtype | None, side: int | None = None) -> None:
+        self._features, self._lowered, self._side = features, lowered, side
 
     def of(self, images: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """Of several images (N, 3, h, w), or views, those of one size in one pass while they are few."""
         found: dict[int, tuple[Tensor, Tensor]] = {}
         for batch in batched(len(images[0]), [tuple(image.shape[2:]) for image in images], together(images[0])):
-            passed = self(torch.cat([images[i] for i in batch]))
+            features, output = self._both(torch.cat([images[i] for i in batch]))
+            if 0 in batch:
+                self.own = output[: len(images[0])]  # the first of its batch
+            less = self._less(features)
+            passed = (less, less if output is features else self._less(output))
             found.update(zip(batch, zip(*(part.chunk(len(batch)) for part in passed), strict=True), strict=True))
         return [found[i] for i in range(len(images))]
 
-    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def _both(self, images: Tensor) -> tuple[Tensor, Tensor]:
         enabled = self._lowered is not None
         with torch.autocast(images.device.type, dtype=self._lowered, enabled=enabled, cache_enabled=False):
-            found, result = self._features.both(images.clone())
-        wide = torch.promote_types(found.dtype, torch.float32)
-        return found.to(wide), result.to(wide)
+            return self._features.both(images)
+
+    def _less(self, maps: Tensor) -> Tensor:
+        if self._side is not None and maps.dim() == 4 and max(maps.shape[2:]) > self._side:
+            times = -(-max(maps.shape[2:]) // self._side)
+            maps = functional.adaptive_avg_pool2d(maps, (-(-maps.shape[2] // times), -(-maps.shape[3] // times)))
+        return maps.to(torch.promote_types(maps.dtype, torch.float32))
 
 
 class Deviation(_OfViews):
@@ -451,7 +498,8 @@ class Deviation(_OfViews):
     distance from it. Views of an attacked image agree less than those of clean ones; those of an image that is blurred,
     or of something else, may agree more, or in another way.
 
-    The threshold is that of clean images which the mean and covariance have not seen, by cross-validation.
+    Large maps, with a side of more than 64, are averaged over squares of positions first. The threshold is that of
+    clean images which the mean and covariance have not seen, by cross-validation.
 
     Args:
         model: images in [0, 1] to logits, (N, C) or dense.
@@ -546,7 +594,8 @@ class OutputVariance(_OfViews):
     """How much the predicted probabilities vary over the image and its views, warped back.
 
     At each position the variance of each class's probability over the image and the views that see it, summed over the
-    classes; of that the mean over positions. It needs no features, and is in [0, 1/2].
+    classes; of that the mean over positions. It needs no features, and is in [0, 1/2]. Logits of large maps, with a
+    side of more than 64, are averaged over squares of positions before the softmax.
 
     Args:
         model: images in [0, 1] to logits, (N, C) or dense.

@@ -617,7 +617,9 @@ class Defended(DefendedModel):
         gradient: ``"straight-through"``, or ``"unrolled"`` (:meth:`Purifier.unrolled`; for a Purifier).
         last: how many steps an unrolled gradient goes through.
         detector: with :meth:`equifast.detectors.Detector.predict`: only images that it suspects are purified, and the
-            others are left to the model alone; None to purify all. Attackers have the gradient of the branch taken.
+            others are left to the model alone, whose output is taken from the detector's own pass where it has one
+            (:meth:`equifast.detectors.Detector.examine`); None to purify all. Attackers have the gradient of the branch
+            taken.
 
     Attributes:
         seen, purified: how many images there have been, and how many of them were purified.
@@ -670,22 +672,31 @@ class Defended(DefendedModel):
         if self.detector is None:
             logits, suspected = self._purified(x, ids, draw), len(x)
         else:
+            own, examine = None, getattr(self.detector, "examine", None)
             with torch.no_grad():
-                mask = self.detector.predict(x.detach(), ids=ids, draw=draw)
-            logits = self._by_branch(x, ids, draw, mask)
+                if examine is None:
+                    mask = self.detector.predict(x.detach(), ids=ids, draw=draw)
+                else:
+                    mask, own = examine(x.detach(), ids=ids, draw=draw)
+            if torch.is_grad_enabled() and x.requires_grad:
+                own = None  # it has no graph
+            logits = self._by_branch(x, ids, draw, mask, own)
             suspected = int(mask.sum())
         self.seen, self.purified = self.seen + len(x), self.purified + suspected
         return logits
 
-    def _by_branch(self, x: Tensor, ids: Tensor | None, draw: int, mask: Tensor) -> Tensor:
-        """Logits of images that are purified where the mask says so, and others that are not."""
+    def _by_branch(self, x: Tensor, ids: Tensor | None, draw: int, mask: Tensor, own: Tensor | None) -> Tensor:
+        """Logits of images that are purified where the mask says so; of others those that there are, or the model's."""
         if mask.dtype != torch.bool or mask.shape != (len(x),):
             got = f"{mask.dtype} of shape {_checks.shape(mask)}"
             raise ValueError(f"detector predicts {got} for images {_checks.shape(x)}; it must be bool, one for each")
         if bool(mask.all()):
             return self._purified(x, ids, draw)
-        with evaluating(x, self.model):
-            alone = self.predict(x[~mask])
+        if own is None:
+            with evaluating(x, self.model):
+                alone = self.predict(x[~mask])
+        else:
+            alone = own[~mask]
         if not bool(mask.any()):
             return alone
         chosen = self._purified(x[mask], None if ids is None else ids[mask], draw)

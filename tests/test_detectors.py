@@ -375,6 +375,50 @@ def test_only_what_is_suspected_is_purified(dense: bool, gradient: str) -> None:
     assert defended.purified == 2 * int(mask.sum())
 
 
+@pytest.mark.parametrize("name", ["similarity", "variance", "deviation"])
+def test_what_is_not_suspected_is_not_run_again(name: str) -> None:
+    model = cases.dense().eval()
+    detector = DETECTORS[name](model)
+    if isinstance(detector, Similarity):
+        detector.purifier.dtype = "float32"
+    else:
+        detector.dtype = "float32"  # type: ignore[attr-defined]
+    defended = Defended(model, Purifier(model), detector=detector.fit(clean(), false_positive_rate=0.5))
+    x, ids = torch.cat(clean(6)), torch.arange(6)
+    mask, own = detector.examine(x, ids)
+    assert torch.equal(mask, detector.predict(x, ids))
+    assert 0 < int(mask.sum()) < 6
+    assert (own is None) == (name == "similarity")
+    leaf = x.clone().requires_grad_()
+    logits, followed = defended(x, ids=ids), defended(leaf, ids=ids)
+    assert not logits.requires_grad
+    assert followed.requires_grad
+    torch.testing.assert_close(logits, followed.detach(), rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(logits[~mask], model(x)[~mask], rtol=1e-4, atol=1e-5)
+    calls: list[int] = []
+    handle = model.register_forward_hook(lambda module, inputs, result: calls.append(len(inputs[0])))
+    none = ~mask
+    defended(x[none], ids=ids[none])
+    handle.remove()
+    assert (
+        sum(calls) == (3 if name == "similarity" else 1 + len(detector.views)) * int(none.sum()) or name != "deviation"
+    )  # type: ignore[attr-defined]
+    for empty in (defended(x[:0]), defended(x[:0].requires_grad_())):
+        assert empty.shape == (0, 5, 20, 28)
+
+
+def test_large_maps_are_averaged_first() -> None:
+    model, x = cases.dense().eval(), cases.images(2, 140, 200)
+    detector = Deviation(model, dtype="float32")
+    with torch.no_grad():
+        small = nn.functional.avg_pool2d(model(x), 4)[:, :, :, :50]
+        mirrored = nn.functional.avg_pool2d(model(x.flip(3)), 4)[:, :, :, :50].flip(3)
+    expected = 1 - nn.functional.cosine_similarity(small.flatten(1), mirrored.flatten(1))
+    torch.testing.assert_close(detector._seen(x)[:, 0].exp() - 1e-4, expected, rtol=1e-3, atol=1e-5)
+    assert detector.map(x).shape == (2, 140, 200)
+
+
 def test_an_attack_goes_through_both_branches() -> None:
     model = cases.dense()
     detector = Similarity(Purifier(model, views=[views.Flip()])).fit(clean(), false_positive_rate=0.5)
