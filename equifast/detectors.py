@@ -24,12 +24,9 @@ from equifast.views import Flip, Sampled, View, as_set, sample
 
 __all__ = ["Detector", "Deviation", "OutputVariance", "Similarity"]
 
-Scores = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
-"""``(x, ids, t) -> `` scores (N,) and their gradient (N, 3, H, W), of the draws of step ``t``."""
-
 
 class Detector:
-    """The base: a subclass gives :meth:`settings` and :meth:`score`, and :meth:`objective` for attackers who evade it.
+    """The base: a subclass gives :meth:`settings` and :meth:`score`; and :meth:`_scores`, for attackers who evade it.
 
     Args:
         model: the model whose images they are.
@@ -177,7 +174,7 @@ class Detector:
         raise TypeError(f"{type(self).__name__} has no gradient; there is no attacker who evades it")
 
     def map(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
-        """(N, H, W): where in the images what they are suspected for lies, higher for more; arguments as for a call."""
+        """(N, H, W): where in the images what they are suspected of lies, higher for more; arguments as for a score."""
         raise TypeError(f"{type(self).__name__} sees an image as a whole; it has no map")
 
     def description(self) -> dict[str, Any]:
@@ -403,7 +400,7 @@ class _OfViews(Detector):
         """In a context in which the model is in eval mode; ``own`` is given the model's output on the images."""
         features = self._features
         if self._folded is not None:
-            features = features.on(self._folded(x, lambda model, images: torch.cat(features.on(model).both(images))))
+            features = features.on(self._folded(x, lambda model, images: _flat(*features.on(model).both(images))))
         side = self._SIDE if how is None else None
         run, size = _Run(features, autocast(self.dtype, x), side), (x.shape[2], x.shape[3])
         parts = []
@@ -446,6 +443,10 @@ class _OfViews(Detector):
             x, numbers = self._checked(x, ids, draw)
             with evaluating(x, self.model, *self._features.modules(), lean=True):
                 yield _Graph(lambda x, ids, step: self._judge(self._measured(x, ids, draw, step)), numbers)
+
+
+def _flat(*maps: Tensor) -> Tensor:
+    return torch.cat([part.flatten(1) for part in maps], 1)
 
 
 class _Run:
@@ -564,6 +565,9 @@ class Deviation(_OfViews):
         return _distance(measured.double(), mean, precision).to(measured.dtype)
 
     def _learn(self, seen: Tensor) -> tuple[dict[str, Any], Tensor]:
+        needed = seen.shape[1] + 2
+        if len(seen) < needed:
+            raise ValueError(f"loader has {len(seen)} images; for a covariance it must have at least {needed}")
         folds, scores = min(len(seen), self._FOLDS), torch.zeros(len(seen), dtype=torch.float64)
         place = torch.arange(len(seen)) % folds
         for fold in range(folds):

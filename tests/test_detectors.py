@@ -122,6 +122,24 @@ def test_deviation_by_hand() -> None:
     assert np.linalg.eigvalsh(precision).min() > 0
 
 
+@pytest.mark.parametrize("where", ["features", "head of a function", None])
+def test_detectors_run_a_folded_copy(where: str | None) -> None:
+    """Of classifiers too, whose features and output differ in shape; a function of one's own runs as it is."""
+    model = nn.Sequential()
+    model.features = nn.Sequential(nn.Conv2d(3, 8, 3, 1, 1), nn.BatchNorm2d(8), nn.ReLU())
+    model.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    model.features[1].running_mean.normal_()
+    features: Any = (lambda x: model.features(x)) if where == "head of a function" else where
+    made = OutputVariance(model, dtype="float32") if where is None else Deviation(model, features, dtype="float32")
+    made.fit(clean())
+    x = cases.images()
+    scores = made.score(x)
+    assert made._folded is None or made._folded.made
+    assert (made._folded is None) == (where == "head of a function")
+    made._folded = None
+    torch.testing.assert_close(made.score(x), scores, rtol=1e-3, atol=1e-5)
+
+
 def test_deviation_is_two_sided_and_its_threshold_that_of_unseen_images() -> None:
     class Given(Deviation):
         """Measurements by hand."""
@@ -319,6 +337,8 @@ def test_what_is_wrong(detector: Detector, tmp_path: Path) -> None:
             detector.fit(clean(), false_positive_rate=rate)
     with pytest.raises(ValueError, match=r"features have shape \(.*\); they must be \(N, C, h, w\)"):
         Deviation(cases.classifier()).fit(clean())
+    with pytest.raises(ValueError, match="loader has 5 images; for a covariance it must have at least 6"):
+        Deviation(cases.dense()).fit(clean(5), false_positive_rate=0.5)
     with pytest.raises(ValueError, match="seed is None"):
         Deviation(cases.dense(), seed=None)  # type: ignore[arg-type]
     for text in ("no json", "[]", json.dumps({"detector": "Similarity"})):

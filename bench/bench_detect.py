@@ -1,0 +1,99 @@
+"""What a detector's score costs, beside scoring the published way.
+
+    python bench/bench_detect.py --output bench/results/detect.json
+
+The published way: one image at a time, a forward pass for each of the paper's eight views, all pairs of the maps,
+float32, with a graph that nobody differentiates. Ours: the same views in one call on all images, and the detectors with
+their own. In turns in one process, medians; beside them a forward pass of the model, and a purification with `fast` and
+the prediction from it. The network is that of the CamVid study; the weights do not matter to the time and are random.
+"""
+
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from _models import SegmentationNet
+from _published import published_similarity, published_warp
+from _study import machine, versions, write
+from bench_step import seconds
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import equifast
+from equifast import views
+from equifast.detectors import Deviation, OutputVariance, Similarity
+
+
+def published(model: nn.Module, x: Tensor) -> Tensor:
+    """The scores of images, one after the other."""
+    scores = []
+    for number, image in enumerate(x.split(1)):
+        ids, size = torch.tensor([number]), (x.shape[2], x.shape[3])
+        sampled = views.sample(views.paper(), size, seed=0, ids=ids)
+        leaf = image.detach().requires_grad_()
+        rendered = [published_warp(view.color(leaf), view.theta[None], [view.size])[0] for view in sampled]
+        maps = [model(each) for each in (leaf, *rendered)]
+        scores.append(published_similarity(maps[0], maps[1:], torch.stack([view.theta for view in sampled])))
+    return torch.cat(scores)
+
+
+def main(
+    images: Annotated[int, typer.Option(help="Images that are scored in one call.")] = 100,
+    slow_images: Annotated[int, typer.Option(help="Images that are scored the published way, or purified.")] = 8,
+    height: Annotated[int, typer.Option(help="Height of the images.")] = 176,
+    width: Annotated[int, typer.Option(help="Width of the images.")] = 240,
+    rounds: Annotated[int, typer.Option(help="How often, after one to warm up.")] = 3,
+    output: Annotated[Path | None, typer.Option(help="Where the JSON goes.")] = None,
+) -> None:
+    """Print the table and write it."""
+    torch.manual_seed(0)
+    equifast.keep_freed_memory()
+    model = SegmentationNet(11).eval().to(memory_format=torch.channels_last)
+    x, ids = torch.rand(images, 3, height, width), torch.arange(images)
+    some, eight = x[:slow_images], views.paper()
+    small = [*views.fast(), views.Resize(0.7), views.Shift(), views.Rotation(15)]  # the paper's enlarge one in four
+    assert len(eight) == len(small) == 8
+    defended = equifast.Defended(model, equifast.Purifier(model))
+    detectors = {
+        "similarity, the paper's eight views": Similarity(equifast.Purifier(model, views=eight, pairing="anchor")),
+        "similarity, eight that do not enlarge": Similarity(equifast.Purifier(model, views=small)),
+        "similarity, mirror image": Similarity(equifast.Purifier(model, views=[views.Flip()])),
+        "variance, eight that do not enlarge": OutputVariance(model, small),
+        "variance, mirror image": OutputVariance(model),
+    }
+    deviation = Deviation(model).fit(x.split(4))
+    tasks: dict[str, tuple[int, Callable[[], Any]]] = {
+        "published": (slow_images, lambda: published(model, some)),
+        **{name: (images, lambda d=d: d.score(x, ids)) for name, d in detectors.items()},  # type: ignore[misc]
+        "deviation, mirror image": (images, lambda: deviation.score(x, ids)),
+        "a forward pass of the model": (images, lambda: [model(part) for part in x.split(4)]),
+        "`fast`, and the prediction": (slow_images, lambda: defended(some, ids=ids[:slow_images])),
+    }
+
+    def once() -> list[float]:
+        found = []
+        for name, (count, task) in tasks.items():
+            with torch.set_grad_enabled(name == "published"):
+                found.append(seconds(task) / count)
+        return found
+
+    once()
+    rows = dict(zip(tasks, map(statistics.median, zip(*(once() for _ in range(rounds)), strict=True)), strict=True))
+    table = Table(title=f"one image of {width}x{height}")
+    for heading in ("", "ms", "times published"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, spent in rows.items():
+        table.add_row(name, f"{1e3 * spent:.1f}", f"{rows['published'] / spent:.1f}")
+    Console().print(table)
+    if output is not None:
+        settings = {"images": images, "slow_images": slow_images, "height": height, "width": width, "rounds": rounds}
+        document = {"seconds": rows, "settings": settings, "versions": versions(), "machine": machine()}
+        write(document, output)
+
+
+if __name__ == "__main__":
+    typer.run(main)
