@@ -62,10 +62,13 @@ class Averaging(DefendedModel):
         model: images (N, 3, H, W) in [0, 1] -> logits (N, C) or (N, C, h, w); a dict with ``"out"`` is understood.
         views: the set of views, ``views.paper()`` where None.
         seed: 0..2**32-1, or None for a fresh one per call.
+        dtype: of the predictions, as in :class:`equifast.purifier.DefendedModel`.
     """
 
-    def __init__(self, model: nn.Module, views: Sequence[View] | None = None, seed: int | None = 0) -> None:
-        super().__init__(model)
+    def __init__(
+        self, model: nn.Module, views: Sequence[View] | None = None, seed: int | None = 0, *, dtype: str = "float32"
+    ) -> None:
+        super().__init__(model, dtype)
         _checks.seed(seed)
         self.views = paper() if views is None else as_set(views)
         self.seed = seed

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from equifast import _checks, rng
 from equifast._capture import Capture
-from equifast._cheap import DTYPES, autocast
+from equifast._cheap import DTYPES, Cheap, autocast
 from equifast._folded import Folded
 from equifast._memory import pass_bytes
 from equifast.ascent import Advance, Ascent, Progress
@@ -585,22 +585,31 @@ class DefendedModel(nn.Module):
 
     An attacker who knows (:class:`equifast.attacks.BPDA`) follows their own gradient. A subclass takes the model's
     logits from :meth:`predict`, in whose place the ``dtype`` of an attack puts a ``predictor``.
+
+    Args:
+        model: images in [0, 1] to logits.
+        dtype: ``"float32"``: the model predicts as it is. ``"auto"`` and ``"bfloat16"``: a copy of it does, with batch
+            norm folded, under bfloat16 autocast (``"auto"``: where the hardware has it and images are float32).
     """
 
     predictor: Callable[[Tensor], Tensor] | None = None
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, dtype: str = "float32") -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}; it must be a Module")
         self.model = model
+        self.dtype = _checks.choice("dtype", dtype, DTYPES)
+        self._cheap = None if dtype == "float32" else Cheap(model, dtype)
         if next(model.parameters(), None) is None:
             # attack libraries find the device by looking at a parameter
             self.anchor = nn.Parameter(torch.zeros(()), requires_grad=False)
 
     def predict(self, x: Tensor) -> Tensor:
         """The logits of the undefended model."""
-        return output(self.model(x)) if self.predictor is None else self.predictor(x)
+        if self.predictor is not None:
+            return self.predictor(x)
+        return output(self.model(x)) if self._cheap is None else self._cheap.on(x)(x)
 
 
 class Defended(DefendedModel):
@@ -620,6 +629,7 @@ class Defended(DefendedModel):
             others are left to the model alone, whose output is taken from the detector's own pass where it has one
             (:meth:`equifast.detectors.Detector.examine`); None to purify all. Attackers have the gradient of the branch
             taken.
+        dtype: of the predictions, as in :class:`DefendedModel`; what the purifier computes in is its own setting.
 
     Attributes:
         seen, purified: how many images there have been, and how many of them were purified.
@@ -633,8 +643,9 @@ class Defended(DefendedModel):
         gradient: str = "straight-through",
         last: int = 1,
         detector: Suspects | None = None,
+        dtype: str = "float32",
     ) -> None:
-        super().__init__(model)
+        super().__init__(model, dtype)
         if detector is not None and not callable(getattr(detector, "predict", None)):
             raise TypeError(f"detector is a {type(detector).__name__}; it must have predict(x, ids=None, draw=0)")
         self.detector = detector

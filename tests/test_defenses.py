@@ -1,5 +1,6 @@
 """The baseline defenses that climb something else than equivariance."""
 
+import copy
 from pathlib import Path
 
 import cases
@@ -8,7 +9,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from equifast import defenses, views
+from equifast import Defended, Purifier, defenses, views
+from equifast.defenses import Averaging
+from equifast.purifier import DefendedModel
 
 HEADS = {"rotation": defenses.Rotation, "contrastive": defenses.Contrastive}
 
@@ -123,3 +126,32 @@ def test_global_random_state_is_left_alone() -> None:
     before = torch.get_rng_state()
     cases.fitted(purifier)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("kind", ["purified", "averaged"])
+def test_predictions_from_a_cheaper_copy(kind: str) -> None:
+    """They are the model's up to rounding, with its gradient, follow its weights, and survive copies."""
+    model, x = cases.dense().eval(), cases.images()
+
+    def make(dtype: str) -> DefendedModel:
+        return Averaging(model, dtype=dtype) if kind == "averaged" else Defended(model, Purifier(model), dtype=dtype)
+
+    exact, cheap = make("float32"), make("bfloat16")
+    with torch.no_grad():
+        before = cheap(x)
+        torch.testing.assert_close(before, exact(x), rtol=0.1, atol=0.05)
+        assert before.dtype == torch.float32
+        assert not torch.equal(before, exact(x))
+    assert cheap._cheap is not None
+    assert cheap._cheap._folded.made
+    found = []
+    for defended in (exact, cheap):
+        leaf = x.clone().requires_grad_()
+        found.append(torch.autograd.grad(defended(leaf)[:, 0].sum(), leaf)[0].flatten())
+    assert float(torch.cosine_similarity(*found, dim=0)) > 0.98
+    assert torch.equal(copy.deepcopy(cheap)(x), before)
+    with torch.no_grad():
+        model.head.bias.add_(1.0)
+        torch.testing.assert_close(cheap(x), exact(x), rtol=0.1, atol=0.05)
+    with pytest.raises(ValueError, match="dtype is 'int8'; it must be one of"):
+        make("int8")
