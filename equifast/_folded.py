@@ -8,7 +8,7 @@ import copy
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -130,12 +130,12 @@ class Folded:
 
     Args:
         model: is never changed, and never run here.
-        keep: the name of a submodule whose output is wanted as it is, or None.
+        keep: the name of a submodule whose output is wanted as it is, or several, or None.
     """
 
-    def __init__(self, model: nn.Module, keep: str | None = None) -> None:
+    def __init__(self, model: nn.Module, keep: str | Sequence[str] | None = None) -> None:
         self._model = model
-        self._keep = keep
+        self._keep = (keep,) if isinstance(keep, str) else tuple(keep or ())
         self._forget()
 
     def _forget(self) -> None:
@@ -167,7 +167,9 @@ class Folded:
             except Exception:  # tensors that have no values to look at, such as sparse ones
                 return self._model
             if version != self._version:
-                self._copy, self._version = self._fold(x, run), version
+                # a copy that is made in inference mode would have no gradients later
+                with torch.inference_mode(False):
+                    self._copy, self._version = self._fold(x, run), version
             return self._model if self._copy is None else self._copy
 
     @property
@@ -231,10 +233,9 @@ class Folded:
         return None
 
     def _kept(self, conv: str, norm: str) -> bool:
-        """Whether the output that is wanted lies between the two."""
-        inside = f"{self._keep}."
-        return self._keep is not None and (
-            conv == self._keep or (conv.startswith(inside) and not norm.startswith(inside))
+        """Whether an output that is wanted lies between the two."""
+        return any(
+            conv == name or (conv.startswith(f"{name}.") and not norm.startswith(f"{name}.")) for name in self._keep
         )
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from equifast import _C, __version__, ops
 from equifast._allocator import keep_freed_memory
 from equifast._cheap import has_fast_bfloat16
-from equifast._fingerprint import fingerprint
+from equifast._fingerprint import fingerprint, tensors_of
 from equifast.defenses import Averaging, Contrastive, Invariance, RandomNoise, Rotation
 from equifast.demo import report
 from equifast.detectors import Detector, Deviation, OutputVariance, Similarity
@@ -44,7 +44,7 @@ from equifast.evaluate import (
 )
 from equifast.evaluate.detection import STUDIES as DETECTION
 from equifast.evaluate.detection import Detection, DetectionReport
-from equifast.evaluate.records import CLEAN
+from equifast.evaluate.records import CLEAN, list_images
 from equifast.evaluate.studies import STUDIES, Make, Sweep, nothing
 from equifast.features import Features, evaluating, suggest
 from equifast.models import find_images, first_line, load_model, read_image, write_image
@@ -64,10 +64,17 @@ _err = Console(stderr=True)
 WITH_HEADS: dict[str, type[Rotation] | type[Contrastive]] = {"rotation": Rotation, "contrastive": Contrastive}
 DEFENSES = ("none", "random", "averaging", "averaging-16", "flip", "invariance", *WITH_HEADS, *PRESETS, "detect")
 
-DETECTORS: Mapping[str, Callable[[nn.Module, str | None, int], Detector]] = {
-    "similarity": lambda network, features, seed: Similarity(Purifier(network, features, seed=seed, views=[Flip()])),
-    "variance": lambda network, features, seed: OutputVariance(network, seed=seed),
-    "deviation": lambda network, features, seed: Deviation(network, features, seed=seed),
+Layers = Annotated[
+    list[str] | None,
+    typer.Option("--layer", help="Another submodule whose features the detector deviation compares; any number."),
+]
+
+DETECTORS: Mapping[str, Callable[[nn.Module, str | None, Sequence[str], int], Detector]] = {
+    "similarity": lambda model, features, layers, seed: Similarity(
+        Purifier(model, features, seed=seed, views=[Flip()])
+    ),
+    "variance": lambda model, features, layers, seed: OutputVariance(model, seed=seed),
+    "deviation": lambda model, features, layers, seed: Deviation(model, [features, *layers], seed=seed),
 }
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")]
@@ -234,8 +241,11 @@ def detect(
         Path, typer.Option(help="Folder of clean images for the threshold; or a detector.json of an earlier run.")
     ],
     features: WhereFeatures = None,
+    layer: Layers = None,
     detector: Annotated[str, typer.Option(help=f"One of {', '.join(DETECTORS)}.")] = "deviation",
-    rate: Annotated[float, typer.Option(help="Part of clean images that may be flagged.")] = 0.05,
+    rate: Annotated[
+        float | None, typer.Option(help="Part of clean images that may be flagged; 0.05, or that of a detector.json.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random numbers.")] = 0,
     device: Device = "cpu",
 ) -> None:
@@ -243,26 +253,25 @@ def detect(
     try:
         if detector not in DETECTORS:
             raise ValueError(f"detector is {detector!r}; it must be one of {', '.join(DETECTORS)}")
-        found = list(find_images(paths, output))
-        if not found:
+        targets = _targets(list(find_images(paths, output)), output / "overlays")
+        if not targets:
             raise ValueError(f"no PNG, JPEG or WebP file in {', '.join(map(str, paths))}")
         network = load_model(model).to(_device(device))
         if features is None:
-            features = _find_features(network, read_image(found[0][0])[None].to(_device(device)))
-        chosen = DETECTORS[detector](network, features, seed)
+            features = _find_features(network, _first_readable(targets)[None].to(_device(device)))
+        chosen = DETECTORS[detector](network, features, layer or (), seed)
         with _progress() as progress:
             if fit.is_file():
                 chosen.load(fit)
+                chosen = chosen if rate is None else chosen.at(rate)
             else:
                 clean = [source for source, _ in find_images([fit])]
                 task = progress.add_task("clean images", total=len(clean))
                 tracked = progress.track((read_image(path)[None].to(_device(device)) for path in clean), task_id=task)
-                chosen.fit(tracked, false_positive_rate=rate)
+                chosen.fit(tracked, false_positive_rate=0.05 if rate is None else rate)
             (output / "overlays").mkdir(parents=True, exist_ok=True)
             chosen.save(output / "detector.json")
-            lines, failed = _scored(chosen, found, output, _device(device), progress)
-        if not lines:
-            raise ValueError(f"none of {len(found)} images could be read")
+            lines, failed = _scored(chosen, targets, output, _device(device), progress)
         kept = {"threshold": chosen.threshold, "interval": chosen.interval, "images": lines}
         _write(output / "scores.json", json.dumps(kept, indent=2) + "\n")
     except (ValueError, TypeError, RuntimeError, OSError) as error:
@@ -286,6 +295,13 @@ def detect(
         raise typer.Exit(1)
 
 
+def _first_readable(targets: Sequence[tuple[Path, Path]]) -> Tensor:
+    for source, _ in targets:
+        with contextlib.suppress(ValueError, OSError):
+            return read_image(source)
+    raise ValueError(f"none of {len(targets)} images can be read, {str(targets[0][0])!r} the first")
+
+
 def _scored(
     detector: Detector, found: Sequence[tuple[Path, Path]], output: Path, device: torch.device, progress: Progress
 ) -> tuple[list[dict[str, Any]], int]:
@@ -298,10 +314,12 @@ def _scored(
         try:
             x = read_image(source)[None].to(device)
             score = float(detector.score(x))
-            scored.append((score, name.as_posix()))
-            with contextlib.suppress(TypeError):  # those that see an image as a whole
+            heat = None
+            with contextlib.suppress(TypeError):  # of those that see an image as a whole
                 heat = detector.map(x)[0]
-                write_image(output / "overlays" / name.with_suffix(".png"), overlay(x[0], heat))
+            if heat is not None:
+                write_image(output / "overlays" / name, overlay(x[0], heat, detector.most))
+            scored.append((score, str(source)))
         except Exception as error:  # one bad file: report it, do the rest
             failed += 1
             _err.print(f"equifast: {source}: {first_line(error)}", highlight=False, markup=False, soft_wrap=True)
@@ -392,6 +410,7 @@ def evaluate(
         Path | None,
         typer.Option(help="Clean data, like those that are to come, for the thresholds of detectors."),
     ] = None,
+    layer: Layers = None,
     foreign: Annotated[
         list[Path] | None, typer.Option(help="Data that the model does not know, for --study ood; any number.")
     ] = None,
@@ -443,11 +462,16 @@ def evaluate(
             features = _find_features(network, chosen[0][0][None].to(_device(device)))
         radius = _fraction(purify_eps)
         if study is not None and study in DETECTION:
-            heads = _Heads(output, fit, clean, fit_images, shape, _device(device))
+            given: dict[str, object] = {"target": target, "protocol": protocol, "votes": votes, "against": against}
+            given |= {"defense": defense or None, "attack": attack or None, "panels": panels or None}
+            other = [f"--{name}" for name, value in given.items() if value is not None]
+            if other:
+                raise ValueError(f"study {study!r} is of detectors; it takes no {', '.join(other)}")
+            heads = _Heads(output, fit, clean, fit_images, shape, _device(device), chosen)
             others = {f"{path.parent.name}/{path.stem}": open_data(path, len(chosen)) for path in foreign or ()}
             anomalies = DETECTION[study](strength, Purifier(network, features, preset, radius, seed), others)
-            detectors = _detectors(network, features, seed, heads)
-            told = {"size": size, "spec": model, "device": _device(device).type}
+            detectors = _detectors(network, features, layer or (), seed, heads)
+            told = {"size": size, "spec": model, "device": _device(device).type, "study": study}
             _report_detection(
                 str(study), Detection(network, chosen, detectors, anomalies, batch=batch, arguments=told), output
             )
@@ -456,9 +480,9 @@ def evaluate(
         if sweep is not None:
             rows = dict(sweep.defenses)
         else:
-            heads = _Heads(output, fit, clean, fit_images, shape, _device(device))
+            heads = _Heads(output, fit, clean, fit_images, shape, _device(device), chosen)
             rows = {
-                name: _defended(name, network, features, radius, seed, heads)
+                name: _defended(name, network, features, layer or (), radius, seed, heads)
                 for name in defense or ("none", "averaging" if protocol is None else "averaging-16", "fast")
             }
         if against is not None and against not in rows:
@@ -482,8 +506,7 @@ def evaluate(
             plots.write_all(evaluation, report, output, panels, list(rows))
             if sweep is not None:
                 plots.save(plots.sweep(report, sweep), output / str(study))
-            image = chosen[0][0][None].to(_device(device))
-            costs = {name: cost(network, defended, image) for name, defended in rows.items()}
+            costs = {name: _cost(network, defended, chosen, _device(device)) for name, defended in rows.items()}
             _write(output / "costs.json", json.dumps({k: asdict(v) for k, v in costs.items()}, indent=2) + "\n")
             tables = [(_title(report), *_cells(report, costs))]
             if against is not None:
@@ -495,15 +518,26 @@ def evaluate(
     _print(tables, document["warnings"])
 
 
+def _cost(network: nn.Module, defended: DefendedModel, data: Any, device: torch.device) -> Cost:
+    """Of one image; where it depends on the image what is done, the mean over clean images."""
+    count = 1 if getattr(defended, "detector", None) is None else min(20, len(data))
+    places = [place * len(data) // count for place in range(count)]
+    found = [cost(network, defended, data[i][0][None].to(device), rounds=5 if count == 1 else 1) for i in places]
+    mean = {key: sum(getattr(each, key) for each in found) / count for key in ("seconds", "times", "passes")}
+    return Cost(**mean, mebibytes=max(each.mebibytes for each in found))
+
+
 def _write(path: Path, text: str) -> None:
     part = path.with_name(f"{path.name}.partial")
     part.write_text(text)
     part.replace(path)
 
 
-def _detectors(network: nn.Module, features: str | None, seed: int, heads: "_Heads") -> dict[str, Detector]:
+def _detectors(
+    network: nn.Module, features: str | None, layers: Sequence[str], seed: int, heads: "_Heads"
+) -> dict[str, Detector]:
     """All detectors with their thresholds."""
-    made = {name: make(network, features, seed) for name, make in DETECTORS.items()}
+    made = {name: make(network, features, layers, seed) for name, make in DETECTORS.items()}
     made["invariance"] = Similarity(Invariance(network, features, seed=seed))
     for name, kind in WITH_HEADS.items():
         made[name] = Similarity(heads.give(kind(network, features, seed=seed), name))
@@ -588,6 +622,7 @@ class _Heads:
     images: int
     size: tuple[int, int] | None
     device: torch.device
+    tested: Any  # the images of the evaluation
 
     def fitted(self, detector: Detector, name: str) -> Detector:
         """The detector with its threshold, fitted the first time; the file is named after what it was fitted on."""
@@ -597,6 +632,9 @@ class _Heads:
         if path.exists():
             return detector.load(path)
         chosen = self._open(self.clean)
+        both = {image.digest for image in list_images(chosen)} & {image.digest for image in list_images(self.tested)}
+        if both:
+            raise ValueError(f"{self.clean} has {len(both)} of the images that are tested; a threshold is of others")
         with _progress() as progress:
             task = progress.add_task(f"the threshold of {name}", total=len(chosen))
             batches = (chosen[i][0][None].to(self.device) for i in range(len(chosen)))
@@ -636,7 +674,13 @@ class _Heads:
 
 
 def _defended(
-    name: str, network: nn.Module, features: str | None, eps: float, seed: int, heads: _Heads
+    name: str,
+    network: nn.Module,
+    features: str | None,
+    layers: Sequence[str],
+    eps: float,
+    seed: int,
+    heads: _Heads,
 ) -> DefendedModel:
     whole = name
     name, own, where = name.partition("@")
@@ -658,7 +702,7 @@ def _defended(
     if name in PRESETS:
         return Defended(network, Purifier(network, features, name, eps, seed))
     if name == "detect":
-        detector = heads.fitted(DETECTORS["deviation"](network, features, seed), "deviation")
+        detector = heads.fitted(DETECTORS["deviation"](network, features, layers, seed), "deviation")
         return Defended(network, Purifier(network, features, "fast", eps, seed), detector=detector)
     raise ValueError(f"defense is {whole!r}; it must be one of {', '.join(DEFENSES)}")
 
@@ -758,7 +802,7 @@ def _arguments(model: str, network: nn.Module, purifier: Purifier, features: str
     return {
         "version": __version__,
         "model": model,
-        "weights": fingerprint(network.state_dict().values()),
+        "weights": fingerprint(tensors_of(network)),
         "features": features,
         **{key: value for key, value in purifier.settings().items() if key != "views"},
         "device": next((p.device.type for p in network.parameters()), "cpu"),

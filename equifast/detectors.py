@@ -1,6 +1,7 @@
 """Detectors: how unlike the clean images of a model an image is, and from where on that is suspicious."""
 
 import contextlib
+import copy
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,15 +15,18 @@ from torch.nn import functional
 
 from equifast import _checks, ops, rng
 from equifast._cheap import DTYPES, autocast
-from equifast._fingerprint import fingerprint
+from equifast._fingerprint import fingerprint, stamp, tensors_of
 from equifast._folded import Folded
-from equifast.features import Features, evaluating
+from equifast.features import Features, evaluating, passed
 from equifast.objectives import Objective, batched, distances, pooled, rendered
 from equifast.purifier import Purifier, chunks, together
 from equifast.reference import invert, row_sum
 from equifast.views import Flip, Sampled, View, as_set, sample
 
-__all__ = ["Detector", "Deviation", "OutputVariance", "Similarity"]
+__all__ = ["Detector", "Deviation", "OutputVariance", "Similarity", "own_ids"]
+
+
+Where = str | Callable[[Tensor], Any] | None
 
 
 class Detector:
@@ -32,7 +36,11 @@ class Detector:
         model: the model whose images they are.
     """
 
+    most = 0.5
+    """From where on a map is shown at its brightest (:func:`equifast.evaluate.plots.overlay`)."""
+
     _LEARNED: tuple[str, ...] = ()
+    _stamp: object = None
 
     def __init__(self, model: nn.Module) -> None:
         if not isinstance(model, nn.Module):
@@ -46,7 +54,7 @@ class Detector:
 
     def _origin(self) -> dict[str, Any]:
         """Whose threshold it is."""
-        weights = fingerprint(self.model.state_dict().values())
+        weights = fingerprint(tensors_of(self.model))
         return {"detector": type(self).__name__, "model": weights, "settings": self.settings()}
 
     def score(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
@@ -54,7 +62,7 @@ class Detector:
 
         Args:
             x: (N, 3, H, W), floating point, in [0, 1].
-            ids: (N,) int64: which random numbers each image gets; all 0 where None.
+            ids: (N,) int64: which random numbers each image gets; those of its own values (:func:`own_ids`) where None.
             draw: 0..65535, another realization of the views under the same seed.
 
         Returns:
@@ -65,9 +73,11 @@ class Detector:
     def fit(self, loader: Iterable[Any], *, false_positive_rate: float = 0.05, confidence: float = 0.95) -> Self:
         """Find the threshold that few clean images exceed.
 
-        Of n clean scores in ascending order the threshold is number ``ceil((n + 1) (1 - false_positive_rate))``: of new
-        images like those the part above it is in the mean at most that rate (conformal prediction; Vovk et al. 2005),
-        and lies in :attr:`interval` with the confidence given, by the distribution of order statistics.
+        Each image has random numbers of its own, at draw 0: at other draws views have other sizes, where they change
+        these, and the rate may be another. Of n clean scores in ascending order the threshold is number
+        ``ceil((n + 1) (1 - false_positive_rate))``: of new images like those the part above it is in the mean at most
+        that rate (conformal prediction; Vovk et al. 2005), and lies in :attr:`interval` with the confidence given, by
+        the distribution of order statistics.
 
         Args:
             loader: batches of clean images (N, 3, H, W) in [0, 1], or tuples that begin with one.
@@ -79,6 +89,17 @@ class Detector:
         """
         return self._fit(loader, false_positive_rate, confidence)
 
+    def at(self, false_positive_rate: float, confidence: float = 0.95) -> Self:
+        """The same detector with the threshold for another rate, of the clean scores that it has.
+
+        Raises:
+            ValueError: if there were too few images for the rate.
+            RuntimeError: before :meth:`fit`.
+        """
+        found = copy.copy(self)
+        found._fitted = {**self.description(), **_threshold(self.clean_scores, false_positive_rate, confidence)}
+        return found
+
     def _seen(self, x: Tensor) -> Tensor:
         """What :meth:`fit` keeps of clean images, (N, ...)."""
         return self.score(x)
@@ -88,44 +109,40 @@ class Detector:
         return {}, seen
 
     def _fit(self, loader: Iterable[Any], false_positive_rate: float, confidence: float) -> Self:
-        rate = _checks.number("false_positive_rate", false_positive_rate, above=0)
-        sure = _checks.number("confidence", confidence, above=0)
-        for name, value in (("false_positive_rate", rate), ("confidence", sure)):
-            if value >= 1:
-                raise ValueError(f"{name} is {value}; it must be below 1")
         parts = []
+        needed = _needed(false_positive_rate, confidence)  # refuses bad numbers before any work
         for item in loader:
             images = item[0] if isinstance(item, list | tuple) else item
             images = _checks.images("loader's images", images, channels=3)
             if len(images):
                 parts.append(self._seen(images).double().cpu())
-        n, needed = sum(map(len, parts)), math.ceil(1 / rate - 1 - 1e-9)
+        n = sum(map(len, parts))
         if n < needed:
-            raise ValueError(f"loader has {n} images; for false_positive_rate {rate} it must have at least {needed}")
+            raise ValueError(
+                f"loader has {n} images; for false_positive_rate {false_positive_rate} it must have at least {needed}"
+            )
         seen = torch.cat(parts)
         if seen.isnan().any():
             count = int(seen.flatten(1).isnan().any(1).sum()) if seen.dim() > 1 else int(seen.isnan().sum())
             raise ValueError(f"model gives {count} clean images a score of NaN; there must be none")
         learned, scores = self._learn(seen)
-        scores = scores.sort().values
-        place = min(n, math.ceil((n + 1) * (1 - rate) - 1e-9))
-        # the part of all images above the place-th smallest of n is Beta(n + 1 - place, place)
-        low, high = (float(beta.ppf(q, n + 1 - place, place)) for q in ((1 - sure) / 2, (1 + sure) / 2))
-        self._fitted = {
-            **self._origin(),
-            "false_positive_rate": rate,
-            "confidence": sure,
-            "threshold": float(scores[place - 1]),
-            "interval": [low, high],
-            "scores": scores.tolist(),
-            **learned,
-        }
+        found = {**self._origin(), **_threshold(scores, false_positive_rate, confidence), **learned}
+        self._fitted, self._stamp = found, stamp(self.model)
         return self
 
     def _known(self, key: str) -> Any:
         if self._fitted is None:
             raise RuntimeError(f"{type(self).__name__} has no threshold yet; call fit(loader) or load(path)")
         return self._fitted[key]
+
+    def _check_weights(self) -> None:
+        """ValueError where the model is not any more as it was when the threshold was found."""
+        now = stamp(self.model)
+        if now != self._stamp:
+            known, weights = self._known("model"), fingerprint(tensors_of(self.model))
+            if weights != known:
+                raise ValueError(f"model has weights {weights!r}, the threshold is for {known!r}; call fit again")
+            self._stamp = now
 
     @property
     def threshold(self) -> float:
@@ -149,6 +166,7 @@ class Detector:
         An image whose score is NaN is.
         """
         threshold = self.threshold
+        self._check_weights()
         return ~(self.score(x, ids, draw).double() <= threshold)
 
     def examine(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> tuple[Tensor, Tensor | None]:
@@ -165,7 +183,9 @@ class Detector:
         For attackers who want to be overlooked (Carlini and Wagner 2017): 0, and without a gradient, from a quarter of
         one below the threshold on. A context, in which the model is in eval mode; RuntimeError before :meth:`fit`.
         """
-        level, unit = self.threshold, max(float(self.clean_scores.std()), 1e-12)
+        level = self.threshold
+        unit = max(float(self.clean_scores.std(correction=0)), 1e-3 * abs(level), 1e-12)
+        self._check_weights()
         with self._scores(x, ids, draw) as scores:
             yield _Unsuspicious(scores, level - unit / 4, unit)
 
@@ -210,12 +230,43 @@ class Detector:
             if found[key] != value:
                 what = "weights" if key == "model" else key
                 raise ValueError(f"{path} is of a model or detector with {what} {found[key]!r}; it must be {value!r}")
-        self._fitted = found
+        self._fitted, self._stamp = found, stamp(self.model)  # whose fingerprint is that of the file
         return self
 
 
+def own_ids(x: Tensor) -> Tensor:
+    """(N, ...) -> (N,) int64: ids that are functions of the images' values, and of nothing else."""
+    bits = x.detach().to(torch.float32).flatten(1).contiguous().view(torch.int32)
+    return bits.sum(1, dtype=torch.int64) if bits.shape[1] else torch.zeros(len(x), dtype=torch.int64, device=x.device)
+
+
+def _needed(false_positive_rate: float, confidence: float) -> int:
+    """How many clean images a rate takes."""
+    for name, value in (("false_positive_rate", false_positive_rate), ("confidence", confidence)):
+        if _checks.number(name, value, above=0) >= 1:
+            raise ValueError(f"{name} is {value}; it must be below 1")
+    return math.ceil(1 / false_positive_rate - 1 - 1e-9)
+
+
+def _threshold(scores: Tensor, rate: float, confidence: float) -> dict[str, Any]:
+    """The threshold of clean scores (n,), and between which rates of false positives it lies."""
+    scores, n, needed = scores.sort().values, len(scores), _needed(rate, confidence)
+    if n < needed:
+        raise ValueError(f"false_positive_rate is {rate}; of {n} clean images it must be at least {1 / (n + 1):.3g}")
+    place = min(n, math.ceil((n + 1) * (1 - rate) - 1e-9))
+    # the part of all images above the place-th smallest of n is Beta(n + 1 - place, place)
+    low, high = (float(beta.ppf(q, n + 1 - place, place)) for q in ((1 - confidence) / 2, (1 + confidence) / 2))
+    return {
+        "false_positive_rate": float(rate),
+        "confidence": float(confidence),
+        "threshold": float(scores[place - 1]),
+        "interval": [low, high],
+        "scores": scores.tolist(),
+    }
+
+
 class Similarity(Detector):
-    """One minus the mean agreement of a purifier's views with the image (:meth:`equifast.Purifier.score`).
+    """One minus the mean agreement of a purifier's views with the image: 1 - :meth:`equifast.Purifier.score`.
 
     A forward pass for the image and for each view, and nothing else. With ``equifast.defenses.Invariance``,
     ``Rotation`` and ``Contrastive`` in the place of the purifier it is the detector of theirs.
@@ -239,15 +290,17 @@ class Similarity(Detector):
         settings["features"] = where if where is None or isinstance(where, str) else "a function"
         settings["purifier"] = type(self.purifier).__name__
         if head is not None:
-            settings["head"] = fingerprint(head.state_dict().values())
+            settings["head"] = fingerprint(tensors_of(head))
         return settings
 
     def score(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
-        return 1 - self.purifier.score(x, ids, draw)
+        x = _checks.images("x", x, channels=3)
+        return 1 - self.purifier.score(x, own_ids(x) if ids is None else ids, draw)
 
     @contextlib.contextmanager
     def _scores(self, x: Tensor, ids: Tensor | None, draw: int) -> Iterator[Objective]:
-        with self.purifier.objective(x, ids, draw, scored=True) as similarity:
+        x = _checks.images("x", x, channels=3)
+        with self.purifier.objective(x, own_ids(x) if ids is None else ids, draw, scored=True) as similarity:
             yield _OneMinus(similarity)
 
     def map(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
@@ -257,6 +310,8 @@ class Similarity(Detector):
         """
         if type(self.purifier) is not Purifier:
             return super().map(x, ids, draw)
+        x = _checks.images("x", x, channels=3)
+        ids = own_ids(x) if ids is None else ids
         with self.purifier._objective(x, ids, draw, None) as (images, objective, _, _):
             if len(images) == 0:
                 return x.new_zeros(0, *x.shape[2:])
@@ -360,7 +415,7 @@ class _OfViews(Detector):
     def __init__(
         self,
         model: nn.Module,
-        features: str | Callable[[Tensor], Any] | None,
+        features: Where | Sequence[str | None],
         views: Sequence[View],
         seed: int,
         dtype: str,
@@ -371,14 +426,22 @@ class _OfViews(Detector):
         _checks.seed(seed)
         self.seed, self.dtype = seed, _checks.choice("dtype", dtype, DTYPES)
         super().__init__(model)
-        self._features = Features(model, features)
-        place = self._features.place
-        self._folded = Folded(model, place or None) if place is not None else None
+        several: Sequence[Where] = features if isinstance(features, list | tuple) else [features]  # type: ignore[list-item]
+        if not several:
+            raise ValueError("features is empty; there must be at least one")
+        self._features = [Features(model, where) for where in several]
+        places = [each.place for each in self._features]
+        known = all(place is not None for place in places)
+        self._folded = Folded(model, [place for place in places if place]) if known else None
 
     def settings(self) -> dict[str, Any]:
-        where = self._features.where
-        named = where if where is None or isinstance(where, str) else "a function"
+        found = [each.where for each in self._features]
+        named = [where if where is None or isinstance(where, str) else "a function" for where in found]
         return {"views": [repr(view) for view in self.views], "features": named, "seed": self.seed, "dtype": self.dtype}
+
+    def _modules(self) -> list[nn.Module]:
+        """The Modules that a function is, or is a method of."""
+        return [self.model, *(module for each in self._features for module in each.modules())]
 
     def _measure(self, x: Tensor, run: "_Run", sampled: Sequence[Sampled]) -> Tensor:
         """(N, ...), differentiable: what decides the score."""
@@ -400,7 +463,13 @@ class _OfViews(Detector):
         """In a context in which the model is in eval mode; ``own`` is given the model's output on the images."""
         features = self._features
         if self._folded is not None:
-            features = features.on(self._folded(x, lambda model, images: _flat(*features.on(model).both(images))))
+
+            def run_all(model: nn.Module, images: Tensor) -> Tensor:
+                found, result = passed([each.on(model) for each in self._features], images)
+                return torch.cat([part.flatten(1) for part in (*found, result)], 1)
+
+            folded = self._folded(x, run_all)
+            features = [each.on(folded) for each in features]
         side = self._SIDE if how is None else None
         run, size = _Run(features, autocast(self.dtype, x), side), (x.shape[2], x.shape[3])
         parts = []
@@ -414,26 +483,27 @@ class _OfViews(Detector):
     def _checked(self, x: Tensor, ids: Tensor | None, draw: int) -> tuple[Tensor, Tensor]:
         x = _checks.images("x", x, channels=3)
         _checks.integer("draw", draw, 0, rng.MAX_DRAW)
-        return x, _checks.ids(ids, len(x), x.device)
+        return x, own_ids(x) if ids is None else _checks.ids(ids, len(x), x.device)
 
     def _seen(self, x: Tensor) -> Tensor:
         x, numbers = self._checked(x, None, 0)
-        with torch.no_grad(), evaluating(x, self.model, *self._features.modules()):
+        with torch.no_grad(), evaluating(x, *self._modules()):
             return self._measured(x, numbers, 0)
 
     def score(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
         x, numbers = self._checked(x, ids, draw)
         if len(x) == 0:
             return x.new_zeros(0)
-        with torch.no_grad(), evaluating(x, self.model, *self._features.modules()):
+        with torch.no_grad(), evaluating(x, *self._modules()):
             return self._judge(self._measured(x, numbers, draw))
 
     def examine(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> tuple[Tensor, Tensor | None]:
         x, numbers = self._checked(x, ids, draw)
         threshold, own = self.threshold, list[Tensor]()
+        self._check_weights()
         if len(x) == 0:
             return self.predict(x), None
-        with torch.no_grad(), evaluating(x, self.model, *self._features.modules()):
+        with torch.no_grad(), evaluating(x, *self._modules()):
             scores = self._judge(self._measured(x, numbers, draw, own=own))
         return ~(scores.double() <= threshold), torch.cat(own).to(x.dtype)
 
@@ -441,19 +511,20 @@ class _OfViews(Detector):
     def _scores(self, x: Tensor, ids: Tensor | None, draw: int) -> Iterator[Objective]:
         with torch.inference_mode(False):
             x, numbers = self._checked(x, ids, draw)
-            with evaluating(x, self.model, *self._features.modules(), lean=True):
+            with evaluating(x, *self._modules(), lean=True):
                 yield _Graph(lambda x, ids, step: self._judge(self._measured(x, ids, draw, step)), numbers)
 
 
-def _flat(*maps: Tensor) -> Tensor:
-    return torch.cat([part.flatten(1) for part in maps], 1)
+def _check_classes(logits: Tensor) -> None:
+    if logits.shape[1] < 2:
+        raise ValueError(f"model gives {logits.shape[1]} class; of two or more there must be probabilities that vary")
 
 
 class _Run:
     """A model, under autocast where that is asked for: images -> features and output, in float32 or wider.
 
     Args:
-        features: of the model, and the model.
+        features: of the model, one or several, and the model.
         lowered: the dtype of autocast, or None.
         side: maps with a longer side than that are averaged over squares of positions until they have no longer one.
 
@@ -463,25 +534,26 @@ class _Run:
 
     own: Tensor
 
-    def __init__(self, features: Features, lowered: torch.dtype | None, side: int | None = None) -> None:
+    def __init__(self, features: Sequence[Features], lowered: torch.dtype | None, side: int | None = None) -> None:
         self._features, self._lowered, self._side = features, lowered, side
 
-    def of(self, images: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    def of(self, images: Sequence[Tensor]) -> list[tuple[list[Tensor], Tensor]]:
         """Of several images (N, 3, h, w), or views, those of one size in one pass while they are few."""
-        found: dict[int, tuple[Tensor, Tensor]] = {}
+        found: dict[int, tuple[list[Tensor], Tensor]] = {}
         for batch in batched(len(images[0]), [tuple(image.shape[2:]) for image in images], together(images[0])):
-            features, output = self._both(torch.cat([images[i] for i in batch]))
+            features, output = self._pass(torch.cat([images[i] for i in batch]))
             if 0 in batch:
                 self.own = output[: len(images[0])]  # the first of its batch
-            less = self._less(features)
-            passed = (less, less if output is features else self._less(output))
-            found.update(zip(batch, zip(*(part.chunk(len(batch)) for part in passed), strict=True), strict=True))
+            less = self._less(output)
+            maps = [less if each is output else self._less(each) for each in features]
+            parts = zip(*(each.chunk(len(batch)) for each in (*maps, less)), strict=True)
+            found.update({i: (list(part[:-1]), part[-1]) for i, part in zip(batch, parts, strict=True)})
         return [found[i] for i in range(len(images))]
 
-    def _both(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def _pass(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         enabled = self._lowered is not None
         with torch.autocast(images.device.type, dtype=self._lowered, enabled=enabled, cache_enabled=False):
-            return self._features.both(images)
+            return passed(self._features, images)
 
     def _less(self, maps: Tensor) -> Tensor:
         if self._side is not None and maps.dim() == 4 and max(maps.shape[2:]) > self._side:
@@ -493,18 +565,20 @@ class _Run:
 class Deviation(_OfViews):
     """How far what views say of an image is from what they say of clean ones, to either side.
 
-    Of each view four numbers: one minus the cosines of its features with the image's, as whole maps, position by
-    position and pooled; and the variance that it brings into the output. Their logarithms lie, on clean images, about a
-    mean, with a covariance, both of which ``fit`` finds (Ledoit and Wolf 2004), and the score is the Mahalanobis
-    distance from it. Views of an attacked image agree less than those of clean ones; those of an image that is blurred,
-    or of something else, may agree more, or in another way.
+    Of each view and each kind of features three numbers, one minus the cosines of its features with the image's: as
+    whole maps, position by position and pooled; and of each view the variance that it brings into the output. Their
+    logarithms lie, on clean images, about a mean, with a covariance, both of which ``fit`` finds (Ledoit and Wolf
+    2004), and the score is the Mahalanobis distance from it. Views of an attacked image agree less than those of clean
+    ones; those of an image that is blurred, or of something else, may agree more, or in another way.
 
     Large maps, with a side of more than 64, are averaged over squares of positions first. The threshold is that of
-    clean images which the mean and covariance have not seen, by cross-validation.
+    clean images which the mean and covariance have not seen, by cross-validation over contiguous parts, since images
+    that follow each other may be alike; so its rate and interval are about those of :meth:`fit`, and no promise.
 
     Args:
         model: images in [0, 1] to logits, (N, C) or dense.
-        features: as in :class:`equifast.Purifier`; they come from the same pass as the output.
+        features: as in :class:`equifast.Purifier`, or a sequence of names, None for the model's own output: they come
+            from the same pass. Layers before the last see blur and weather better.
         views: the set of views.
         seed: 0..2**32-1.
         dtype: as in :class:`equifast.Purifier`, but for float16.
@@ -516,7 +590,7 @@ class Deviation(_OfViews):
     def __init__(
         self,
         model: nn.Module,
-        features: str | Callable[[Tensor], Any] | None = None,
+        features: Where | Sequence[str | None] = None,
         views: Sequence[View] = (Flip(),),
         *,
         seed: int = 0,
@@ -525,25 +599,28 @@ class Deviation(_OfViews):
         super().__init__(model, features, views, seed, dtype)
 
     def _measure(self, x: Tensor, run: _Run, sampled: Sequence[Sampled]) -> Tensor:
-        """(N, 4 K): logarithms."""
-        (anchor, first), *others = run.of([x, *rendered(x, sampled)])
-        if anchor.dim() != 4:
-            raise ValueError(f"features have shape {_checks.shape(anchor)}; they must be (N, C, h, w)")
-        first, whole, columns = first.softmax(1), functional.normalize(pooled(anchor), eps=1e-6), []
-        for (features, output), view in zip(others, sampled, strict=True):
-            maps, positions = (
-                ops.similarity(anchor, [features], view.theta[None], reduction=how)[:, 0] for how in ("image", "pixel")
-            )
+        """(N, (3 F + 1) K): logarithms."""
+        (anchors, first), *others = run.of([x, *rendered(x, sampled)])
+        for anchor in anchors:
+            if anchor.dim() != 4:
+                raise ValueError(f"features have shape {_checks.shape(anchor)}; they must be (N, C, h, w)")
+        _check_classes(first)
+        first, columns = first.softmax(1), []
+        for (maps, output), view in zip(others, sampled, strict=True):
+            for anchor, other in zip(anchors, maps, strict=True):
+                whole, positions = (
+                    ops.similarity(anchor, [other], view.theta[None], reduction=how)[:, 0] for how in ("image", "pixel")
+                )
+                ours, its = (functional.normalize(pooled(each), eps=1e-6) for each in (anchor, other))
+                columns += [1 - whole, 1 - positions, 1 - row_sum(ours * its)]
             probabilities, overlap = _warped_back(output.softmax(1), view, first)
             apart = ((probabilities - first).square().sum(1, keepdim=True) / 4 * overlap).flatten(1)
-            variance = row_sum(apart) / row_sum(overlap.flatten(1)).clamp(min=1)
-            alike = row_sum(whole * functional.normalize(pooled(features), eps=1e-6))
-            columns += [1 - maps, 1 - positions, 1 - alike, variance]
+            columns.append(row_sum(apart) / row_sum(overlap.flatten(1)).clamp(min=1))
         # rounding may take a cosine past 1
         return torch.stack([column.clamp(min=0).add(1e-4).log() for column in columns], 1)
 
     def map(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
-        """(N, H, W) in [0, 2]: one minus the cosine of features, in the mean over the views that see a position.
+        """(N, H, W) in [0, 2]: one minus the cosine of the first features, the mean over views that see a position.
 
         It tells where views disagree; that they agree more than those of clean images, it does not.
         """
@@ -552,10 +629,10 @@ class Deviation(_OfViews):
             return x.new_zeros(0, *x.shape[2:])
 
         def apart(x: Tensor, run: _Run, sampled: Sequence[Sampled]) -> Tensor:
-            (anchor, _), *others = run.of([x, *rendered(x, sampled)])
-            return distances(anchor, [features for features, _ in others], sampled)
+            (anchors, _), *others = run.of([x, *rendered(x, sampled)])
+            return distances(anchors[0], [maps[0] for maps, _ in others], sampled)
 
-        with torch.no_grad(), evaluating(x, self.model, *self._features.modules()):
+        with torch.no_grad(), evaluating(x, *self._modules()):
             return _enlarged(self._measured(x, numbers, draw, how=apart), x)
 
     def _judge(self, measured: Tensor) -> Tensor:
@@ -569,7 +646,7 @@ class Deviation(_OfViews):
         if len(seen) < needed:
             raise ValueError(f"loader has {len(seen)} images; for a covariance it must have at least {needed}")
         folds, scores = min(len(seen), self._FOLDS), torch.zeros(len(seen), dtype=torch.float64)
-        place = torch.arange(len(seen)) % folds
+        place = torch.arange(len(seen)) * folds // len(seen)
         for fold in range(folds):
             out = place == fold
             scores[out] = _distance(seen[out], *_clean(seen[~out]))
@@ -613,6 +690,8 @@ class OutputVariance(_OfViews):
     ) -> None:
         super().__init__(model, None, views, seed, dtype)
 
+    most = 0.25
+
     def settings(self) -> dict[str, Any]:
         return {"views": [repr(view) for view in self.views], "seed": self.seed, "dtype": self.dtype}
 
@@ -623,6 +702,7 @@ class OutputVariance(_OfViews):
     def _variance(self, x: Tensor, run: _Run, sampled: Sequence[Sampled]) -> Tensor:
         """(N,), or (N, h, w)."""
         (_, first), *others = run.of([x, *rendered(x, sampled)])
+        _check_classes(first)
         first = first.softmax(1)
         # about the first prediction, lest squares cancel
         count, total, squares = torch.ones_like(first[:, :1]), torch.zeros_like(first), torch.zeros_like(first)

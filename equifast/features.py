@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from equifast import _checks
 
-__all__ = ["Features", "LogProbabilities", "evaluating", "output", "suggest"]
+__all__ = ["Features", "LogProbabilities", "evaluating", "output", "passed", "suggest"]
 
 Model = Callable[[Tensor], Any]
 
@@ -84,28 +84,6 @@ class Features:
             )
         return features
 
-    def both(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The features and the model's output, from one forward pass; two where a function gives the features."""
-        if self._module is None:
-            result = output(self.model(x.clone() if callable(self.where) else x))
-            return (self(x) if callable(self.where) else result), result
-        caught: list[Any] = []
-        thread = threading.get_ident()
-
-        def catch(_module: nn.Module, _inputs: Any, result: Any) -> None:
-            if threading.get_ident() == thread and not caught:
-                # what the model does in place to it later is not of it
-                caught.append(output(result).clone())
-
-        handle = self._module.register_forward_hook(catch)
-        try:
-            result = output(self.model(x))
-        finally:
-            handle.remove()
-        if not caught:
-            raise ValueError(f"features is {self.where!r}, a submodule that the model's forward pass does not call")
-        return caught[0], result
-
     @property
     def place(self) -> str | None:
         """The name of the submodule that ``where`` is, or is a method of: "" for the model itself, None for another."""
@@ -148,6 +126,38 @@ class Features:
         if not caught:
             raise ValueError(f"features is {self.where!r}, a submodule that the model's forward pass does not call")
         return output(caught[0])
+
+
+def passed(features: Sequence[Features], x: Tensor) -> tuple[list[Tensor], Tensor]:
+    """The features of several places of one model, and its output, from one forward pass.
+
+    A function that gives features runs beside it.
+    """
+    caught: dict[int, Tensor] = {}
+    thread, handles = threading.get_ident(), []
+    try:
+        for number, each in enumerate(features):
+            if each._module is not None:
+
+                def catch(_module: nn.Module, _inputs: Any, result: Any, number: int = number) -> None:
+                    if threading.get_ident() == thread and number not in caught:
+                        # what the model does in place to it later is not of it
+                        caught[number] = output(result).clone()
+
+                handles.append(each._module.register_forward_hook(catch))
+        result = output(features[0].model(x.clone()))
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = []
+    for number, each in enumerate(features):
+        if each._module is None:
+            found.append(each(x) if callable(each.where) else result)
+        elif number in caught:
+            found.append(caught[number])
+        else:
+            raise ValueError(f"features is {each.where!r}, a submodule that the model's forward pass does not call")
+    return found, result
 
 
 class LogProbabilities:

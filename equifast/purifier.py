@@ -626,9 +626,9 @@ class Defended(DefendedModel):
         gradient: ``"straight-through"``, or ``"unrolled"`` (:meth:`Purifier.unrolled`; for a Purifier).
         last: how many steps an unrolled gradient goes through.
         detector: with :meth:`equifast.detectors.Detector.predict`: only images that it suspects are purified, and the
-            others are left to the model alone, whose output is taken from the detector's own pass where it has one
-            (:meth:`equifast.detectors.Detector.examine`); None to purify all. Attackers have the gradient of the branch
-            taken.
+            others are left to the model alone; None to purify all. Attackers have the gradient of the branch taken. A
+            detector with this model and this ``dtype`` gives the model's output too, which saves a pass
+            (:meth:`equifast.detectors.Detector.examine`).
         dtype: of the predictions, as in :class:`DefendedModel`; what the purifier computes in is its own setting.
 
     Attributes:
@@ -689,8 +689,9 @@ class Defended(DefendedModel):
                     mask = self.detector.predict(x.detach(), ids=ids, draw=draw)
                 else:
                     mask, own = examine(x.detach(), ids=ids, draw=draw)
-            if torch.is_grad_enabled() and x.requires_grad:
-                own = None  # it has no graph
+            same = getattr(self.detector, "model", None) is self.model
+            if not same or getattr(self.detector, "dtype", None) != self.dtype or self._followed(x):
+                own = None  # of another network, in other arithmetic, or without the graph that is wanted
             logits = self._by_branch(x, ids, draw, mask, own)
             suspected = int(mask.sum())
         self.seen, self.purified = self.seen + len(x), self.purified + suspected
@@ -714,8 +715,12 @@ class Defended(DefendedModel):
         order = torch.cat([(~mask).nonzero().flatten(), mask.nonzero().flatten()]).argsort()
         return torch.cat([alone, chosen.to(alone.dtype)])[order]
 
+    @staticmethod
+    def _followed(x: Tensor) -> bool:
+        return torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad  # checked by the purifier
+
     def _purified(self, x: Tensor, ids: Tensor | None, draw: int) -> Tensor:
-        followed = torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad  # checked by the purifier
+        followed = self._followed(x)
         if followed and self.gradient == "unrolled":
             assert isinstance(self.purifier, Purifier)
             return self._predict(x, self.purifier.unrolled(x, self.last, ids, draw), ids, draw)

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from equifast import Defended, Purifier, attacks, views
 from equifast.cli import app
 from equifast.detectors import Deviation, OutputVariance, Similarity
-from equifast.evaluate import CORRUPTIONS, Detection, Strength, corrupt, known, mean_iou, plots, separation
+from equifast.evaluate import CORRUPTIONS, Detection, Evaluation, Strength, corrupt, known, mean_iou, plots, separation
 from equifast.evaluate.detection import STUDIES, Anomaly, attacked, corrupted, evading, foreign, noise
 from equifast.evaluate.metrics import _separations, mean_auroc
 from equifast.models import write_image
@@ -76,7 +76,16 @@ def test_separation_is_that_of_scikit_learn() -> None:
         )
     nan = separation(np.array([0.0, 1.0]), np.array([np.nan, 2.0]))
     assert nan.auroc.value == 100
-    assert str(nan.auroc) == "100.0 (100.0-100.0)"
+    # of two images one can not say more, and of 24 not everything
+    assert str(nan.auroc) == "100.0 (15.8-100.0)"
+    apart = separation(np.arange(24.0), np.arange(24.0) + 50)
+    assert (str(apart.auroc), str(apart.fpr95)) == ("100.0 (85.8-100.0)", "0.0 (0.0-14.2)")
+    other = generator.normal(size=30)
+    loose, paired = (separation(other, other + 0.3, paired=each).auroc for each in (False, True))
+    assert paired.value == loose.value
+    assert paired.high - paired.low < (loose.high - loose.low) / 2
+    with pytest.raises(ValueError, match="clean has 2 scores, anomalous 3; paired, they must be as many"):
+        separation(np.arange(2.0), np.arange(3.0), paired=True)
     kinds = np.stack([np.arange(10.0), np.arange(10.0) + 20])
     assert mean_auroc(np.arange(10.0), kinds).value == pytest.approx(75)
 
@@ -92,7 +101,7 @@ def test_intervals_cover() -> None:
 
 def test_a_study_records_what_detectors_say(tmp_path: Path) -> None:
     data, made = scenes(), detectors()
-    kinds = [attacked(STRENGTH), attacked(STRENGTH, Purifier(MODEL, steps=1)), noise(), evading(STRENGTH, 0.1)]
+    kinds = [attacked(STRENGTH), attacked(STRENGTH, Purifier(MODEL, steps=1)), noise(), evading(STRENGTH, 0.5)]
     study = Detection(MODEL, data, made, kinds, batch=4)
     told: list[str] = []
     report = study.run(tmp_path / "a", lambda what, done, total: told.append(what))
@@ -114,7 +123,7 @@ def test_a_study_records_what_detectors_say(tmp_path: Path) -> None:
             )  # fmt: skip
     assert report.damage("deviation", "clean").value == 100
     # who evades is another for every detector
-    assert not np.array_equal(*(report.scores["variance"][k] for k in ("PGD 8/255", "evading 8/255, weight 0.1")))
+    assert not np.array_equal(*(report.scores["variance"][k] for k in ("PGD 8/255", "evading 8/255, rate 50%")))
     document = json.loads(json.dumps(report.document()))
     assert set(document["rows"]["deviation"]) == {"clean", *(kind.name for kind in kinds)}
     assert document["rows"]["deviation"]["PGD 8/255"]["auroc"].keys() == {"value", "low", "high"}
@@ -134,6 +143,11 @@ def test_a_study_records_what_detectors_say(tmp_path: Path) -> None:
         other: dict[str, Any] = {"model": MODEL, "data": data, "detectors": made, "anomalies": kinds, **changed}
         with pytest.raises(ValueError, match=r"holds results of another (data|defense variance); choose another"):
             Detection(**other).run(tmp_path / "a")
+    with pytest.raises(ValueError, match="holds results of another .*kind"):
+        Evaluation(MODEL, data, [], {"none": Defended(MODEL, Purifier(MODEL))}, eps=None).run(tmp_path / "a")
+    (tmp_path / "a" / "records.jsonl").write_text('{"some": "line"}\n')
+    with pytest.raises(ValueError, match="has a line that equifast did not write"):
+        study.run(tmp_path / "a")
 
 
 def test_what_a_study_refuses(tmp_path: Path) -> None:
@@ -144,6 +158,9 @@ def test_what_a_study_refuses(tmp_path: Path) -> None:
         Detection(MODEL, data, {}, [noise()])
     with pytest.raises(RuntimeError, match="has no threshold yet"):
         Detection(MODEL, data, {"variance": OutputVariance(MODEL)}, [noise()])
+    for make in (attacked, lambda strength: evading(strength, 0.5)):
+        with pytest.raises(ValueError, match="strength is targeted; anomalies flee the true labels"):
+            make(Strength(targeted=True))
     few = foreign("few", TensorDataset(images(1), torch.zeros(1, dtype=torch.int64)))
     with pytest.raises(ValueError, match="few has 1 images; there must be as many as clean ones"):
         Detection(MODEL, data, made, [few]).run(tmp_path / "few")
@@ -274,6 +291,39 @@ def test_studies_from_the_command_line(study: str, tmp_path: Path, spec: str) ->
     done = CliRunner().invoke(app, [str(a) for a in (*fixed, "-o", tmp_path / "none", "--fit", clean)])
     assert done.exit_code == 2
     assert "detector similarity needs clean images; name data for it with --clean" in done.output
+    for more, sentence in (
+        (("--target", "1", "--defense", "fast"), f"study '{study}' is of detectors; it takes no --target, --defense"),
+        (
+            ("-o", tmp_path / "overlap", "--clean", data),
+            "has 3 of the images that are tested; a threshold is of others",
+        ),
+    ):
+        done = CliRunner().invoke(app, [str(a) for a in (*fixed, *given, *more)])
+        assert done.exit_code == 2, done.output
+        assert sentence in done.output.replace("\n", " ")
+
+
+def test_a_study_of_corruptions_from_the_command_line(
+    tmp_path: Path, spec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import equifast.cli
+
+    few = [corrupted(name, severity) for name in ("fog", "contrast") for severity in (1, 3)]
+    monkeypatch.setattr(equifast.cli, "DETECTION", {"corruptions": lambda strength, purifier, others: few})
+    data, clean = write_data(tmp_path / "data", 3), write_data(tmp_path / "clean", 20, seed=5)
+    given = ["evaluate", data, "-o", tmp_path / "out", "--model", spec, "--study", "corruptions"]
+    done = CliRunner().invoke(app, [str(a) for a in (*given, "--fit", clean, "--clean", clean, "--layer", "stem")])
+    assert done.exit_code == 0, done.output
+    text = (tmp_path / "out" / "table.md").read_text()
+    for row in ("| fog |", "| contrast |", "| mean, severity 1 |", "| mean, severity 3 |"):
+        assert row in text
+    assert (tmp_path / "out" / "corruptions-deviation.png").exists()
+    assert json.loads((tmp_path / "out" / "study.json").read_text())["defenses"]["deviation"]["settings"][
+        "features"
+    ] == [
+        None,
+        "stem",
+    ]
 
 
 def test_a_map_of_corruptions(tmp_path: Path) -> None:
@@ -303,14 +353,15 @@ def test_detect(detector: str, tmp_path: Path, spec: str) -> None:
     for i in range(3):
         write_image(tmp_path / "in" / f"a{i}.png", images(1, seed=20 + i)[0])
     write_image(tmp_path / "in" / "sub" / "noise.png", torch.rand(3, 32, 40))
-    (tmp_path / "in" / "broken.png").write_text("no image")
+    (tmp_path / "in" / "0-broken.png").write_text("no image")  # the first
     out = tmp_path / "out"
     given = ["detect", tmp_path / "in", "-o", out, "--model", spec, "--fit", clean, "--detector", detector]
     done = CliRunner().invoke(app, [str(a) for a in given])
     assert done.exit_code == 1, done.output  # one cannot be read, the others are done
-    assert "broken.png" in done.output
+    assert "0-broken.png" in done.output
     scores = json.loads((out / "scores.json").read_text())
-    assert {line["image"] for line in scores["images"]} == {"a0.png", "a1.png", "a2.png", "sub/noise.png"}
+    names = ("a0.png", "a1.png", "a2.png", "sub/noise.png")
+    assert {line["image"] for line in scores["images"]} == {str(tmp_path / "in" / name) for name in names}
     assert all(line["flagged"] == (line["score"] > scores["threshold"]) for line in scores["images"])
     values = [line["score"] for line in scores["images"]]
     assert values == sorted(values, reverse=True)
@@ -320,12 +371,19 @@ def test_detect(detector: str, tmp_path: Path, spec: str) -> None:
     with Image.open(out / "overlays" / "a0.png") as image:
         assert image.size == (40, 32)
     # the threshold of an earlier run
-    (tmp_path / "in" / "broken.png").unlink()
+    (tmp_path / "in" / "0-broken.png").unlink()
     again = [*given[:4], "--model", spec, "--fit", out / "detector.json", "--detector", detector]
     again[3] = tmp_path / "again"
     done = CliRunner().invoke(app, [str(a) for a in again])
     assert done.exit_code == 0, done.output
     assert json.loads((tmp_path / "again" / "scores.json").read_text()) == scores
+    done = CliRunner().invoke(app, [str(a) for a in (*again, "--rate", "0.4")])
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "again" / "scores.json").read_text())["threshold"] < scores["threshold"]
+    Image.open(tmp_path / "in" / "a0.png").save(tmp_path / "in" / "a0.jpg")
+    done = CliRunner().invoke(app, [str(a) for a in again])
+    assert done.exit_code == 2
+    assert "would both be written to 'a0.png'" in done.output.replace("\n", " ")
 
 
 def test_what_detect_refuses(tmp_path: Path, spec: str) -> None:
@@ -358,7 +416,7 @@ def test_a_score_of_nan_comes_first(tmp_path: Path) -> None:
     detector.score = lambda x: torch.tensor([next(values)])
     found = [(tmp_path / f"{i}.png", Path(f"{i}.png")) for i in range(3)]
     lines, failed = _scored(detector, found, tmp_path, torch.device("cpu"), Progress(disable=True))
-    assert [line["image"] for line in lines] == ["1.png", "2.png", "0.png"]
+    assert [Path(line["image"]).name for line in lines] == ["1.png", "2.png", "0.png"]
     assert (lines[0]["score"], lines[0]["flagged"], failed) == (None, True, 0)
 
 

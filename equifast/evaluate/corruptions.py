@@ -3,6 +3,7 @@
 import contextlib
 import threading
 from collections.abc import Iterator
+from importlib import metadata
 from types import ModuleType
 from typing import Any
 from unittest import mock
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from equifast import _checks
 
-__all__ = ["CORRUPTIONS", "SEVERITIES", "corrupt"]
+__all__ = ["CORRUPTIONS", "SEVERITIES", "corrupt", "version"]
 
 CORRUPTIONS = (
     *("gaussian_noise", "shot_noise", "impulse_noise"),
@@ -41,6 +42,14 @@ def _library() -> ModuleType:
     return module
 
 
+def version() -> str:
+    """Of the package, or that it is not there."""
+    try:
+        return metadata.version("imagecorruptions-imaug")
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """NumPy's global state, and generators that are asked for without a seed, as the library uses both."""
@@ -60,7 +69,9 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def corrupt(x: Tensor, name: str, severity: int, ids: Tensor | None = None, seed: int = 0) -> Tensor:
-    """Corrupt a batch, as uint8 images as the published data sets are.
+    """Corrupt a batch, as uint8 images, with the strengths of ImageNet-C.
+
+    Those of CIFAR-10-C, which is published as images, are less, so that figures on such small images do not compare.
 
     Args:
         x: (N, 3, H, W), floating point, in [0, 1], sides of at least 32.

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from equifast import __version__, _checks, attacks, ops, rng
 from equifast.detectors import Detector
-from equifast.evaluate.corruptions import CORRUPTIONS, SEVERITIES, corrupt
+from equifast.evaluate.corruptions import CORRUPTIONS, SEVERITIES, corrupt, version
 from equifast.evaluate.metrics import (
     Estimate,
     Interval,
@@ -83,6 +83,7 @@ class Anomaly:
 
 def attacked(strength: Strength, purifier: Purifier | None = None) -> Anomaly:
     """PGD on the model; or what a purifier makes of it, which is to look clean again."""
+    _check_untargeted(strength)
     level = f"PGD {255 * strength.eps:g}/255"
 
     def make(model: nn.Module, detector: Detector) -> Changed:
@@ -99,18 +100,26 @@ def attacked(strength: Strength, purifier: Purifier | None = None) -> Anomaly:
     return Anomaly(f"{level}, purified", make, {"attack": describe(strength), "purifier": describe(purifier)})
 
 
-def evading(strength: Strength, weight: float, purifier: Purifier | None = None) -> Anomaly:
-    """PGD that also stays below the threshold of the detector (:class:`equifast.attacks.Adaptive`), and has patience.
+def evading(strength: Strength, rate: float) -> Anomaly:
+    """PGD that also stays below the threshold that a detector has for a rate of false positives, and has patience.
 
-    Through the model alone: an image that is not suspected is not purified.
+    :class:`equifast.attacks.Adaptive` with weight 1, through the model alone: an image that is not suspected is not
+    purified. What is left over the rate is the curve of detection against damage: whoever flags more clean images
+    leaves such an attacker less room.
     """
+    _check_untargeted(strength)
 
     def make(model: nn.Module, detector: Detector) -> Changed:
-        attack = attacks.Adaptive(model, detector, weight=weight, **strength.patient())
+        attack = attacks.Adaptive(model, detector.at(rate), weight=1.0, **strength.patient())
         return lambda x, y, ids, places: attack(x, y, ids)
 
-    name = f"evading {255 * strength.eps:g}/255, weight {weight:g}"
-    return Anomaly(name, make, {"attack": describe(strength), "weight": weight}, knows=True, group="evading")
+    name = f"evading {255 * strength.eps:g}/255, rate {100 * rate:g}%"
+    return Anomaly(name, make, {"attack": describe(strength), "rate": rate}, knows=True, group="evading")
+
+
+def _check_untargeted(strength: Strength) -> None:
+    if strength.targeted:
+        raise ValueError("strength is targeted; anomalies flee the true labels")
 
 
 def corrupted(name: str, severity: int, seed: int = 0) -> Anomaly:
@@ -119,7 +128,7 @@ def corrupted(name: str, severity: int, seed: int = 0) -> Anomaly:
     def make(model: nn.Module, detector: Detector) -> Changed:
         return lambda x, y, ids, places: corrupt(x, name, severity, ids, seed)
 
-    return Anomaly(f"{name} {severity}", make, {"seed": seed}, group=f"severity {severity}")
+    return Anomaly(f"{name} {severity}", make, {"seed": seed, "library": version()}, group=f"severity {severity}")
 
 
 def foreign(name: str, data: Dataset[Any]) -> Anomaly:
@@ -203,6 +212,7 @@ class Detection:
         self.dense = item(data, 0)[1].dim() == 2
         self._arguments = {
             **(arguments or {}),
+            "kind": "detection",
             "version": __version__,
             "torch": torch.__version__,
             "backend": str(ops.choose(self._device)),
@@ -309,7 +319,10 @@ class DetectionReport:
     def separations(self) -> dict[str, dict[str, Separation]]:
         """``[detector][kind]``: how well its scores tell images of the kind from clean ones."""
         return {
-            name: {kind: separation(scores[CLEAN], scores[kind]) for kind in self.groups}
+            name: {
+                kind: separation(scores[CLEAN], scores[kind], paired=group != "foreign")
+                for kind, group in self.groups.items()
+            }
             for name, scores in self.scores.items()
         }
 
@@ -351,8 +364,8 @@ def _values(estimate: Estimate) -> dict[str, Any]:
     return {"value": estimate.value, "error": error}
 
 
-WEIGHTS = (0.01, 0.1, 1.0)
-"""Of the detector in the loss of attackers who evade it: the curve of detection against damage."""
+RATES = (0.05, 0.5)
+"""Of false positives, at which attackers evade."""
 
 
 def _detection(strength: Strength, purifier: Purifier, others: Mapping[str, Dataset[Any]]) -> list[Anomaly]:
@@ -360,7 +373,7 @@ def _detection(strength: Strength, purifier: Purifier, others: Mapping[str, Data
     return [
         *(attacked(each) for each in (*weaker, strength)),
         attacked(strength, purifier),
-        *(evading(strength, weight) for weight in WEIGHTS),
+        *(evading(strength, rate) for rate in RATES),
     ]
 
 

@@ -146,7 +146,7 @@ def difference(a: Array, b: Array, resamples: int = 1000) -> Estimate:
     return _estimate(lambda i: a[i].mean(-1) - b[i].mean(-1), len(a), resamples)
 
 
-def separation(clean: Array, anomalous: Array, resamples: int = 1000) -> Separation:
+def separation(clean: Array, anomalous: Array, resamples: int = 1000, paired: bool = False) -> Separation:
     """How well scores, higher for what is more anomalous, separate two sets of images.
 
     The figures are scikit-learn's; those of bootstrap samples, a thousand at once, are the same formulas.
@@ -155,6 +155,10 @@ def separation(clean: Array, anomalous: Array, resamples: int = 1000) -> Separat
         clean: (N,) scores, N at least 1; one that is NaN counts as higher than all.
         anomalous: (M,), M at least 1.
         resamples: bootstrap samples, drawn from both apart.
+        paired: whether the anomalous images were made of the clean ones, in the same order, and are drawn with them.
+
+    Where all samples agree, as when nothing overlaps, an interval ends where the exact one of a proportion does
+    (Clopper and Pearson 1934), of as many trials as the smaller set has images.
     """
     from sklearn import metrics  # here, since it takes its time
 
@@ -165,10 +169,23 @@ def separation(clean: Array, anomalous: Array, resamples: int = 1000) -> Separat
     precision = float(metrics.average_precision_score(truth, ranks))
     values = [float(metrics.auc(false, true)), precision, float(false[np.argmax(true >= _REACHED)])]
     rng, n, m = np.random.default_rng(0), len(clean), len(anomalous)
-    weights = np.concatenate([rng.multinomial(k, np.full(k, 1 / k), size=resamples) for k in (n, m)], 1)
-    low, high = np.percentile(_separations(ranks, truth, weights), [2.5, 97.5], axis=0)
-    figures = zip(values, low, high, strict=True)
-    return Separation(*(Interval(*(100 * float(part) for part in figure)) for figure in figures))
+    if paired and n != m:
+        raise ValueError(f"clean has {n} scores, anomalous {m}; paired, they must be as many")
+    drawn = rng.multinomial(n, np.full(n, 1 / n), size=resamples)
+    others = drawn if paired else rng.multinomial(m, np.full(m, 1 / m), size=resamples)
+    sampled = _separations(ranks, truth, np.concatenate([drawn, others], 1))
+    return Separation(*(_interval(value, column, min(n, m)) for value, column in zip(values, sampled.T, strict=True)))
+
+
+def _interval(value: float, sampled: Array, n: int) -> Interval:
+    """95% of what bootstrap samples (R,) of at least n images give."""
+    low, high = (float(part) for part in np.percentile(sampled, [2.5, 97.5]))
+    beyond = 0.025 ** (1 / n)
+    if low > 1 - 1e-9:
+        low, high = beyond, 1.0
+    elif high < 1e-9:
+        low, high = 0.0, 1 - beyond
+    return Interval(*(100 * part for part in (value, low, high)))
 
 
 _REACHED = 0.95 - 1e-9
@@ -202,5 +219,4 @@ def mean_auroc(clean: Array, anomalous: Array, resamples: int = 1000) -> Interva
     n = len(clean)
     weights = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=resamples) / n
     drawn = ((weights @ above) * weights).sum(1)
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return Interval(100 * float(above.mean()), 100 * float(low), 100 * float(high))
+    return _interval(float(above.mean()), drawn, n)

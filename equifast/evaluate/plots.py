@@ -230,7 +230,7 @@ def characteristics(report: DetectionReport) -> Figure:
 
     names = list(report.scores)
     figure = _figure(3.2 * min(3, len(names)), 3.4 * -(-len(names) // 3))
-    axes = figure.subplots(-(-len(names) // 3), min(3, len(names)), squeeze=False).flat
+    axes = list(figure.subplots(-(-len(names) // 3), min(3, len(names)), squeeze=False).flat)
     for axis, name in zip(axes, names, strict=False):
         for kind in report.groups:
             clean, found = report.scores[name][CLEAN], report.scores[name][kind]
@@ -243,7 +243,7 @@ def characteristics(report: DetectionReport) -> Figure:
         axis.set_xlabel("clean images flagged, %", fontsize=8)
         axis.set_ylabel("others flagged, %", fontsize=8)
         axis.legend(fontsize=6, title="area, %", title_fontsize=6)
-    for axis in list(axes)[len(names) :]:
+    for axis in axes[len(names) :]:
         axis.set_axis_off()
     return figure
 
@@ -293,25 +293,18 @@ def corruption_map(report: DetectionReport, detector: str) -> Figure:
 
 
 def evasion(report: DetectionReport) -> Figure | None:
-    """What attackers who evade detectors leave of the model, over how many of their images are flagged."""
+    """What attackers who evade detectors leave of the model, over the rate of false positives of their threshold."""
     kinds = [kind for kind, group in report.groups.items() if group == "evading"]
     if not kinds:
         return None
+    rates = [float(kind.rsplit(" ", 1)[1].rstrip("%")) for kind in kinds]
     figure = _figure(6, 4.5)
     axis = figure.subplots()
     for name in report.scores:
-        points = [(report.flagged(name, kind), report.damage(name, kind)) for kind in kinds]
-        points.sort(key=lambda point: point[0].value)
-        axis.errorbar(
-            [flagged.value for flagged, _ in points],
-            [left.value for _, left in points],
-            xerr=_errors([flagged for flagged, _ in points]),
-            yerr=_errors([left for _, left in points]),
-            marker="o",
-            capsize=2,
-            label=name,
-        )
-    axis.set_xlabel("attacked images that the detector flags, %")
+        _points(axis, rates, [report.damage(name, kind) for kind in kinds], name, marker="o")
+    first = next(iter(report.scores))
+    axis.axhline(report.damage(first, CLEAN).value, color="gray", linewidth=0.8, label=CLEAN)
+    axis.set_xlabel("clean images that the threshold flags, in %")
     axis.set_ylabel(f"what is left of the model, {report.figure}")
     axis.set_ylim(bottom=0)
     axis.set_title(f"attackers who evade; {report.images} images, ± standard error by bootstrap", fontsize=9)

@@ -144,7 +144,8 @@ def known(strength: Strength) -> dict[str, Attacker]:
         detector = _detector(defended)
         if detector is None or not callable(getattr(detector, "objective", None)):
             return None
-        return BPDA(attacks.Adaptive(model, detector, weight=s.weights, **s.patient()), defended)
+        # its weight hardly matters: below the threshold it has no gradient, above it is most of it
+        return BPDA(attacks.Adaptive(model, detector, weight=1.0, **s.patient()), defended)
 
     def averaging(model: nn.Module, defended: DefendedModel) -> Attacked:
         return BPDA(PGD(model, **s.settings()), Averaging(model))

@@ -43,20 +43,23 @@ class Image:
     id: int
     index: int
     shape: tuple[int, ...]
+    digest: str = ""  # of the image alone
 
 
 def list_images(data: Dataset[Any]) -> list[Image]:
     """The images of a data set in an order of their own: that of the digests of image and label."""
     found, seen = [], dict[str, int]()
     for index in range(len(cast(Sized, data))):
-        x, y = item(data, index)
+        (x, y), alone = item(data, index), ""
         digest = hashlib.sha256()
         for tensor in (x, y):
             digest.update(repr((tuple(tensor.shape), tensor.dtype)).encode())
             digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            alone = alone or digest.hexdigest()[:16]
         key = digest.hexdigest()[:16]
         again = seen[key] = seen.get(key, -1) + 1
-        found.append(Image(key if not again else f"{key}-{again}", int(key[:15], 16), index, tuple(x.shape)))
+        name = key if not again else f"{key}-{again}"
+        found.append(Image(name, int(key[:15], 16), index, tuple(x.shape), alone))
     if not found:
         raise ValueError("data has no images; there must be at least one")
     return sorted(found, key=lambda image: image.key)
@@ -131,11 +134,12 @@ class Records:
         for text in whole.splitlines():
             try:
                 line = json.loads(text)
-            except json.JSONDecodeError:
+                key = (line["image"], line["defense"], line["attack"])
+            except (json.JSONDecodeError, KeyError, TypeError):
                 raise ValueError(
                     f"{self._path} has a line that equifast did not write; choose another folder"
                 ) from None
-            self.results.setdefault((line["image"], line["defense"], line["attack"]), line)
+            self.results.setdefault(key, line)
         if torn:  # half a line, of a run that was killed while writing it
             part = self._path.with_suffix(".partial")
             part.write_bytes(whole)
@@ -147,7 +151,8 @@ class Records:
         now = self._manifest
         if path.exists():
             was = json.loads(path.read_text())
-            changed = [key for key in now if key not in ("attackers", "defenses") and was.get(key) != now[key]]
+            keys = dict.fromkeys((*now, *was))
+            changed = [key for key in keys if key not in ("attackers", "defenses") and was.get(key) != now.get(key)]
             for kind in ("attackers", "defenses"):
                 changed += [
                     f"{kind[:-1]} {name}"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from equifast import __version__, _checks, ops, rng
-from equifast._fingerprint import fingerprint
+from equifast._fingerprint import fingerprint, tensors_of
 from equifast.attacks import BPDA, Attack
 from equifast.detectors import Detector
 from equifast.evaluate.metrics import Estimate, accuracy, average, difference, mean_iou
@@ -70,7 +70,7 @@ def describe(thing: object) -> Any:
     if isinstance(thing, Detector):
         return describe(thing.description())
     if isinstance(thing, nn.Module | Tensor):
-        state = thing.state_dict().values() if isinstance(thing, nn.Module) else [thing]
+        state = tensors_of(thing) if isinstance(thing, nn.Module) else [thing]
         kept = (
             {}
             if not isinstance(thing, DefendedModel)
