@@ -143,7 +143,7 @@ def test_a_study_records_what_detectors_say(tmp_path: Path) -> None:
         other: dict[str, Any] = {"model": MODEL, "data": data, "detectors": made, "anomalies": kinds, **changed}
         with pytest.raises(ValueError, match=r"holds results of another (data|defense variance); choose another"):
             Detection(**other).run(tmp_path / "a")
-    with pytest.raises(ValueError, match="holds results of another .*kind"):
+    with pytest.raises(ValueError, match=r"holds results of another .*kind"):
         Evaluation(MODEL, data, [], {"none": Defended(MODEL, Purifier(MODEL))}, eps=None).run(tmp_path / "a")
     (tmp_path / "a" / "records.jsonl").write_text('{"some": "line"}\n')
     with pytest.raises(ValueError, match="has a line that equifast did not write"):
