@@ -74,6 +74,7 @@ DETECTORS: Mapping[str, Callable[[nn.Module, str | None, Sequence[str], int], De
         Purifier(model, features, seed=seed, views=[Flip()])
     ),
     "variance": lambda model, features, layers, seed: OutputVariance(model, seed=seed),
+    "error": lambda model, features, layers, seed: OutputVariance(model, error=True, seed=seed),
     "deviation": lambda model, features, layers, seed: Deviation(model, [features, *layers], seed=seed),
 }
 

@@ -675,25 +675,39 @@ class OutputVariance(_OfViews):
     """How much the predicted probabilities vary over the image and its views, warped back.
 
     At each position the variance of each class's probability over the image and the views that see it, summed over the
-    classes; of that the mean over positions. It needs no features, and is in [0, 1/2]. Logits of large maps, with a
-    side of more than 64, are averaged over squares of positions before the softmax.
+    classes; of that the mean over positions. It needs no features, and is in [0, 1]. Logits of large maps, with a side
+    of more than 64, are averaged over squares of positions before the softmax.
+
+    The squared error of a prediction (Brier 1950), in the mean over the image and its views, is that of their mean
+    prediction plus this variance (Krogh and Vedelsby 1995): it is a lower bound of the error, whatever is true. Where
+    the mean prediction p is calibrated its own error is ``1 - |p|^2`` in expectation, and with that added the score
+    estimates the error itself.
 
     Args:
         model: images in [0, 1] to logits, (N, C) or dense.
         views: the set of views.
+        error: whether the score is that estimate of the error instead, in [0, 1].
         seed: 0..2**32-1.
         dtype: as in :class:`equifast.Purifier`, but for float16.
     """
 
-    def __init__(
-        self, model: nn.Module, views: Sequence[View] = (Flip(),), *, seed: int = 0, dtype: str = "auto"
-    ) -> None:
-        super().__init__(model, None, views, seed, dtype)
-
     most = 0.25
 
+    def __init__(
+        self,
+        model: nn.Module,
+        views: Sequence[View] = (Flip(),),
+        *,
+        error: bool = False,
+        seed: int = 0,
+        dtype: str = "auto",
+    ) -> None:
+        super().__init__(model, None, views, seed, dtype)
+        self.error = _checks.boolean("error", error)
+
     def settings(self) -> dict[str, Any]:
-        return {"views": [repr(view) for view in self.views], "seed": self.seed, "dtype": self.dtype}
+        settings = {"views": [repr(view) for view in self.views], "seed": self.seed, "dtype": self.dtype}
+        return {**settings, "error": True} if self.error else settings
 
     def _measure(self, x: Tensor, run: _Run, sampled: Sequence[Sampled]) -> Tensor:
         variance = self._variance(x, run, sampled)
@@ -710,10 +724,12 @@ class OutputVariance(_OfViews):
             probabilities, overlap = _warped_back(output.softmax(1), view, first)
             apart = (probabilities - first) * overlap
             count, total, squares = count + overlap, total + apart, squares + apart.square()
-        return (squares / count - (total / count).square()).clamp(min=0).sum(1)
+        mean = total / count
+        variance = (squares / count - mean.square()).clamp(min=0).sum(1)
+        return variance + (1 - (first + mean).square().sum(1)).clamp(min=0) if self.error else variance
 
     def map(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
-        """(N, H, W) in [0, 1/2]: the variance at each position; TypeError for a model without dense output."""
+        """(N, H, W) in [0, 1]: the score at each position; TypeError for a model without dense output."""
         x, numbers = self._checked(x, ids, draw)
         if len(x) == 0:
             return x.new_zeros(0, *x.shape[2:])

@@ -277,7 +277,15 @@ def test_studies_from_the_command_line(study: str, tmp_path: Path, spec: str) ->
     done = CliRunner().invoke(app, [str(a) for a in (*fixed, *given)])
     assert done.exit_code == 0, done.output
     document = json.loads((tmp_path / "out" / "table.json").read_text())
-    assert set(document["rows"]) == {"similarity", "variance", "deviation", "invariance", "rotation", "contrastive"}
+    assert set(document["rows"]) == {
+        "similarity",
+        "variance",
+        "error",
+        "deviation",
+        "invariance",
+        "rotation",
+        "contrastive",
+    }
     text = (tmp_path / "out" / "table.md").read_text()
     assert "area under the characteristic in %, 3 images" in text
     assert ("what attackers leave of the model" in text) == (study == "detection")
@@ -347,7 +355,7 @@ def test_a_model_that_purifies_what_it_suspects_from_the_command_line(tmp_path: 
     assert "Adaptive, evading" not in rows["none"]
 
 
-@pytest.mark.parametrize("detector", ["similarity", "variance", "deviation"])
+@pytest.mark.parametrize("detector", ["similarity", "error", "deviation"])
 def test_detect(detector: str, tmp_path: Path, spec: str) -> None:
     clean = write_data(tmp_path / "clean", 30, seed=5) / "images"
     for i in range(3):
@@ -393,7 +401,10 @@ def test_what_detect_refuses(tmp_path: Path, spec: str) -> None:
     for arguments, sentence in (
         ((tmp_path / "empty",), "no PNG, JPEG or WebP file in"),
         ((clean,), "loader has 4 images; for false_positive_rate 0.05 it must have at least 19"),
-        ((clean, "--detector", "magic"), "detector is 'magic'; it must be one of similarity, variance, deviation"),
+        (
+            (clean, "--detector", "magic"),
+            "detector is 'magic'; it must be one of similarity, variance, error, deviation",
+        ),
         ((clean, "--fit", tmp_path / "model.py"), "is no JSON"),
     ):
         given = ["detect", *arguments[:1], "-o", out, "--model", spec, "--fit", clean, *arguments[1:]]

@@ -23,6 +23,7 @@ DETECTORS: dict[str, Callable[[nn.Module], Detector]] = {
     "flip": lambda model: Similarity(Purifier(model, views=[views.Flip()])),
     "invariance": lambda model: Similarity(defenses.Invariance(model)),
     "variance": lambda model: OutputVariance(model, views.paper()),
+    "error": lambda model: OutputVariance(model, error=True),
     "deviation": lambda model: Deviation(model),
     "deviation of layers": lambda model: Deviation(
         model, "stem", [views.Flip(), views.Resize(0.5), views.Rotation(15)]
@@ -122,6 +123,30 @@ def test_variance_of_the_output_by_hand(dense: bool) -> None:
         torch.testing.assert_close(found[n], expected, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize("dense", [True, False])
+def test_the_mean_error_is_that_of_the_mean_plus_the_variance(dense: bool) -> None:
+    """Whatever the truth is; and the estimate is its expectation where the mean prediction is the truth's."""
+    model, x = (cases.dense() if dense else cases.classifier()).eval().double(), cases.images().double()
+    with torch.no_grad():
+        views_of = [model(x).softmax(1), model(x.flip(3)).softmax(1)]
+    if dense:
+        views_of[1] = views_of[1].flip(3)
+    mean = sum(views_of) / 2
+    variance = OutputVariance(model, dtype="float32").score(x)
+    estimate = OutputVariance(model, dtype="float32", error=True).score(x)
+
+    def whole(values: Tensor) -> Tensor:
+        return values.flatten(1).mean(1) if dense else values
+
+    expected = torch.zeros(2, dtype=torch.float64)
+    for label in range(5):  # the expectation over labels that the mean prediction gives
+        truth = nn.functional.one_hot(torch.tensor(label), 5).double().view(1, 5, *[1] * (mean.dim() - 2))
+        error = sum((p - truth).square().sum(1) for p in views_of) / 2
+        torch.testing.assert_close(whole(error), whole((mean - truth).square().sum(1)) + variance)
+        expected += whole(error * mean[:, label])
+    torch.testing.assert_close(estimate, expected)
+
+
 def test_deviation_by_hand() -> None:
     """The measurements of the definition, and the distance by NumPy."""
     model = cases.dense().eval().double()
@@ -203,7 +228,8 @@ def test_the_objective_of_attackers_who_evade(name: str) -> None:
         detector.dtype = "float32"  # type: ignore[attr-defined]
     detector.fit([batch.double() for batch in clean()], false_positive_rate=0.5)
     x, ids = torch.cat(clean(4, seed=7)).double().clamp(0.05, 0.95), torch.arange(4)
-    level, unit = detector.threshold, float(detector.clean_scores.std(correction=0))
+    level = detector.threshold
+    unit = max(float(detector.clean_scores.std(correction=0)), 1e-3 * level)
     with detector.objective(x, ids) as objective:
         value, gradient = objective.gradient(x, 0)
         torch.testing.assert_close(objective.value(x), value, rtol=1e-5, atol=1e-6)
