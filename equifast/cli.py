@@ -29,7 +29,7 @@ from equifast._cheap import has_fast_bfloat16
 from equifast._fingerprint import fingerprint, tensors_of
 from equifast.defenses import Averaging, Contrastive, Invariance, RandomNoise, Rotation
 from equifast.demo import report
-from equifast.detectors import Detector, Deviation, OutputVariance, Similarity
+from equifast.detectors import Combined, Detector, Deviation, OutputVariance, Similarity
 from equifast.evaluate import (
     PARTS,
     Cost,
@@ -542,6 +542,9 @@ def _detectors(
     made["invariance"] = Similarity(Invariance(network, features, seed=seed))
     for name, kind in WITH_HEADS.items():
         made[name] = Similarity(heads.give(kind(network, features, seed=seed), name))
+    # parts of its own, as they are fitted together
+    turned = heads.give(Rotation(network, features, seed=seed), "rotation")
+    made["combined"] = Combined([DETECTORS["deviation"](network, features, layers, seed), Similarity(turned)])
     return {name: heads.fitted(detector, name) for name, detector in made.items()}
 
 

@@ -23,7 +23,7 @@ from equifast.purifier import Purifier, chunks, together
 from equifast.reference import invert, row_sum
 from equifast.views import Flip, Sampled, View, as_set, sample
 
-__all__ = ["Detector", "Deviation", "OutputVariance", "Similarity", "own_ids"]
+__all__ = ["Combined", "Detector", "Deviation", "OutputVariance", "Similarity", "own_ids"]
 
 
 Where = str | Callable[[Tensor], Any] | None
@@ -125,10 +125,15 @@ class Detector:
         if seen.isnan().any():
             count = int(seen.flatten(1).isnan().any(1).sum()) if seen.dim() > 1 else int(seen.isnan().sum())
             raise ValueError(f"model gives {count} clean images a score of NaN; there must be none")
-        learned, scores = self._learn(seen)
-        found = {**self._origin(), **_threshold(scores, false_positive_rate, confidence), **learned}
-        self._fitted, self._stamp = found, stamp(self.model)
+        self._keep(seen, false_positive_rate, confidence)
         return self
+
+    def _keep(self, seen: Tensor, rate: float, confidence: float) -> Tensor:
+        """Fit on what was seen of clean images; their scores (n,), in the order of the images."""
+        learned, scores = self._learn(seen)
+        found = {**self._origin(), **_threshold(scores, rate, confidence), **learned}
+        self._fitted, self._stamp = found, stamp(self.model)
+        return scores
 
     def _known(self, key: str) -> Any:
         if self._fitted is None:
@@ -738,3 +743,112 @@ class OutputVariance(_OfViews):
         if variance.dim() == 1:
             return super().map(x, ids, draw)
         return _enlarged(variance, x)
+
+
+class Combined(Detector):
+    """The most anomalous that several detectors find an image: each sees something else.
+
+    The largest of their scores' logarithms, each in standard deviations of those of clean images from their mean.
+
+    Args:
+        detectors: of one model, at least two; they are fitted together, on the same images.
+    """
+
+    _LEARNED = ("parts", "centers", "units")
+
+    def __init__(self, detectors: Sequence[Detector]) -> None:
+        for detector in detectors:
+            if not isinstance(detector, Detector):
+                raise TypeError(f"detectors has a {type(detector).__name__}; they must be Detectors")
+        if len(detectors) < 2:
+            raise ValueError(f"detectors has {len(detectors)}; there must be at least two")
+        if any(detector.model is not detectors[0].model for detector in detectors):
+            raise ValueError("detectors are of several models; they must be of one")
+        super().__init__(detectors[0].model)
+        self.detectors = tuple(detectors)
+        self.most = self.detectors[0].most
+
+    def settings(self) -> dict[str, Any]:
+        return {"parts": [[type(detector).__name__, detector.settings()] for detector in self.detectors]}
+
+    def score(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
+        found = torch.stack([detector.score(x, ids, draw) for detector in self.detectors], 1)
+        return _standard(found, *self._centers(found)).amax(1)
+
+    def _centers(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        centers, units = (torch.tensor(self._known(key)).to(like) for key in ("centers", "units"))
+        return centers, units
+
+    def fit(self, loader: Iterable[Any], *, false_positive_rate: float = 0.05, confidence: float = 0.95) -> Self:
+        self._widths: list[int] = []
+        return super().fit(loader, false_positive_rate=false_positive_rate, confidence=confidence)
+
+    def _seen(self, x: Tensor) -> Tensor:
+        seen = [detector._seen(x).double().view(len(x), -1) for detector in self.detectors]
+        self._widths = [part.shape[1] for part in seen]
+        return torch.cat(seen, 1)
+
+    def _keep(self, seen: Tensor, rate: float, confidence: float) -> Tensor:
+        parts = []
+        for detector, part in zip(self.detectors, seen.split(self._widths, 1), strict=True):
+            parts.append(detector._keep(part[:, 0] if part.shape[1] == 1 else part, rate, confidence))
+        found = torch.stack(parts, 1)
+        logs = found.clamp(min=_LEAST).log()
+        centers, units = logs.mean(0), logs.std(0, correction=0).clamp(min=1e-6)
+        scores = _standard(found, centers, units).amax(1)
+        learned = {
+            "parts": [detector.description() for detector in self.detectors],
+            "centers": centers.tolist(),
+            "units": units.tolist(),
+        }
+        self._fitted = {**self._origin(), **_threshold(scores, rate, confidence), **learned}
+        self._stamp = stamp(self.model)
+        return scores
+
+    def load(self, path: str | Path) -> Self:
+        super().load(path)
+        for detector, part in zip(self.detectors, self._known("parts"), strict=True):
+            detector._fitted, detector._stamp = part, self._stamp
+        return self
+
+    @contextlib.contextmanager
+    def _scores(self, x: Tensor, ids: Tensor | None, draw: int) -> Iterator[Objective]:
+        with contextlib.ExitStack() as stack:
+            parts = [stack.enter_context(detector._scores(x, ids, draw)) for detector in self.detectors]
+            yield _Largest(parts, *self._centers(torch.zeros(0, device=x.device)))
+
+    def map(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
+        """That of the first detector."""
+        return self.detectors[0].map(x, ids, draw)
+
+
+_LEAST = 1e-6
+
+
+def _standard(scores: Tensor, centers: Tensor, units: Tensor) -> Tensor:
+    """(N, D) scores -> how many standard deviations of clean ones their logarithms are above the mean of these."""
+    return (scores.clamp(min=_LEAST).log() - centers) / units
+
+
+class _Largest:
+    """The largest of several scores, each as :func:`_standard`."""
+
+    fixed = False
+
+    def __init__(self, parts: Sequence[Objective], centers: Tensor, units: Tensor) -> None:
+        self._parts, self._centers, self._units = parts, centers, units
+
+    def value(self, x: Tensor) -> Tensor:
+        found = torch.stack([part.value(x) for part in self._parts], 1)
+        return _standard(found, self._centers.to(found), self._units.to(found)).amax(1)
+
+    def gradient(self, x: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        values, gradients = zip(*(part.gradient(x, t) for part in self._parts), strict=True)
+        found = torch.stack(list(values), 1)
+        largest, place = _standard(found, self._centers.to(found), self._units.to(found)).max(1)
+        slope = 1 / (found.clamp(min=_LEAST) * self._units.to(found)).gather(1, place[:, None])[:, 0]
+        chosen = torch.stack(list(gradients))[place, torch.arange(len(x), device=x.device)]
+        return largest, chosen * slope.to(chosen).view(-1, *[1] * (x.dim() - 1))
+
+    def only(self, rows: Tensor | slice) -> "_Largest":
+        return _Largest([part.only(rows) for part in self._parts], self._centers, self._units)

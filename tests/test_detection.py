@@ -278,13 +278,7 @@ def test_studies_from_the_command_line(study: str, tmp_path: Path, spec: str) ->
     assert done.exit_code == 0, done.output
     document = json.loads((tmp_path / "out" / "table.json").read_text())
     assert set(document["rows"]) == {
-        "similarity",
-        "variance",
-        "error",
-        "deviation",
-        "invariance",
-        "rotation",
-        "contrastive",
+        *("similarity", "variance", "error", "deviation", "invariance", "rotation", "contrastive", "combined")
     }
     text = (tmp_path / "out" / "table.md").read_text()
     assert "area under the characteristic in %, 3 images" in text

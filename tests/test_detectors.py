@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from equifast import Defended, Purifier, attacks, defenses, demo, views
-from equifast.detectors import Detector, Deviation, OutputVariance, Similarity, own_ids
+from equifast.detectors import Combined, Detector, Deviation, OutputVariance, Similarity, own_ids
 from equifast.evaluate.study import describe
 from equifast.features import output
 from equifast.reference import invert, warp
@@ -25,6 +25,7 @@ DETECTORS: dict[str, Callable[[nn.Module], Detector]] = {
     "variance": lambda model: OutputVariance(model, views.paper()),
     "error": lambda model: OutputVariance(model, error=True),
     "deviation": lambda model: Deviation(model),
+    "combined": lambda model: Combined([Deviation(model), Similarity(Purifier(model, views=[views.Flip()]))]),
     "deviation of layers": lambda model: Deviation(
         model, "stem", [views.Flip(), views.Resize(0.5), views.Rotation(15)]
     ),
@@ -51,7 +52,7 @@ def test_a_score_does_not_depend_on_the_batch(detector: Detector) -> None:
     for n in range(6):
         assert torch.equal(detector.score(x[n : n + 1], ids[n : n + 1]), together[n : n + 1])
     assert detector.score(x[:0]).shape == (0,)
-    alone = detector.settings()["views"] == [repr(views.Flip())]  # which has no randomness
+    alone = detector.settings().get("views", [repr(views.Flip())]) == [repr(views.Flip())]  # which has no randomness
     assert torch.equal(detector.score(x, ids, draw=1), together) == alone
 
 
@@ -222,14 +223,15 @@ def test_the_objective_of_attackers_who_evade(name: str) -> None:
     """Its gradient is that of the score above the threshold, in units of the clean scores' deviation."""
     model = cases.dense().double()
     detector = DETECTORS[name](model)
-    if isinstance(detector, Similarity):
-        detector.purifier.dtype = "float32"
-    else:
-        detector.dtype = "float32"  # type: ignore[attr-defined]
+    for part in getattr(detector, "detectors", [detector]):
+        if isinstance(part, Similarity):
+            part.purifier.dtype = "float32"
+        else:
+            part.dtype = "float32"
     detector.fit([batch.double() for batch in clean()], false_positive_rate=0.5)
     x, ids = torch.cat(clean(4, seed=7)).double().clamp(0.05, 0.95), torch.arange(4)
     level = detector.threshold
-    unit = max(float(detector.clean_scores.std(correction=0)), 1e-3 * level)
+    unit = max(float(detector.clean_scores.std(correction=0)), 1e-3 * abs(level))
     with detector.objective(x, ids) as objective:
         value, gradient = objective.gradient(x, 0)
         torch.testing.assert_close(objective.value(x), value, rtol=1e-5, atol=1e-6)
@@ -412,6 +414,28 @@ def test_what_a_state_dict_leaves_out_is_part_of_the_fingerprint(tmp_path: Path)
     OutputVariance(Normalized(0.5)).load(tmp_path / "a.json")
     with pytest.raises(ValueError, match="is of a model or detector with weights"):
         OutputVariance(Normalized(0.0)).load(tmp_path / "a.json")
+
+
+def test_the_largest_of_several() -> None:
+    model, x = cases.dense(), torch.cat(clean(6, seed=4))
+    parts = [Deviation(model), OutputVariance(model)]
+    combined = Combined(parts).fit(clean(40), false_positive_rate=0.1)
+    alone = [Deviation(model).fit(clean(40)), OutputVariance(model).fit(clean(40))]
+    found = []
+    for part, single in zip(parts, alone, strict=True):
+        assert torch.equal(part.score(x), single.score(x))
+        logs = single.clean_scores.log()
+        found.append((part.score(x).log() - logs.mean()) / logs.std(correction=0))
+    torch.testing.assert_close(combined.score(x), torch.stack(found).amax(0), rtol=1e-4, atol=1e-4, check_dtype=False)
+    assert combined.map(x).shape == (6, 20, 28)
+    for wrong, sentence in (
+        ([parts[0]], "detectors has 1; there must be at least two"),
+        ([parts[0], OutputVariance(cases.dense())], "detectors are of several models; they must be of one"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            Combined(wrong)
+    with pytest.raises(TypeError, match="detectors has a DenseNet; they must be Detectors"):
+        Combined([parts[0], model])  # type: ignore[list-item]
 
 
 def test_the_threshold_of_another_rate() -> None:
