@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -412,6 +413,9 @@ def evaluate(
         typer.Option(help="Clean data, like those that are to come, for the thresholds of detectors."),
     ] = None,
     layer: Layers = None,
+    detector: Annotated[
+        list[str] | None, typer.Option(help="Which detectors such a study has; all of them where not given.")
+    ] = None,
     foreign: Annotated[
         list[Path] | None, typer.Option(help="Data that the model does not know, for --study ood; any number.")
     ] = None,
@@ -471,7 +475,7 @@ def evaluate(
             heads = _Heads(output, fit, clean, fit_images, shape, _device(device), chosen)
             others = {f"{path.parent.name}/{path.stem}": open_data(path, len(chosen)) for path in foreign or ()}
             anomalies = DETECTION[study](strength, Purifier(network, features, preset, radius, seed), others)
-            detectors = _detectors(network, features, layer or (), seed, heads)
+            detectors = _detectors(network, features, layer or (), seed, heads, detector or ())
             told = {"size": size, "spec": model, "device": _device(device).type, "study": study}
             _report_detection(
                 str(study), Detection(network, chosen, detectors, anomalies, batch=batch, arguments=told), output
@@ -535,17 +539,29 @@ def _write(path: Path, text: str) -> None:
 
 
 def _detectors(
-    network: nn.Module, features: str | None, layers: Sequence[str], seed: int, heads: "_Heads"
+    network: nn.Module,
+    features: str | None,
+    layers: Sequence[str],
+    seed: int,
+    heads: "_Heads",
+    wanted: Sequence[str],
 ) -> dict[str, Detector]:
-    """All detectors with their thresholds."""
-    made = {name: make(network, features, layers, seed) for name, make in DETECTORS.items()}
-    made["invariance"] = Similarity(Invariance(network, features, seed=seed))
-    for name, kind in WITH_HEADS.items():
-        made[name] = Similarity(heads.give(kind(network, features, seed=seed), name))
-    # parts of its own, as they are fitted together
-    turned = heads.give(Rotation(network, features, seed=seed), "rotation")
-    made["combined"] = Combined([DETECTORS["deviation"](network, features, layers, seed), Similarity(turned)])
-    return {name: heads.fitted(detector, name) for name, detector in made.items()}
+    """Detectors with their thresholds."""
+
+    def turned(kind: type[Rotation] | type[Contrastive], name: str) -> Detector:
+        return Similarity(heads.give(kind(network, features, seed=seed), name))
+
+    makes: dict[str, Callable[[], Detector]] = {
+        **{name: partial(make, network, features, layers, seed) for name, make in DETECTORS.items()},
+        "invariance": lambda: Similarity(Invariance(network, features, seed=seed)),
+        **{name: partial(turned, kind, name) for name, kind in WITH_HEADS.items()},
+        # of parts of its own, which are fitted together
+        "combined": lambda: Combined([makes["deviation"](), makes["rotation"]()]),
+    }
+    for name in wanted:
+        if name not in makes:
+            raise ValueError(f"detector is {name!r}; it must be one of {', '.join(makes)}")
+    return {name: heads.fitted(makes[name](), name) for name in wanted or makes}
 
 
 def _report_detection(study: str, detection: Detection, output: Path) -> None:

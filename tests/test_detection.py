@@ -232,7 +232,8 @@ def test_studies() -> None:
     names = {study: [a.name for a in make(STRENGTH, Purifier(MODEL), others)] for study, make in STUDIES.items()}
     assert len(names["corruptions"]) == 75
     assert names["ood"] == ["others", "uniform noise"]
-    assert names["detection"][:4] == ["PGD 2/255", "PGD 4/255", "PGD 8/255", "PGD 8/255, purified"]
+    assert names["detection"] == ["PGD 2/255", "PGD 4/255", "PGD 8/255", "PGD 8/255, purified"]
+    assert names["evasion"] == ["PGD 8/255", "evading 8/255, rate 5%", "evading 8/255, rate 50%"]
     assert corrupted("fog", 3).group == "severity 3"
 
 
@@ -269,20 +270,21 @@ def spec(tmp_path: Path) -> str:
     return f"{tmp_path / 'model.py'}:build"
 
 
-@pytest.mark.parametrize("study", ["detection", "ood"])
+@pytest.mark.parametrize("study", ["detection", "evasion", "ood"])
 def test_studies_from_the_command_line(study: str, tmp_path: Path, spec: str) -> None:
     data, clean = write_data(tmp_path / "data", 3), write_data(tmp_path / "clean", 20, seed=5)
     fixed = ["evaluate", data, "-o", tmp_path / "out", "--model", spec, "--study", study, "--steps", "1"]
     given = ["--fit", clean, "--clean", clean, "--foreign", clean]
+    few = ["variance", "combined"]
+    given += [] if study == "detection" else [part for name in few for part in ("--detector", name)]
     done = CliRunner().invoke(app, [str(a) for a in (*fixed, *given)])
     assert done.exit_code == 0, done.output
     document = json.loads((tmp_path / "out" / "table.json").read_text())
-    assert set(document["rows"]) == {
-        *("similarity", "variance", "error", "deviation", "invariance", "rotation", "contrastive", "combined")
-    }
+    everyone = ["similarity", "variance", "error", "deviation", "invariance", "rotation", "contrastive", "combined"]
+    assert set(document["rows"]) == set(everyone if study == "detection" else few)
     text = (tmp_path / "out" / "table.md").read_text()
     assert "area under the characteristic in %, 3 images" in text
-    assert ("what attackers leave of the model" in text) == (study == "detection")
+    assert ("what attackers leave of the model" in text) == (study != "ood")
     for name in ("scores", "characteristics"):
         assert (tmp_path / "out" / f"{name}.png").stat().st_size > 1000
     before = (tmp_path / "out" / "records.jsonl").read_text()
@@ -293,6 +295,9 @@ def test_studies_from_the_command_line(study: str, tmp_path: Path, spec: str) ->
     done = CliRunner().invoke(app, [str(a) for a in (*fixed, "-o", tmp_path / "none", "--fit", clean)])
     assert done.exit_code == 2
     assert "detector similarity needs clean images; name data for it with --clean" in done.output
+    done = CliRunner().invoke(app, [str(a) for a in (*fixed, *given, "--detector", "magic")])
+    assert done.exit_code == 2
+    assert "detector is 'magic'; it must be one of similarity" in done.output
     for more, sentence in (
         (("--target", "1", "--defense", "fast"), f"study '{study}' is of detectors; it takes no --target, --defense"),
         (

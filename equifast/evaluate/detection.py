@@ -373,8 +373,11 @@ def _detection(strength: Strength, purifier: Purifier, others: Mapping[str, Data
     return [
         *(attacked(each) for each in (*weaker, strength)),
         attacked(strength, purifier),
-        *(evading(strength, rate) for rate in RATES),
     ]
+
+
+def _evasion(strength: Strength, purifier: Purifier, others: Mapping[str, Dataset[Any]]) -> list[Anomaly]:
+    return [attacked(strength), *(evading(strength, rate) for rate in RATES)]
 
 
 def _corruptions(strength: Strength, purifier: Purifier, others: Mapping[str, Dataset[Any]]) -> list[Anomaly]:
@@ -387,6 +390,7 @@ def _ood(strength: Strength, purifier: Purifier, others: Mapping[str, Dataset[An
 
 STUDIES: Mapping[str, Callable[[Strength, Purifier, Mapping[str, Dataset[Any]]], list[Anomaly]]] = {
     "detection": _detection,
+    "evasion": _evasion,
     "corruptions": _corruptions,
     "ood": _ood,
 }
