@@ -481,6 +481,9 @@ def evaluate(
                 str(study), Detection(network, chosen, detectors, anomalies, batch=batch, arguments=told), output
             )
             return
+        if detector or foreign:
+            name = "detector" if detector else "foreign"
+            raise ValueError(f"{name} is given; it is for a study of detectors, one of {', '.join(DETECTION)}")
         sweep = _sweep(study, defense, Make(network, features, preset, radius, seed))
         if sweep is not None:
             rows = dict(sweep.defenses)

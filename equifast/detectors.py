@@ -18,9 +18,9 @@ from equifast._cheap import DTYPES, autocast
 from equifast._fingerprint import fingerprint, stamp, tensors_of
 from equifast._folded import Folded
 from equifast.features import Features, evaluating, passed
-from equifast.objectives import Objective, batched, distances, pooled, rendered
+from equifast.objectives import Objective, batched, distances, in_frame, pooled, rendered
 from equifast.purifier import Purifier, chunks, together
-from equifast.reference import invert, row_sum
+from equifast.reference import row_sum
 from equifast.views import Flip, Sampled, View, as_set, sample
 
 __all__ = ["Combined", "Detector", "Deviation", "OutputVariance", "Similarity", "own_ids"]
@@ -87,7 +87,26 @@ class Detector:
         Raises:
             ValueError: if there are too few images for the rate, with the number that it needs, or a score is NaN.
         """
-        return self._fit(loader, false_positive_rate, confidence)
+        parts, ids = [], []
+        needed = _needed(false_positive_rate, confidence)  # refuses bad numbers before any work
+        for item in loader:
+            images = item[0] if isinstance(item, list | tuple) else item
+            images = _checks.images("loader's images", images, channels=3)
+            if len(images):
+                parts.append(self._seen(images).double().cpu())
+                ids.append(own_ids(images).cpu())
+        n = sum(map(len, parts))
+        if n < needed:
+            raise ValueError(
+                f"loader has {n} images; for false_positive_rate {false_positive_rate} it must have at least {needed}"
+            )
+        seen = torch.cat(parts)
+        if seen.isnan().any():
+            count = int(seen.flatten(1).isnan().any(1).sum()) if seen.dim() > 1 else int(seen.isnan().sum())
+            raise ValueError(f"model gives {count} clean images a score of NaN; there must be none")
+        self._keep(seen, false_positive_rate, confidence)
+        self._fitted |= {"fitted_on": {"images": n, "digest": fingerprint([torch.cat(ids)])}}  # type: ignore[operator]
+        return self
 
     def at(self, false_positive_rate: float, confidence: float = 0.95) -> Self:
         """The same detector with the threshold for another rate, of the clean scores that it has.
@@ -107,26 +126,6 @@ class Detector:
     def _learn(self, seen: Tensor) -> tuple[dict[str, Any], Tensor]:
         """What a detector learns of clean images beside the threshold, and their scores (n,)."""
         return {}, seen
-
-    def _fit(self, loader: Iterable[Any], false_positive_rate: float, confidence: float) -> Self:
-        parts = []
-        needed = _needed(false_positive_rate, confidence)  # refuses bad numbers before any work
-        for item in loader:
-            images = item[0] if isinstance(item, list | tuple) else item
-            images = _checks.images("loader's images", images, channels=3)
-            if len(images):
-                parts.append(self._seen(images).double().cpu())
-        n = sum(map(len, parts))
-        if n < needed:
-            raise ValueError(
-                f"loader has {n} images; for false_positive_rate {false_positive_rate} it must have at least {needed}"
-            )
-        seen = torch.cat(parts)
-        if seen.isnan().any():
-            count = int(seen.flatten(1).isnan().any(1).sum()) if seen.dim() > 1 else int(seen.isnan().sum())
-            raise ValueError(f"model gives {count} clean images a score of NaN; there must be none")
-        self._keep(seen, false_positive_rate, confidence)
-        return self
 
     def _keep(self, seen: Tensor, rate: float, confidence: float) -> Tensor:
         """Fit on what was seen of clean images; their scores (n,), in the order of the images."""
@@ -207,7 +206,10 @@ class Detector:
         return dict(self._fitted or self._origin())
 
     def save(self, path: str | Path) -> None:
-        """Write what was fitted as JSON, and of which model and settings it is; RuntimeError before :meth:`fit`."""
+        """Write what was fitted as JSON: of which model and settings it is, and a digest of its images.
+
+        RuntimeError before :meth:`fit`.
+        """
         self._known("threshold")
         path = Path(path)
         beside = path.with_name(path.name + ".partial")
@@ -228,7 +230,16 @@ class Detector:
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is no JSON: {error}") from None
         own = json.loads(json.dumps(self._origin()))
-        keys = {*own, "threshold", "interval", "scores", "false_positive_rate", "confidence", *self._LEARNED}
+        keys = {
+            *own,
+            "fitted_on",
+            "threshold",
+            "interval",
+            "scores",
+            "false_positive_rate",
+            "confidence",
+            *self._LEARNED,
+        }
         if not isinstance(found, dict) or not keys <= found.keys():
             raise ValueError(f"{path} is not of a detector; it must have {', '.join(sorted(keys))}")
         for key, value in own.items():
@@ -393,13 +404,13 @@ class _Graph:
         return _Graph(self._function, self._ids[rows])
 
 
-def _warped_back(map: Tensor, view: Sampled, like: Tensor) -> tuple[Tensor, Tensor]:
-    """What is said of a view, in the frame of the image, and where the view sees it, (N, 1, ...)."""
-    if map.dim() != 4:
-        return map, torch.ones_like(map[:, :1])
-    inverse, size = invert(view.theta)[None], (like.shape[2], like.shape[3])
-    ones = torch.ones_like(map[:, :1].detach())
-    return ops.warp(map, inverse, [size])[0], (ops.warp(ones, inverse, [size])[0] > 0.5).to(map.dtype)
+def _in_frame(output: Tensor, view: Sampled, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities that a model gives for a view, as dense as ``like`` in the frame of the image, and the overlap."""
+    probabilities = output.softmax(1)
+    if probabilities.dim() != 4:
+        return probabilities, torch.ones_like(probabilities[:, :1])
+    back, overlap = in_frame(probabilities, view, (like.shape[2], like.shape[3]))
+    return back, overlap.to(back.dtype)
 
 
 def _enlarged(maps: Tensor, x: Tensor) -> Tensor:
@@ -618,7 +629,7 @@ class Deviation(_OfViews):
                 )
                 ours, its = (functional.normalize(pooled(each), eps=1e-6) for each in (anchor, other))
                 columns += [1 - whole, 1 - positions, 1 - row_sum(ours * its)]
-            probabilities, overlap = _warped_back(output.softmax(1), view, first)
+            probabilities, overlap = _in_frame(output, view, first)
             apart = ((probabilities - first).square().sum(1, keepdim=True) / 4 * overlap).flatten(1)
             columns.append(row_sum(apart) / row_sum(overlap.flatten(1)).clamp(min=1))
         # rounding may take a cosine past 1
@@ -726,7 +737,7 @@ class OutputVariance(_OfViews):
         # about the first prediction, lest squares cancel
         count, total, squares = torch.ones_like(first[:, :1]), torch.zeros_like(first), torch.zeros_like(first)
         for (_, output), view in zip(others, sampled, strict=True):
-            probabilities, overlap = _warped_back(output.softmax(1), view, first)
+            probabilities, overlap = _in_frame(output, view, first)
             apart = (probabilities - first) * overlap
             count, total, squares = count + overlap, total + apart, squares + apart.square()
         mean = total / count
@@ -767,6 +778,7 @@ class Combined(Detector):
         super().__init__(detectors[0].model)
         self.detectors = tuple(detectors)
         self.most = self.detectors[0].most
+        self._widths: list[int] = []  # of what each has seen of an image
 
     def settings(self) -> dict[str, Any]:
         return {"parts": [[type(detector).__name__, detector.settings()] for detector in self.detectors]}
@@ -778,10 +790,6 @@ class Combined(Detector):
     def _centers(self, like: Tensor) -> tuple[Tensor, Tensor]:
         centers, units = (torch.tensor(self._known(key)).to(like) for key in ("centers", "units"))
         return centers, units
-
-    def fit(self, loader: Iterable[Any], *, false_positive_rate: float = 0.05, confidence: float = 0.95) -> Self:
-        self._widths: list[int] = []
-        return super().fit(loader, false_positive_rate=false_positive_rate, confidence=confidence)
 
     def _seen(self, x: Tensor) -> Tensor:
         seen = [detector._seen(x).double().view(len(x), -1) for detector in self.detectors]

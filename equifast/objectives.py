@@ -32,6 +32,7 @@ __all__ = [
     "cross_entropy",
     "disagreement",
     "distances",
+    "in_frame",
     "label_index",
     "label_mean",
     "margins",
@@ -624,13 +625,15 @@ def warped_back(
     predict: Callable[[Tensor], Tensor], x: Tensor, sampled: Sequence[Sampled], size: tuple[int, int]
 ) -> list[tuple[Tensor, Tensor]]:
     """Predictions on views, in the frame of the image: pairs of (N, C, h, w) and the overlap (N, 1, h, w)."""
-    pairs = []
-    for view, image in zip(sampled, rendered(x, sampled), strict=True):
-        prediction = predict(image)
-        inverse = invert(view.theta)[None]
-        ones = torch.ones_like(prediction[:, :1].detach())
-        pairs.append((ops.warp(prediction, inverse, [size])[0], (ops.warp(ones, inverse, [size])[0] > 0.5)))
-    return pairs
+    views = zip(sampled, rendered(x, sampled), strict=True)
+    return [in_frame(predict(image), view, size) for view, image in views]
+
+
+def in_frame(maps: Tensor, view: Sampled, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Maps (N, C, h, w) of a view in the frame of the image, and the overlap (N, 1, h, w) of such a size, bool."""
+    inverse = invert(view.theta)[None]
+    ones = torch.ones_like(maps[:, :1].detach())
+    return ops.warp(maps, inverse, [size])[0], ops.warp(ones, inverse, [size])[0] > 0.5
 
 
 def average_predictions(predict: Callable[[Tensor], Tensor], x: Tensor, sampled: Sequence[Sampled]) -> Tensor:
@@ -675,10 +678,9 @@ def distances(anchor: Tensor, views: Iterable[Tensor], sampled: Sequence[Sampled
     anchor, size = anchor.float(), (anchor.shape[2], anchor.shape[3])
     total, count = torch.zeros_like(anchor[:, 0]), torch.zeros_like(anchor[:, 0])
     for view, features in zip(sampled, views, strict=True):
-        inverse = invert(view.theta)[None]
-        overlap = ops.warp(torch.ones_like(features[:, :1].float()), inverse, [size])[0][:, 0] > 0.5
-        cosine = functional.cosine_similarity(anchor, ops.warp(features.float(), inverse, [size])[0], dim=1, eps=1e-6)
-        total, count = total + (1 - cosine) * overlap, count + overlap
+        back, overlap = in_frame(features.float(), view, size)
+        cosine = functional.cosine_similarity(anchor, back, dim=1, eps=1e-6)
+        total, count = total + (1 - cosine) * overlap[:, 0], count + overlap[:, 0]
     return total / count.clamp(min=1)
 
 

@@ -352,6 +352,12 @@ def test_a_model_that_purifies_what_it_suspects_from_the_command_line(tmp_path: 
     rows = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
     assert "Adaptive, evading" in rows["detect"]
     assert "Adaptive, evading" not in rows["none"]
+    for option in ("--detector", "--foreign"):
+        done = CliRunner().invoke(app, [str(a) for a in (*fixed, option, "variance")])
+        assert done.exit_code == 2
+        assert f"{option[2:]} is given; it is for a study of detectors, one of detection" in done.output.replace(
+            "\n", " "
+        )
 
 
 @pytest.mark.parametrize("detector", ["similarity", "error", "deviation"])

@@ -483,6 +483,11 @@ def test_saved_and_loaded(detector: Detector, tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["detector.json"]
     name = next(name for name, make in DETECTORS.items() if make(cases.dense()).settings() == detector.settings())
     other = DETECTORS[name](cases.dense()).load(path)
+    kept = json.loads(path.read_text())["fitted_on"]
+    assert kept["images"] == 24
+    again = DETECTORS[name](cases.dense()).fit(clean())
+    assert again.description()["fitted_on"] == kept
+    assert again.fit(clean(seed=3)).description()["fitted_on"] != kept
     x = torch.cat(clean(8, seed=1))
     assert torch.equal(other.predict(x), detector.predict(x))
     assert other.interval == detector.interval
