@@ -755,6 +755,8 @@ def _cells(report: Report, costs: Mapping[str, Cost]) -> _Grid:
             column[attack] = str(row.get(attack, ""))
             if attack in report.aimed.get(defense, {}):
                 column[f"{attack}: target"] = str(report.estimate(report.aimed[defense][attack]))
+            if attack in report.purified.get(defense, {}):
+                column[f"{attack}: purified, %"] = f"{100 * report.purified[defense][attack].mean():.1f}"
             if attack in report.similarities.get(defense, {}):
                 column[f"{attack}: similarity x 100"] = str(report.similarity(defense, attack))
         spent = costs[defense]

@@ -633,6 +633,7 @@ class Defended(DefendedModel):
 
     Attributes:
         seen, purified: how many images there have been, and how many of them were purified.
+        suspected: (N,) bool, which of the last images were; None without a detector, or before the first.
     """
 
     def __init__(
@@ -650,6 +651,7 @@ class Defended(DefendedModel):
             raise TypeError(f"detector is a {type(detector).__name__}; it must have predict(x, ids=None, draw=0)")
         self.detector = detector
         self.seen = self.purified = 0
+        self.suspected: Tensor | None = None
         _checks.choice("gradient", gradient, ("straight-through", "unrolled"))
         if gradient == "unrolled":
             if not isinstance(purifier, Purifier):
@@ -693,7 +695,7 @@ class Defended(DefendedModel):
             if not same or getattr(self.detector, "dtype", None) != self.dtype or self._followed(x):
                 own = None  # of another network, in other arithmetic, or without the graph that is wanted
             logits = self._by_branch(x, ids, draw, mask, own)
-            suspected = int(mask.sum())
+            self.suspected, suspected = mask, int(mask.sum())
         self.seen, self.purified = self.seen + len(x), self.purified + suspected
         return logits
 

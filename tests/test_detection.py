@@ -352,6 +352,11 @@ def test_a_model_that_purifies_what_it_suspects_from_the_command_line(tmp_path: 
     rows = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
     assert "Adaptive, evading" in rows["detect"]
     assert "Adaptive, evading" not in rows["none"]
+    lines = [json.loads(text) for text in (tmp_path / "out" / "records.jsonl").read_text().splitlines()]
+    guarded = [line["purified"] for line in lines if line["defense"] == "detect" and line["attack"] == "PGD"]
+    assert rows["detect"]["PGD"]["purified"]["value"] == 100 * sum(guarded) / 2
+    assert "PGD: purified, %" in (tmp_path / "out" / "table.md").read_text()
+    assert all("purified" not in line for line in lines if line["defense"] == "none")
     for option in ("--detector", "--foreign"):
         done = CliRunner().invoke(app, [str(a) for a in (*fixed, option, "variance")])
         assert done.exit_code == 2

@@ -74,7 +74,7 @@ def describe(thing: object) -> Any:
         kept = (
             {}
             if not isinstance(thing, DefendedModel)
-            else _attributes(thing, skip=("model", "predictor", "seen", "purified"))
+            else _attributes(thing, skip=("model", "predictor", "seen", "purified", "suspected"))
         )
         return {"class": type(thing).__name__, "tensors": fingerprint(state), **kept}
     if isinstance(thing, Mapping):
@@ -272,6 +272,10 @@ class Evaluation:
             logits = self._logits(self.defenses[name], x, y, ids)
             seconds = time.perf_counter() - begun
             results = judged(logits.argmax(1), y, logits.shape[1], self.ignore_index)
+            suspected = getattr(self.defenses[name], "suspected", None)
+            if suspected is not None:
+                for note, flag in zip(seen, suspected.tolist(), strict=True):
+                    note["purified"] = flag
             if attack is None:
                 for note, chances in zip(seen, _probabilities(logits), strict=True):
                     note["probabilities"] = chances
@@ -396,6 +400,7 @@ class Report:
         self.losses: dict[str, dict[str, Array]] = {}  # (N, steps)
         self.no_gradient: dict[str, dict[str, Array]] = {}  # (N,) steps
         self.probabilities: dict[str, bool] = {}
+        self.purified: dict[str, dict[str, Array]] = {}  # (N,) bool, of defenses that purify what a detector suspects
         for defense, attack in cells:
             lines = [records[image.key, defense, attack] for image in evaluation.images]
             results = [line["result"] for line in lines]
@@ -410,6 +415,8 @@ class Report:
                 self.no_gradient.setdefault(defense, {})[attack] = np.array([line["no_gradient"] for line in lines])
             if evaluation.score is not None:
                 self.similarities.setdefault(defense, {})[attack] = np.array([line["similarity"] for line in lines])
+            if all("purified" in line for line in lines):
+                self.purified.setdefault(defense, {})[attack] = np.array([line["purified"] for line in lines])
             if attack == CLEAN:
                 self.probabilities[defense] = all(line["probabilities"] for line in lines)
             times = [(line["seconds"], line["attack_seconds"]) for line in lines]
@@ -528,6 +535,8 @@ class Report:
                     cell["target"] = _values(self.estimate(self.aimed[defense][attack]))
                 if attack in self.similarities.get(defense, {}):
                     cell["similarity"] = _values(self.similarity(defense, attack))
+                if attack in self.purified.get(defense, {}):
+                    cell["purified"] = _values(accuracy(self.purified[defense][attack]))
                 if attack in self.losses.get(defense, {}):
                     mean = self.losses[defense][attack].mean(0)
                     cell["loss"] = [float(f"{value:.5g}") for value in mean]
