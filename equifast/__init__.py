@@ -1,6 +1,6 @@
 """equifast: fast, honest test-time robustness for vision models, by equivariance."""
 
-from equifast import attacks, defenses, detectors, ops, reference, rng, views
+from equifast import attacks, defenses, detectors, ops, reference, rng, spatial, views
 from equifast._allocator import keep_freed_memory
 from equifast._version import __version__
 from equifast.purifier import Defended, Purifier, purify
@@ -17,5 +17,6 @@ __all__ = [
     "purify",
     "reference",
     "rng",
+    "spatial",
     "views",
 ]

@@ -153,8 +153,7 @@ class Ascent:
         for restart in range(self.restarts):
             first = restart * self.steps
             stream = rng.Stream.START.of(party)
-            first_step = restart * max(1, self.steps)
-            x = self.ball.start(origin, self.start, seed=seed, stream=stream, ids=ids, draw=draw, step=first_step)
+            x = self.ball.start(origin, self.start, seed=seed, stream=stream, ids=ids, draw=draw, step=restart)
             momentum = torch.zeros_like(origin, dtype=torch.promote_types(origin.dtype, torch.float32))
             schedule = _Schedule(self, origin) if self.adaptive else None
             for t in range(self.steps):

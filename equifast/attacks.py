@@ -34,6 +34,7 @@ from equifast.objectives import (
 )
 from equifast.purifier import Defended, DefendedModel, Purifier, Purify
 from equifast.reference import row_sum
+from equifast.spatial import Box, Grid, transform
 
 __all__ = [
     "APGD",
@@ -49,6 +50,7 @@ __all__ = [
     "CosPGD",
     "Houdini",
     "SegPGD",
+    "Spatial",
     "Square",
 ]
 
@@ -638,6 +640,232 @@ class CWL2(Attack):
             high, low = torch.where(won_once, c.minimum(high), high), torch.where(won_once, low, c.maximum(low))
             c = torch.where(high.isfinite(), (low + high) / 2, 10 * low)
         return best.clamp(0, 1)
+
+
+class Spatial(Attack):
+    """Rotations and translations of each image (Engstrom et al. 2019; Yang et al. 2019), of images with one label.
+
+    Args:
+        search: ``"grid"``: every point of the grid; an image fails if any point fails it, and the first that does so is
+            what it gets, or else the one with the largest loss. ``"worst-of-k"``: of ``k`` transforms, uniform in the
+            bounds, the one with the largest loss; with ``k=1`` a random one. ``"spgd"``: from each of the same ``k``
+            transforms, projected sign ascent on angle and translation, of which the best iterate is kept, so that it
+            is never weaker.
+        grid: bounds, and the points of the grid.
+        order: in which the grid's points are tried, as :meth:`learned_order` gives it from other images: all indices of
+            ``grid.points()``, once; None for that order. It changes which of several points is found, and the time.
+        batch: how many transformed images the model is given at once in a grid search. It is always as many, so that
+            what is found for an image does not depend on the others.
+        k: random transforms, of the other two searches.
+        objective: the loss that these two climb, ``"cross-entropy"``; or how far logits are from those of the image
+            itself: ``"kl"``, the divergence of the latter's probabilities from the former's, or ``"l2"``, the squared
+            distance.
+        steps: of each ascent.
+        step_degrees, step_pixels: their lengths; a quarter of the bound where None.
+        two_pass: whether rotation and translation resample one after the other, as in published code; else once.
+        targeted, seed, dtype: as in :class:`Attack`.
+
+    Raises:
+        TypeError, ValueError: for any setting that cannot be, in one sentence that names it.
+    """
+
+    least_classes = 2
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *,
+        search: str = "grid",
+        grid: Grid | None = None,
+        order: Sequence[int] | None = None,
+        batch: int = 256,
+        k: int = 10,
+        objective: str = "cross-entropy",
+        steps: int = 5,
+        step_degrees: float | None = None,
+        step_pixels: float | None = None,
+        two_pass: bool = False,
+        targeted: bool = False,
+        seed: int | None = 0,
+        dtype: str = "float32",
+    ) -> None:
+        self.search = _checks.choice("search", search, ("grid", "worst-of-k", "spgd"))
+        self.grid = Grid() if grid is None else grid
+        if not isinstance(self.grid, Grid):
+            raise TypeError(f"grid is a {type(grid).__name__}; it must be an equifast.spatial.Grid")
+        self.batch = _checks.integer("batch", batch, 1, 2**20)
+        self.objective = _checks.choice("objective", objective, ("cross-entropy", "kl", "l2"))
+        if self.objective != "cross-entropy" and (targeted or search == "grid"):
+            what = "targeted" if targeted else "search 'grid'"
+            raise ValueError(f"objective is {objective!r} with {what}; it must be 'cross-entropy'")
+        self.two_pass = _checks.boolean("two_pass", two_pass)
+        rest: dict[str, Any] = {"targeted": targeted, "seed": seed, "dtype": dtype, "restarts": k, "keep": "best"}
+        super().__init__(model, steps=steps if search == "spgd" else 0, **rest)
+        sizes = []
+        given = {"step_degrees": step_degrees, "step_pixels": step_pixels}
+        for (name, length), most in zip(given.items(), self.grid.bounds[:2], strict=True):
+            length = most / 4 if length is None else _checks.number(name, length, above=0)
+            sizes.append(length / (2 * most) if most else 0.0)
+        box = Box(0.5, (sizes[0], sizes[1], sizes[1]))
+        self.ascent = dataclasses.replace(self.ascent, ball=box, step_size=1.0)
+        count = math.prod(self.grid.counts)
+        self.order = tuple(range(count) if order is None else (int(index) for index in order))
+        if sorted(self.order) != list(range(count)):
+            raise ValueError(
+                f"order has {len(self.order)} indices; it must be those of the grid's {count} points, each once"
+            )
+
+    def __call__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        ids: Tensor | None = None,
+        progress: Progress | None = None,
+        watch: Watch | None = None,
+    ) -> Tensor:
+        """Attack a batch; arguments as those of :class:`Attack`, and the transformed images (N, C, H, W)."""
+        found = self.find(x, y, ids, progress, watch)
+        return transform(x.detach(), found, two_pass=self.two_pass).clamp(0, 1)
+
+    def find(
+        self,
+        x: Tensor,
+        y: Tensor,
+        ids: Tensor | None = None,
+        progress: Progress | None = None,
+        watch: Watch | None = None,
+    ) -> Tensor:
+        """The transforms instead of the images: (N, 3) float64, as :func:`equifast.spatial.transform` takes them."""
+        found = super().__call__(x, y, ids, progress, watch)
+        return found.flatten(1).double() if len(x) else torch.zeros(0, 3, dtype=torch.float64, device=x.device)
+
+    def failures(self, x: Tensor, y: Tensor, ids: Tensor | None = None, progress: Progress | None = None) -> Tensor:
+        """Every point of the grid on every image, (N, P) bool in the order of ``grid.points()``: whether it fails."""
+        every = copy.copy(self)
+        every.search = "everything"
+        return every.find(x, y, ids, progress) > 0 if len(x) else torch.zeros(0, len(self.order), dtype=torch.bool)
+
+    def learned_order(
+        self, x: Tensor, y: Tensor, ids: Tensor | None = None, progress: Progress | None = None
+    ) -> list[int]:
+        """An order for ``order``, by the failures of images other than those to be attacked.
+
+        First the point that fails most images, then the one that fails most of the rest, and so on; then points by how
+        many they fail.
+        """
+        failed = self.failures(x, y, ids, progress)
+        counts = failed.sum(0)
+        rest, left = failed.clone(), torch.ones(len(self.order), dtype=torch.bool, device=failed.device)
+        order: list[int] = []
+        while bool(rest.any()):
+            point = int(rest.sum(0).argmax())
+            order.append(point)
+            left[point] = False
+            rest[rest[:, point].clone()] = False
+        return order + [int(i) for i in counts.argsort(descending=True, stable=True) if left[i]]
+
+    def _search(self, predict: Prediction, x: Tensor, y: Tensor, call: Call) -> Tensor:
+        if y.dim() != 1:
+            raise ValueError(f"y has shape {_checks.shape(y)}; for Spatial it must be (N,), one label for each image")
+        draw = self._draws(0)[0]
+        with torch.no_grad():
+            *_, logits = predict(x.clone(), call.ids, draw)
+        if self.search in ("grid", "everything"):
+            return self._through_grid(lambda images, ids: next(iter(predict(images, ids, draw))), x, y, call)
+        task = self._task(predict, logits, y, call.ids)
+        middle = x.new_full((len(x), 3, 1, 1), 0.5)
+        found = self._climb(_Transformed(task, x, self._parameters, self.two_pass), middle, call, call.progress)
+        return self._parameters(found)
+
+    def _parameters(self, u: Tensor) -> Tensor:
+        """(N, 3, 1, 1) in the unit cube -> (N, 3) degrees, right and down."""
+        bounds = u.new_tensor(self.grid.bounds, dtype=torch.float64)
+        return (2 * u.flatten(1).double() - 1) * bounds
+
+    def _task(self, predict: Prediction, clean: Tensor, y: Tensor, ids: Tensor) -> Objective:
+        if self.objective == "cross-entropy":
+            return self._objective(predict, y, y, ids)
+
+        def loss(logits: Tensor, clean: Tensor) -> Tensor:
+            if self.objective == "l2":
+                return (logits - clean).square().sum(1)
+            return (clean.softmax(1) * (clean.log_softmax(1) - logits.log_softmax(1))).sum(1)
+
+        return TaskLoss(predict, loss, (clean,), ids, self._draws)
+
+    def _through_grid(self, predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor, call: Call) -> Tensor:
+        """What :meth:`find` gives of a grid: (N, 3); or, of everything, (N, P)."""
+        everything = self.search == "everything"
+        points = self.grid.points().to(x.device)[list(range(len(self.order)) if everything else self.order)]
+        n, total = len(x), len(points)
+        failures = torch.zeros(n if everything else 0, total, device=x.device)
+        place = torch.zeros(n, dtype=torch.int64, device=x.device)  # the next point of each image
+        chosen, most = place.clone(), x.new_full((n,), -torch.inf, dtype=torch.float64)
+        alive = torch.arange(n, device=x.device)
+        sign = -1.0 if self.targeted else 1.0
+        while len(alive):
+            # as many points of each image as fill a batch
+            at = alive[: self.batch]
+            share, more = divmod(self.batch, len(at))
+            counts = (share + (torch.arange(len(at), device=x.device) < more)).minimum(total - place[at])
+            first = counts.cumsum(0) - counts
+            row = torch.arange(len(at), device=x.device).repeat_interleave(counts)
+            point = place[at][row] + torch.arange(len(row), device=x.device) - first[row]
+            image = at[row]
+            fill = torch.zeros(self.batch, dtype=torch.int64, device=x.device)
+            fill[: len(row)] = torch.arange(len(row), device=x.device)
+            moved = transform(x[image[fill]], points[point[fill]], two_pass=self.two_pass).clamp(0, 1)
+            with torch.no_grad():
+                logits = predict(moved, call.ids[image[fill]])[: len(row)]
+                value = sign * self.loss(logits, y[image]).double()
+            failed = (logits.argmax(1) == y[image]) == self.targeted
+            place[at] += counts
+            if everything:
+                failures[image, point] = failed.to(failures)
+            else:
+                # of each image the first point that fails it, and the first of those with the largest loss
+                never = torch.full_like(at, total)
+                fails = never.scatter_reduce(0, row, torch.where(failed, point, total), "amin")
+                value = value.nan_to_num(-torch.inf)
+                largest = most[at].scatter_reduce(0, row, value, "amax")
+                where = never.scatter_reduce(0, row, torch.where(value == largest[row], point, total), "amin")
+                risen = largest > most[at]
+                chosen[at] = torch.where(fails < total, fails, torch.where(risen, where, chosen[at]))
+                most[at] = largest
+                place[at] = torch.where(fails < total, total, place[at])
+            alive = alive[place[alive] < total]
+            if call.progress is not None:
+                call.progress(int(place.sum()), n * total)
+        return failures if everything else points[chosen]
+
+
+class _Transformed:
+    """An objective of transformed images, as one of the numbers by which the transforms are given, (N, 3, 1, 1)."""
+
+    def __init__(
+        self, objective: Objective, images: Tensor, parameters: Callable[[Tensor], Tensor], two_pass: bool
+    ) -> None:
+        self._objective, self._images, self._parameters, self._two_pass = objective, images, parameters, two_pass
+
+    @property
+    def fixed(self) -> bool:
+        return self._objective.fixed
+
+    def _moved(self, u: Tensor) -> Tensor:
+        return transform(self._images, self._parameters(u), two_pass=self._two_pass).clamp(0, 1)
+
+    def value(self, x: Tensor) -> Tensor:
+        return self._objective.value(self._moved(x))
+
+    def gradient(self, x: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            moved = self._moved(leaf)
+        value, upstream = self._objective.gradient(moved.detach(), t)
+        return value, torch.autograd.grad(moved, leaf, upstream)[0]
+
+    def only(self, rows: Tensor | slice) -> "_Transformed":
+        return _Transformed(self._objective.only(rows), self._images[rows], self._parameters, self._two_pass)
 
 
 class BPDA:

@@ -13,6 +13,7 @@ ORDER = [
     {"_step_triton"},
     {"ops"},
     {"views", "balls"},
+    {"spatial"},
     {"objectives", "features", "_folded"},
     {"ascent", "_cheap"},
     {"purifier"},
