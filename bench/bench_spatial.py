@@ -1,0 +1,56 @@
+"""A grid of 775 rotations and translations on CIFAR-10: leaving at the first failure against trying every point.
+
+python bench/bench_spatial.py --output bench/results/spatial.json
+"""
+
+import json
+import time
+from pathlib import Path
+
+import torch
+import typer
+from _data import DATA, load_cifar
+from cifar import network
+
+from equifast import attacks
+
+
+def main(data: Path = DATA, images: int = 500, others: int = 100, output: Path | None = None) -> None:
+    """Accuracy, time of both, and whether they agree on every image; the order is learned on training images."""
+    model = network(data)
+    x, y = load_cifar(data, "test", images)
+    learned_x, learned_y = load_cifar(data, "train", others)
+    with torch.no_grad():
+        clean = float((model(x).argmax(1) == y).float().mean())
+    start = time.perf_counter()
+    every = attacks.Spatial(model).failures(x, y)
+    seconds = {"every point": time.perf_counter() - start}
+    order = attacks.Spatial(model).learned_order(learned_x, learned_y)
+    agree = True
+    for name, attack in {
+        "leaving, farthest first": attacks.Spatial(model),
+        "leaving, learned order": attacks.Spatial(model, order=order),
+    }.items():
+        start = time.perf_counter()
+        found = attack.find(x, y)
+        seconds[name] = time.perf_counter() - start
+        points = attack.grid.points()
+        index = (found[:, None] == points).all(2).float().argmax(1)
+        agree &= bool(torch.equal(every.gather(1, index[:, None])[:, 0], every.any(1)))
+    result = {
+        "images": images,
+        "clean accuracy, %": 100 * clean,
+        "grid accuracy, %": 100 * float((~every.any(1)).float().mean()),
+        "seconds": seconds,
+        "times faster": {name: seconds["every point"] / value for name, value in seconds.items()},
+        "same verdict on every image": agree,
+    }
+    print(json.dumps(result, indent=2))
+    if output is not None:
+        part = output.with_suffix(".partial")
+        part.write_text(json.dumps(result, indent=2) + "\n")
+        part.replace(output)
+
+
+if __name__ == "__main__":
+    typer.run(main)
