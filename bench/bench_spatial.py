@@ -39,6 +39,7 @@ def main(data: Path = DATA, images: int = 500, others: int = 100, output: Path |
         agree &= bool(torch.equal(every.gather(1, index[:, None])[:, 0], every.any(1)))
     result = {
         "images": images,
+        "images of the learned order": others,
         "clean accuracy, %": 100 * clean,
         "grid accuracy, %": 100 * float((~every.any(1)).float().mean()),
         "seconds": seconds,

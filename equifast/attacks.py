@@ -709,8 +709,8 @@ class Spatial(Attack):
         box = Box(0.5, (sizes[0], sizes[1], sizes[1]))
         self.ascent = dataclasses.replace(self.ascent, ball=box, step_size=1.0)
         count = math.prod(self.grid.counts)
-        self.order = tuple(range(count) if order is None else (int(index) for index in order))
-        if sorted(self.order) != list(range(count)):
+        self.order = tuple(range(count) if order is None else order)
+        if any(type(index) is not int for index in self.order) or sorted(self.order) != list(range(count)):
             raise ValueError(
                 f"order has {len(self.order)} indices; it must be those of the grid's {count} points, each once"
             )

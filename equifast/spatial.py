@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from equifast import _checks, ops, reference, rng
-from equifast.balls import Ball, Step
+from equifast import _checks, ops, reference
+from equifast.balls import Linf, Step
 
 __all__ = ["Box", "Grid", "matrices", "transform"]
 
@@ -131,7 +131,7 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class Box(Ball):
+class Box(Linf):
     """The unit cube of the numbers by which transforms are given, (N, 3, 1, 1), as the ball of an ascent.
 
     Args:
@@ -141,15 +141,8 @@ class Box(Ball):
 
     sizes: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
-    def _offset(self, origin: Tensor, kind: str, place: tuple[int, int, Tensor, int, int]) -> Tensor:
-        u = rng.uniform(*place, origin[0].numel()).view(origin.shape)
-        return self.eps * (torch.where(u < 0.5, -1.0, 1.0) if kind == "corner" else 2 * u - 1)
-
     def step(self, x: Tensor, gradient: Tensor, origin: Tensor, **how: Unpack[Step]) -> Tensor:
         return self.project(x + how["size"] * self.direction(gradient), origin)
 
     def direction(self, gradient: Tensor) -> Tensor:
-        return gradient.sign() * torch.tensor(self.sizes, dtype=gradient.dtype, device=gradient.device).view(1, 3, 1, 1)
-
-    def project(self, x: Tensor, origin: Tensor) -> Tensor:
-        return x.clamp(origin - self.eps, origin + self.eps).clamp(0, 1)
+        return gradient.sign() * gradient.new_tensor(self.sizes).view(1, 3, 1, 1)

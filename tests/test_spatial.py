@@ -136,6 +136,7 @@ BAD = {
     "objective is 'kl' with search": ({"objective": "kl"}, ValueError),
     "objective is 'l2' with targeted": ({"objective": "l2", "search": "spgd", "targeted": True}, ValueError),
     "order has 2 indices": ({"order": [0, 1]}, ValueError),
+    "order has 3 indices": ({"order": "all"}, ValueError),
     "step_degrees": ({"step_degrees": -1.0, "search": "spgd"}, ValueError),
     "batch": ({"batch": 0}, ValueError),
 }
