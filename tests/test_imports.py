@@ -14,7 +14,7 @@ ORDER = [
     {"ops"},
     {"views", "balls"},
     {"spatial"},
-    {"objectives", "features", "_folded"},
+    {"objectives", "features", "_folded", "nn"},
     {"ascent", "_cheap"},
     {"purifier"},
     {"attacks"},
