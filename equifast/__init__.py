@@ -1,6 +1,6 @@
 """equifast: fast, honest test-time robustness for vision models, by equivariance."""
 
-from equifast import attacks, defenses, detectors, nn, ops, reference, rng, spatial, views
+from equifast import attacks, defenses, detectors, nn, ops, reference, rng, spatial, train, views
 from equifast._allocator import keep_freed_memory
 from equifast._version import __version__
 from equifast.purifier import Defended, Purifier, purify
@@ -19,5 +19,6 @@ __all__ = [
     "reference",
     "rng",
     "spatial",
+    "train",
     "views",
 ]

@@ -18,6 +18,7 @@ ORDER = [
     {"ascent", "_cheap"},
     {"purifier"},
     {"attacks"},
+    {"train", "certify"},
     {"defenses", "detectors"},
     {"evaluate"},
     {"demo"},
