@@ -18,7 +18,7 @@ from equifast.spatial import Grid, transform
 from equifast.train import Recipe, crop_and_flip, rotate_and_shift
 
 LINF = functools.partial(attacks.PGD, eps=0.1, step_size=0.125, steps=1)
-GRID = Grid(degrees=20, pixels=2)
+GRID = Grid(degrees=15, pixels=1)
 WORST = functools.partial(attacks.Spatial, search="worst-of-k", k=3, grid=GRID)
 
 
@@ -73,15 +73,14 @@ def test_recipes_learn(name: str) -> None:
 
 def test_end_to_end() -> None:
     """A network trained on the worst of k is better under the grid than an ordinary one."""
-    data, other = bars(), bars(48, seed=1)
+    data, (x, y) = bars(192), bars(48, seed=1).tensors
     found = {}
     for name in ("ordinary", "worst of k"):
-        model = small(GCNN)
+        model = small()
         train.train(model, data, RECIPES[name], epochs=12, batch=16, rate=0.05)
-        x, y = other.tensors
-        moved = attacks.Spatial(model, grid=Grid(20, 2, (5, 3, 3)))(x, y)
+        moved = attacks.Spatial(model, grid=Grid(15, 1, (5, 3, 3)))(x, y)
         found[name] = accuracy(model, TensorDataset(moved, y))
-    assert found["worst of k"] > found["ordinary"] + 0.1
+    assert found["worst of k"] > found["ordinary"] + 0.2
 
 
 def test_seed_and_precision() -> None:
@@ -215,7 +214,7 @@ def test_augmentation_stays_in_bounds() -> None:
     torch.testing.assert_close(rotate_and_shift(x, generator, grid=Grid(0, 0, (1, 1, 1))), x)
     moved = rotate_and_shift(x, torch.Generator().manual_seed(3), grid=GRID)
     drawn = 2 * torch.rand((64, 3), generator=torch.Generator().manual_seed(3), dtype=torch.float64) - 1
-    torch.testing.assert_close(moved, transform(x, drawn * torch.tensor([20.0, 2.0, 2.0])).clamp(0, 1))
+    torch.testing.assert_close(moved, transform(x, drawn * torch.tensor([15.0, 1.0, 1.0])).clamp(0, 1))
 
 
 class Exploding(nn.Module):
