@@ -14,9 +14,10 @@ from equifast.evaluate.metrics import (
     mean_iou,
     separation,
 )
-from equifast.evaluate.profile import PARTS, Profile, profile_step
+from equifast.evaluate.profile import Rates, invariance, robustness
 from equifast.evaluate.protocol import Strength, adaptive, known
 from equifast.evaluate.study import Attacker, Evaluation, Report
+from equifast.evaluate.timing import PARTS, Profile, profile_step
 from equifast.evaluate.worst import worst_accuracy, worst_iou
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "Interval",
     "LabelFolders",
     "Profile",
+    "Rates",
     "Report",
     "Separation",
     "Strength",
@@ -43,10 +45,12 @@ __all__ = [
     "corrupt",
     "cost",
     "difference",
+    "invariance",
     "known",
     "mean_iou",
     "open_data",
     "profile_step",
+    "robustness",
     "separation",
     "worst_accuracy",
     "worst_iou",

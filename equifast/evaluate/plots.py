@@ -16,6 +16,7 @@ from torch import Tensor
 from equifast.evaluate.cost import Cost
 from equifast.evaluate.detection import DetectionReport
 from equifast.evaluate.metrics import Estimate
+from equifast.evaluate.profile import Rates
 from equifast.evaluate.records import CLEAN
 from equifast.evaluate.studies import Sweep
 from equifast.evaluate.study import Evaluation, Report
@@ -30,6 +31,7 @@ __all__ = [
     "histograms",
     "overlay",
     "panels",
+    "rates",
     "save",
     "sweep",
     "write_all",
@@ -129,6 +131,24 @@ def sweep(report: Report, swept: Sweep) -> Figure:
     elif max(places) > 100 * min(places):
         axis.set_xscale("log")
     _finish(axis, report, f"{swept.title}\n", swept.label)
+    return figure
+
+
+def rates(curves: Mapping[str, Rates], title: str = "") -> Figure:
+    """Profiles of several models, one curve each: how often predictions stay, in percent, with standard errors."""
+    if not curves:
+        raise ValueError("curves is empty; there must be at least one")
+    figure = _figure(6, 4.5)
+    axis = figure.subplots()
+    for name, each in curves.items():
+        _points(axis, each.places, each.estimates, name, marker="o", markersize=3)
+    first = next(iter(curves.values()))
+    axis.set_xlabel(first.label)
+    axis.set_ylabel(f"rate of {first.what}, %")
+    axis.set_ylim(0, 101)
+    axis.set_title(f"{title}{first.kept.shape[1]} images, ± standard error by bootstrap over images", fontsize=9)
+    axis.grid(axis="y", alpha=0.3)
+    axis.legend(fontsize=8)
     return figure
 
 

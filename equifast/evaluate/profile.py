@@ -1,144 +1,167 @@
-"""Where the time of a purification step goes."""
+"""Profiles: how often a prediction stays what it is as images are turned further, or attacked harder.
 
-import copy
-import statistics
-import time
-from collections.abc import Sequence
+Both are against the model's own prediction on the image itself, and not against a label (Kamath et al. 2020,
+*Invariance vs. Robustness of Neural Networks*, section 2).
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from equifast import _checks
-from equifast.objectives import Equivariance
-from equifast.purifier import Purifier
-from equifast.views import Sampled
+from equifast import _checks, rng
+from equifast.ascent import Progress
+from equifast.attacks import PGD, Attack
+from equifast.evaluate.metrics import Estimate, average
+from equifast.features import evaluating, output
+from equifast.spatial import transform
 
-__all__ = ["PARTS", "Profile", "profile_step"]
-
-PARTS = ("views", "forward", "backward", "similarity", "step", "other")
+__all__ = ["Rates", "invariance", "pgd", "robustness"]
 
 
 @dataclass(frozen=True)
-class Profile:
-    """A step of a purifier on a batch.
+class Rates:
+    """How often predictions stay, at several places.
 
     Args:
-        seconds: of each of ``PARTS``, medians over rounds. ``views`` is drawing and rendering them, and the way back;
-            ``forward`` and ``backward`` are the network, and the log-probabilities of its output where a purifier
-            compares these; ``other`` is what lies between.
-        passes: how many forward and backward passes of the image, by area, a step makes of each image; forward passes
-            alone count half.
-        folded: whether a folded copy of the model runs.
+        what: ``"invariance"`` or ``"robustness"``.
+        label: what the places are, with their unit.
+        places: P of them, ascending.
+        kept: (P, N) in [0, 1], how often that of each image stayed.
     """
 
-    seconds: dict[str, float]
-    passes: float
-    folded: bool
+    what: str
+    label: str
+    places: tuple[float, ...]
+    kept: NDArray[np.float64]
 
     @property
-    def total(self) -> float:
-        """Seconds of the whole step."""
-        return sum(self.seconds.values())
-
-    @property
-    def overhead(self) -> float:
-        """The share of the step that is not the network."""
-        return 1 - (self.seconds["forward"] + self.seconds["backward"]) / self.total
+    def estimates(self) -> list[Estimate]:
+        """The rate at each place in percent, with its standard error by bootstrap over images."""
+        return [average(row) for row in self.kept]
 
 
-# What an interval between two events is; others are "other".
-_INTERVALS = {
-    ("sample", "sampled"): "views",
-    ("render", "rendered"): "views",
-    ("run", "ran"): "forward",
-    ("ran", "features back"): "similarity",
-    ("features back", "image back"): "backward",
-    ("image back", "views back"): "views",
-    ("step", "stepped"): "step",
-}
+def _ascending(name: str, values: Sequence[float], most: float) -> tuple[float, ...]:
+    if not values:
+        raise ValueError(f"{name} is empty; it must have at least one number")
+    for value in values:
+        _checks.number(name, value, least=0, most=most)
+    if list(values) != sorted(set(values)):
+        raise ValueError(f"{name} is {tuple(values)}; its numbers must ascend")
+    return tuple(map(float, values))
 
 
-class _Clock:
-    def __init__(self, device: torch.device) -> None:
-        self.events: list[tuple[str, float]] = []
-        self._device = device
-
-    def note(self, event: str) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        self.events.append((event, time.perf_counter()))
-
-    def parts(self) -> dict[str, float]:
-        seconds = dict.fromkeys(PARTS, 0.0)
-        for (before, begun), (after, ended) in zip(self.events, self.events[1:], strict=False):
-            seconds[_INTERVALS.get((before, after), "other")] += ended - begun
-        return seconds
+def _predicted(model: Callable[..., Any], images: Tensor, batch: int) -> Tensor:
+    with torch.no_grad():
+        found = torch.cat([output(model(part)) for part in images.split(batch)])
+    if found.dim() != 2:
+        raise ValueError(f"model gave {_checks.shape(found)}; it must give logits (N, classes)")
+    return found.argmax(1)
 
 
-class _Timed(Equivariance):
-    """An objective that notes where it is."""
-
-    clock: _Clock
-    area: float
-
-    def _mark(self, x: Tensor, event: str) -> Tensor:
-        """Notes when the backward pass arrives at a tensor."""
-        if x.requires_grad:
-            x.register_hook(lambda _: self.clock.note(event))
-        return x
-
-    def sample(self, x: Tensor, t: int, count: int | None) -> list[Sampled]:
-        self.clock.note("sample")
-        sampled = super().sample(x, t, count)
-        self.clock.note("sampled")
-        return sampled
-
-    def render(self, x: Tensor, sampled: Sequence[Sampled]) -> list[Tensor]:
-        self.clock.note("render")
-        rendered = super().render(self._mark(x, "views back"), sampled)
-        self.clock.note("rendered")
-        return rendered
-
-    def features(self, x: Tensor) -> Tensor:
-        self.area += x.shape[0] * x.shape[2] * x.shape[3] * (1.0 if torch.is_grad_enabled() else 0.5)
-        self.clock.note("run")
-        features = self._mark(super().features(self._mark(x, "image back")), "features back")
-        self.clock.note("ran")
-        return features
-
-
-def profile_step(purifier: Purifier, x: Tensor, rounds: int = 5) -> Profile:
-    """Time the parts of a purifier's first step on a batch, which runs at once.
+def invariance(
+    model: Callable[..., Any],
+    x: Tensor,
+    *,
+    degrees: Sequence[float] = (0, 15, 30, 45, 60, 75, 90, 105, 120, 135, 150, 165, 180),
+    draws: int = 4,
+    seed: int = 0,
+    ids: Tensor | None = None,
+    batch: int = 256,
+    progress: Progress | None = None,
+) -> Rates:
+    """The rate of invariance over the range of random rotations.
 
     Args:
-        purifier: as it would be called.
-        x: (N, 3, H, W) in [0, 1], N at least 1.
-        rounds: how often, after one to warm up.
+        model: images (N, C, H, W) in [0, 1] -> logits (N, classes).
+        x: (N, C, H, W) in [0, 1], at least one image; what enters the frame as it turns is black.
+        degrees: ranges: at each, angles are uniform from minus it to it; 180 at most, ascending. An image's random
+            numbers are the same for every range.
+        draws: rotations of each image at each range.
+        seed: 0..2**32-1.
+        ids: (N,) int64, by which images' random numbers differ; by their place where None.
+        batch: how many images the model is given at once.
+        progress: told how many ranges are done, and of how many.
 
     Raises:
-        ValueError: as a call of the purifier does; if ``x`` is empty, or the purifier makes no step.
+        TypeError, ValueError: for arguments that cannot be.
     """
-    _checks.integer("rounds", rounds, 1, 10**6)
-    _checks.images("x", x, channels=3)
-    if len(x) == 0 or purifier.ascent.steps == 0:
-        raise ValueError("x is empty or the purifier has no steps; there must be a step to profile")
-    found: list[dict[str, float]] = []
-    with purifier._objective(x, None, 0, purifier.views_per_step) as (images, objective, seed, ids):
-        timed = copy.copy(objective)
-        timed.__class__ = _Timed
-        assert isinstance(timed, _Timed)
-        ascent = purifier.ascent
-        sigma = (ascent.steps - 1) / ascent.steps if ascent.noise else 0.0
-        for _ in range(rounds + 1):
-            timed.clock, timed.area = _Clock(x.device), 0
-            timed.clock.note("begin")
-            gradient = timed.gradient(images, 0)[1]
-            timed.clock.note("step")
-            size = ascent.step_size
-            ascent.ball.step(images, gradient, images, size=size, sigma=sigma, seed=seed, ids=ids, draw=0, t=0)
-            timed.clock.note("stepped")
-            found.append(timed.clock.parts())
-        passes = timed.area / (x.shape[0] * x.shape[2] * x.shape[3])
-    seconds = {part: statistics.median(parts[part] for parts in found[1:]) for part in PARTS}
-    return Profile(seconds, passes, purifier.folded)
+    x = _images(x)
+    ranges = _ascending("degrees", degrees, 180)
+    _checks.integer("draws", draws, 1, rng.MAX_DRAW)
+    _checks.integer("batch", batch, 1, 2**20)
+    _checks.integer("seed", seed, 0, 2**32 - 1)
+    ids = torch.arange(len(x), device=x.device) if ids is None else _checks.ids(ids, len(x), x.device)
+    kept = np.zeros((len(ranges), len(x)))
+    with evaluating(x, model):
+        own = _predicted(model, x, batch)
+        for place, most in enumerate(ranges):
+            for draw in range(draws):
+                u = rng.uniform(seed, rng.Stream.START.of(3), ids, draw, 0, 1)
+                parameters = torch.cat((most * (2 * u - 1), torch.zeros_like(u), torch.zeros_like(u)), 1)
+                turned = transform(x, parameters).clamp(0, 1)
+                kept[place] += (_predicted(model, turned, batch) == own).double().cpu().numpy() / draws
+            if progress is not None:
+                progress(place + 1, len(ranges))
+    return Rates("invariance", "random rotations up to, degrees", ranges, kept)
+
+
+def pgd(model: Callable[..., Any], eps: float) -> Attack:
+    """PGD of 20 steps, each a tenth of the radius."""
+    return PGD(model, eps=eps, step_size=eps / 10, steps=20)
+
+
+def robustness(
+    model: Callable[..., Any],
+    x: Tensor,
+    *,
+    eps: Sequence[float],
+    attack: Callable[[Callable[..., Any], float], Attack] = pgd,
+    ids: Tensor | None = None,
+    batch: int = 256,
+    progress: Progress | None = None,
+) -> Rates:
+    """The rate of robustness over the radius of an attack: one minus the rate at which it fools.
+
+    Args:
+        model: images (N, C, H, W) in [0, 1] -> logits (N, classes).
+        x: (N, C, H, W) in [0, 1], at least one image.
+        eps: radii in units of image values, ascending; at 0 every prediction stays.
+        attack: makes the attack of a model and a radius; what it shall change is the model's own prediction.
+        ids: (N,) int64, by which images' random numbers differ; by their place where None.
+        batch: how many images are attacked at once.
+        progress: told how many radii are done, and of how many.
+
+    Raises:
+        TypeError, ValueError: for arguments that cannot be.
+    """
+    x = _images(x)
+    radii = _ascending("eps", eps, 1)
+    _checks.integer("batch", batch, 1, 2**20)
+    if not callable(attack):
+        raise TypeError(f"attack is a {type(attack).__name__}; it must make an attack of a model and a radius")
+    ids = torch.arange(len(x), device=x.device) if ids is None else _checks.ids(ids, len(x), x.device)
+    kept = np.ones((len(radii), len(x)))
+    with evaluating(x, model):
+        own = _predicted(model, x, batch)
+    for place, radius in enumerate(radii):
+        if radius:
+            made = attack(model, radius)
+            found = [made(*part) for part in zip(x.split(batch), own.split(batch), ids.split(batch), strict=True)]
+            with evaluating(x, model):
+                stays = _predicted(model, torch.cat(found), batch) == own
+            kept[place] = stays.double().cpu().numpy()
+        if progress is not None:
+            progress(place + 1, len(radii))
+    return Rates("robustness", "radius of the attack, in units of image values", radii, kept)
+
+
+def _images(x: Tensor) -> Tensor:
+    x = _checks.images("x", x)
+    if len(x) == 0:
+        raise ValueError("x has no images; a rate is of one at least")
+    return x.detach()

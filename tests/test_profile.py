@@ -1,0 +1,99 @@
+"""Rates of invariance and robustness, against models of which they are known."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from equifast import attacks
+from equifast.evaluate import invariance, plots, robustness
+from equifast.nn import GCNN
+from equifast.spatial import transform
+
+
+class Upright(nn.Module):
+    """Class 1 where the left half is brighter than the right, by how much; else class 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = x.chunk(2, dim=3)
+        margin = (left.mean((1, 2, 3)) - right.mean((1, 2, 3))) * self.scale
+        return torch.stack((-margin, margin), 1)
+
+
+def halves(count: int = 6) -> Tensor:
+    """Images that are bright on the left alone, by 0.1, 0.2, ..."""
+    x = torch.full((count, 1, 16, 16), 0.3)
+    x[..., :8] += 0.1 * torch.arange(1, count + 1).view(-1, 1, 1, 1)
+    return x
+
+
+def test_invariance_of_a_half() -> None:
+    """Turned by up to a right angle the bright half stays on its side; by any angle it does so half the time."""
+    found = invariance(Upright(), halves(64) / 8, degrees=(0, 45, 85, 180), draws=16)
+    values = [estimate.value for estimate in found.estimates]
+    assert values[0] == values[1] == values[2] == 100
+    assert 40 < values[3] < 60
+    assert found.kept.shape == (4, 64)
+
+
+def test_invariance_by_hand() -> None:
+    torch.manual_seed(0)
+    model, x = GCNN().eval(), torch.rand(3, 1, 28, 28)
+    found = invariance(model, x, degrees=(90,), draws=1, seed=3)
+    alone = np.concatenate([invariance(model, x[i : i + 1], degrees=(90,), draws=1, seed=3,
+                                       ids=torch.tensor([i])).kept for i in range(3)], 1)  # fmt: skip
+    assert np.array_equal(found.kept, alone)
+    # an exactly invariant network keeps them at quarter turns
+    invariant = GCNN(invariant=True).eval()
+    for turns in (90.0, 180.0, 270.0):
+        turned = transform(x, torch.tensor([[turns, 0, 0]]).repeat(3, 1))
+        torch.testing.assert_close(invariant(turned), invariant(x), atol=1e-5, rtol=1e-4)
+
+
+def test_robustness_of_a_margin() -> None:
+    """A difference of 0.1 k is gone at half of it, and not before."""
+    found = robustness(Upright(), halves(), eps=(0, 0.08, 0.12, 0.17, 0.32))
+    for k, kept in enumerate(found.kept.T, 1):
+        assert kept.tolist() == [1.0 if eps < 0.05 * k else 0.0 for eps in found.places]
+    fgsm = robustness(Upright(), halves(), eps=(0.12,), attack=lambda model, eps: attacks.FGSM(model, eps=eps))
+    assert fgsm.kept[0].tolist() == [0, 0, 1, 1, 1, 1]
+
+
+def test_plot(tmp_path: Path) -> None:
+    curve = invariance(Upright(), halves(), degrees=(0, 90), draws=2)
+    for path in plots.save(plots.rates({"a": curve, "b": curve}, "a title; "), tmp_path / "profile"):
+        assert path.stat().st_size > 1000
+    with pytest.raises(ValueError, match="curves is empty"):
+        plots.rates({})
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (functools.partial(invariance, degrees=()), "degrees is empty"),
+        (functools.partial(invariance, degrees=(0, 200)), "degrees is 200"),
+        (functools.partial(invariance, degrees=(30, 10)), "must ascend"),
+        (functools.partial(invariance, draws=0), "draws is 0"),
+        (functools.partial(robustness, eps=(-0.1,)), "eps is -0.1"),
+        (functools.partial(robustness, eps=(0.1,), attack=3), "attack is a int"),
+        (functools.partial(invariance, batch=0), "batch is 0"),
+    ],
+)
+def test_bad_input(call: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        call(Upright(), halves())
+
+
+def test_no_images_and_no_labels() -> None:
+    with pytest.raises(ValueError, match="x has no images"):
+        invariance(Upright(), halves()[:0])
+    with pytest.raises(ValueError, match=r"must give logits \(N, classes\)"):
+        invariance(nn.Conv2d(1, 2, 1), halves())
