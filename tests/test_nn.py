@@ -21,6 +21,7 @@ from equifast.nn import (
     GroupBatchNorm2d,
     GroupConv2d,
     GroupPool,
+    Hybrid,
     ResNet18,
     ScaleConv2d,
     StdCNN,
@@ -243,6 +244,23 @@ def test_scales() -> None:
     assert ScaleConv2d(1, 2, 3, stride=2, padding=1)(torch.rand(1, 1, 9, 7)).shape == (1, 6, 5, 4)
 
 
+@pytest.mark.parametrize("layer", [
+    ScaleConv2d(2, 3, 3, padding=1),
+    GroupConv2d(2, 3, 3, lifting=True),
+    nn.Sequential(SteerableConv2d(2, 3, 3, group=C8, lifting=True), GroupBatchNorm2d(3, group=C8), GroupPool(8)),
+])  # fmt: skip
+def test_under_autocast(layer: nn.Module) -> None:
+    x = torch.rand(2, 2, 12, 12)
+    for training in (True, False):
+        layer.train(training)
+        expected = layer(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            actual = layer(x)
+        torch.testing.assert_close(actual.float(), expected, atol=0.05, rtol=0.05)
+        actual.float().sum().backward()
+        assert torch.isfinite(torch.cat([p.grad.flatten() for p in layer.parameters() if p.grad is not None])).all()
+
+
 # network, group, size, channels, whether its output shall not change
 NETWORKS = [
     (lambda: GCNN(invariant=True), P4, 28, 1, True),
@@ -254,6 +272,10 @@ NETWORKS = [
     (lambda: ResNet18(width=0.125), P4M, 32, 3, True),
     (lambda: ResNet18(width=0.125, invariant=False), P4M, 32, 3, False),
     (lambda: ResNet18(group=None, width=0.125), P4M, 32, 3, False),
+    *(
+        ((lambda first=first: Hybrid(first, width=0.25)), P4, 32, 3, False)
+        for first in ("baseline", "parallel", "rotation-and-scale", "weighted", "cascaded")
+    ),
 ]
 
 
@@ -308,6 +330,7 @@ def test_purified() -> None:
         (lambda: ScaleConv2d(1, 1, 3, scales=(0,)), "scales is 0"),
         (lambda: StdCNN(size=8), "size is 8"),
         (lambda: VGG16(width=0), "width is 0"),
+        (lambda: Hybrid("serial"), "first is 'serial'"),
     ],
 )
 def test_bad_input(build: Any, message: str) -> None:

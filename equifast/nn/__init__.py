@@ -14,7 +14,7 @@ from equifast.nn.layers import (
     SteerableConv2d,
     as_convolutions,
 )
-from equifast.nn.networks import GCNN, VGG16, ResNet18, StdCNN
+from equifast.nn.networks import GCNN, VGG16, Hybrid, ResNet18, StdCNN
 
 __all__ = [
     "C8",
@@ -26,6 +26,7 @@ __all__ = [
     "GroupBatchNorm2d",
     "GroupConv2d",
     "GroupPool",
+    "Hybrid",
     "ResNet18",
     "ScaleConv2d",
     "StdCNN",

@@ -403,10 +403,15 @@ class ScaleConv2d(nn.Module):
                 found.append(conv(x))
                 continue
             sides = [max(1, round(side * scale)) for side in x.shape[2:]]
-            resized = functional.interpolate(x, sides, mode="bilinear", antialias=scale < 1)
-            maps = conv(resized)
-            found.append(functional.interpolate(maps, size, mode="bilinear", antialias=scale > 1))
+            found.append(_resized(conv(_resized(x, sides)), size))
         return torch.stack(found, 2).flatten(1, 2)
+
+
+def _resized(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Bilinear, antialiased where it shrinks; in float32, since PyTorch has that for no smaller type on the CPU."""
+    shrinks = size[0] < x.shape[2] or size[1] < x.shape[3]
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return functional.interpolate(wide, list(size), mode="bilinear", antialias=shrinks).to(x.dtype)
 
 
 def as_convolutions(model: nn.Module) -> nn.Module:

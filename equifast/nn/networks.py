@@ -4,13 +4,15 @@ All take images in [0, 1], and give logits (N, classes).
 """
 
 import math
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from equifast import _checks
 from equifast.nn._group import P4, P4M, Group
-from equifast.nn.layers import GroupBatchNorm2d, GroupConv2d, GroupPool
+from equifast.nn.layers import GroupBatchNorm2d, GroupConv2d, GroupPool, ScaleConv2d
 
 __all__ = ["GCNN", "VGG16", "ResNet18", "StdCNN"]
 
@@ -233,4 +235,123 @@ class ResNet18(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         maps = self.blocks(functional.relu(self.norm(self.conv(x))))
         result: Tensor = self.classifier(self.pool(maps).mean((2, 3)))
+        return result
+
+
+class _Rotations(nn.Module):
+    """A convolution over quarter turns, pooled over them or not."""
+
+    def __init__(self, channels_in: int, channels: int, pooled: bool) -> None:
+        super().__init__()
+        self.conv = GroupConv2d(channels_in, channels, 3, group=P4, lifting=True, padding=1, bias=False)
+        self.norm = GroupBatchNorm2d(channels, group=P4)
+        self.pool: nn.Module = GroupPool(P4.order) if pooled else nn.Identity()
+        self.width = channels * (1 if pooled else P4.order)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.pool(functional.relu(self.norm(self.conv(x))))
+        return result
+
+
+class _Scales(nn.Module):
+    """A convolution at three scales, the largest of them."""
+
+    def __init__(self, channels_in: int, channels: int) -> None:
+        super().__init__()
+        self.conv = ScaleConv2d(channels_in, channels, 3, padding=1, bias=False)
+        self.pool = GroupPool(len(self.conv.scales))
+        self.norm = nn.BatchNorm2d(channels)
+        self.width = channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.relu(self.norm(self.pool(self.conv(x))))
+
+
+class _Plain(nn.Module):
+    def __init__(self, channels_in: int, channels: int) -> None:
+        super().__init__()
+        self.conv = _conv(channels_in, channels, 3, None, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(channels)
+        self.width = channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.relu(self.norm(self.conv(x)))
+
+
+class _Weighted(nn.Module):
+    """The sum of branches, by weights that are learned and sum to 1."""
+
+    def __init__(self, branches: list[nn.Module], width: int) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(branches)
+        self.logits = nn.Parameter(torch.zeros(len(branches)))
+        self.width = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        shares = self.logits.softmax(0)
+        return torch.stack([share * branch(x) for share, branch in zip(shares, self.branches, strict=True)]).sum(0)
+
+
+class _Beside(nn.Module):
+    """Branches side by side."""
+
+    def __init__(self, branches: list[Any]) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(branches)
+        self.width = sum(branch.width for branch in branches)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([branch(x) for branch in self.branches], 1)
+
+
+class Hybrid(nn.Module):
+    """The networks of Wang et al. 2025: ten convolutions, of which the first is replaced by one that knows symmetries.
+
+    What follows the first is plain, so that the network as a whole commutes with nothing. Channels are those of the
+    paper; where it halves the size (after the third, fifth, seventh and last convolution, by 2x2 maxima), and the one
+    linear layer after the mean over positions, are ours.
+
+    Args:
+        first: ``"baseline"``: 16 plain channels; ``"parallel"``: these beside 16 over the quarter turns, four values
+            each; ``"rotation-and-scale"``: these beside 16 more, the largest of three scales; ``"weighted"``: the same
+            three, the largest over quarter turns, summed with weights that are learned; ``"cascaded"``: quarter turns,
+            the largest over them, then scales.
+        channels_in: of the images.
+        classes: how many.
+        width: all channels are times this.
+    """
+
+    def __init__(self, first: str, channels_in: int = 3, classes: int = 10, *, width: float = 1.0) -> None:
+        super().__init__()
+        _checks.choice("first", first, ("baseline", "parallel", "rotation-and-scale", "weighted", "cascaded"))
+        _checks.number("width", width, above=0)
+        wide = [_wide(channels, width, None) for channels in (16, 32, 32, 64, 64, 128, 128, 256, 256, 256)]
+        c = wide[0]
+        stem: Any
+        branches: list[nn.Module]
+        if first == "baseline":
+            stem = _Plain(channels_in, c)
+        elif first == "parallel":
+            stem = _Beside([_Plain(channels_in, c), _Rotations(channels_in, c, pooled=False)])
+        elif first == "rotation-and-scale":
+            branches = [_Plain(channels_in, c), _Rotations(channels_in, c, pooled=False), _Scales(channels_in, c)]
+            stem = _Beside(branches)
+        elif first == "weighted":
+            stem = _Weighted(
+                [_Plain(channels_in, c), _Rotations(channels_in, c, pooled=True), _Scales(channels_in, c)], c
+            )
+        else:
+            stem = nn.Sequential(_Rotations(channels_in, c, pooled=True), _Scales(c, c))
+        layers: list[nn.Module] = []
+        previous = c if isinstance(stem, nn.Sequential) else int(stem.width)
+        for number, channels in enumerate(wide[1:], 2):
+            layers.append(_Plain(previous, channels))
+            layers += [nn.MaxPool2d(2)] if number in (3, 5, 7, 10) else []
+            previous = channels
+        self.first = stem
+        self.rest = nn.Sequential(*layers)
+        self.classifier = nn.Linear(previous, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.classifier(self.rest(self.first(x)).mean((2, 3)))
         return result
