@@ -295,6 +295,16 @@ def test_networks(build: Any, group: Group, size: int, channels: int, invariant:
     torch.testing.assert_close(plain(x), model(x))
 
 
+@pytest.mark.parametrize("build", [lambda: ResNet18(width=0.125), lambda: Hybrid("rotation-and-scale", width=0.25)])
+def test_channels_last(build: Any) -> None:
+    torch.manual_seed(0)
+    model, x = build().eval(), torch.rand(2, 3, 32, 32)
+    expected = model(x)
+    model = model.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(model(x.contiguous(memory_format=torch.channels_last)), expected, atol=1e-4, rtol=1e-4)
+    model.train()(x).sum().backward()
+
+
 def test_features_of_a_group_network_commute() -> None:
     torch.manual_seed(0)
     model = GCNN().eval()

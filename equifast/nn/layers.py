@@ -193,9 +193,10 @@ class GroupConv2d(_Expanded):
                 f"group has {group.rotations} rotations; it must have 1, 2 or 4, which keep the pixels: "
                 "SteerableConv2d takes others"
             )
+        # of four dimensions, as those of Conv2d, so that they can be channels_last
+        self.weight = nn.Parameter(torch.empty(channels, channels_in * self.order_in, kernel_size, kernel_size))
+        nn.init.kaiming_normal_(self.weight, nonlinearity="relu")
         shape = (self.order_in, kernel_size, kernel_size)
-        self.weight = nn.Parameter(torch.empty(channels, channels_in, *shape))
-        nn.init.kaiming_normal_(self.weight.flatten(1), nonlinearity="relu")
         places = torch.arange(math.prod(shape)).view(shape)
         regular = not lifting
         index = torch.stack([group.act(places, g, regular=regular).flatten() for g in range(group.order)])
@@ -205,7 +206,8 @@ class GroupConv2d(_Expanded):
     def expand(self) -> Tensor:
         order, kernel = self.group.order, self.kernel_size
         index, inverse = self.get_buffer("index"), self.get_buffer("inverse")
-        turned: Tensor = _Turned.apply(self.weight.flatten(2), index, inverse)
+        filters = self.weight.reshape(self.channels, self.channels_in, -1)
+        turned: Tensor = _Turned.apply(filters, index, inverse)
         return turned.reshape(self.channels * order, self.channels_in * self.order_in, kernel, kernel)
 
 
