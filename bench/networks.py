@@ -4,13 +4,21 @@ They are trained the first time, those against attacks too, which takes minutes;
 where EQUIFAST_DATA says. The features of those of CIFAR-10 end at `layer3`.
 """
 
+import functools
 import os
 from pathlib import Path
 
 import camvid as _camvid
 import cifar as _cifar
-from _data import DATA
+import torch
+from _data import DATA, load_cifar
+from _study import CACHE
 from torch import nn
+from torch.utils.data import TensorDataset
+
+from equifast import attacks
+from equifast.nn import P4, Group, ResNet18, as_convolutions
+from equifast.train import Recipe, crop_and_flip, train
 
 
 def _data() -> Path:
@@ -35,3 +43,30 @@ def cifar() -> nn.Module:
 def cifar_robust() -> nn.Module:
     """The same, trained against attacks within 8/255."""
     return _cifar.network(_data(), adversarial=True)
+
+
+def _symmetric(name: str, group: Group | None, recipe: Recipe) -> nn.Module:
+    """A narrow ResNet-18 that downsamples by means, trained for 12 epochs; features end at `blocks`."""
+    torch.manual_seed(0)
+    model = ResNet18(group=group, width=0.125, invariant=group is not None)
+    data = TensorDataset(*load_cifar(_data(), "train"))
+    train(model, data, recipe, epochs=12, batch=64, rate=0.1, folder=CACHE / name)
+    # filters of a trained group network are what they are: plain ones, whose batch norm can be folded
+    return as_convolutions(model).eval().requires_grad_(False)
+
+
+def cifar_plain() -> nn.Module:
+    """Without any symmetry but that of convolutions."""
+    return _symmetric("cifar-plain", None, Recipe(augment=crop_and_flip))
+
+
+def cifar_group() -> nn.Module:
+    """Exactly invariant to quarter turns, of about as many weights."""
+    return _symmetric("cifar-group", P4, Recipe(augment=crop_and_flip))
+
+
+def cifar_spatial() -> nn.Module:
+    """The plain one, trained on the worst of four rotations and translations, with the KL regularizer."""
+    worst = functools.partial(attacks.Spatial, search="worst-of-k", k=4)
+    recipe = Recipe(augment=crop_and_flip, adversary=worst, regularizer="kl")
+    return _symmetric("cifar-spatial", None, recipe)
