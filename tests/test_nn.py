@@ -170,6 +170,12 @@ def test_filters_are_kept_until_weights_change() -> None:
     assert not conv(x).any()
     conv.load_state_dict(GroupConv2d(2, 3, 3, lifting=True).state_dict())
     assert conv(x).any()
+    conv.filters()
+    conv.weight.data.copy_(torch.ones_like(conv.weight))  # no version counts this
+    assert (conv.filters() == 1).all()
+    kept = conv.filters()
+    conv.train().eval()
+    assert conv.filters() is not kept
     assert conv.double().filters().dtype == torch.float64
 
 

@@ -9,7 +9,7 @@ Weiler and Cesa 2019, *General E(2)-Equivariant Steerable CNNs*, section 2.
 import copy
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -56,10 +56,19 @@ class _TurnedBack(torch.autograd.Function):
         return _Turned.apply(upstream, *ctx.saved_tensors), None, None
 
 
+def _sums(weight: Tensor) -> tuple[float, ...]:
+    """Other numbers for other weights, on the CPU: averages of weights are put in place by ``.data``, which no version
+    counts. Elsewhere it would be waited for."""
+    if weight.device.type != "cpu":
+        return ()
+    return float(weight.sum()), float(torch.linalg.vector_norm(weight))
+
+
 class _Expanded(nn.Module):
     """A convolution whose filters are made of fewer weights: one ``conv2d`` over what :meth:`expand` gives.
 
-    In eval mode, where no gradient of the weights is wanted, expanded filters are kept until the weights change.
+    In eval mode, where no gradient of the weights is wanted, expanded filters are kept until the weights change. On CUDA
+    a change through ``weight.data`` alone is not seen: :meth:`train` and :meth:`eval` forget what is kept.
     """
 
     weight: nn.Parameter
@@ -121,12 +130,17 @@ class _Expanded(nn.Module):
             return self.expand()
         if torch.compiler.is_compiling():
             return self.expand()
-        key = (weight.data_ptr(), weight._version, weight.dtype, weight.device)
+        key = (weight.data_ptr(), weight._version, weight.dtype, weight.device, _sums(weight.detach()))
         if self._kept is None or self._kept[0] != key:
             # filters made in inference mode would have no gradients with respect to images later
             with torch.inference_mode(False), torch.no_grad():
                 self._kept = key, self.expand()
         return self._kept[1]
+
+    def train(self, mode: bool = True) -> Self:
+        """As of every module; forgets the filters that are kept."""
+        self._kept = None
+        return super().train(mode)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, channels_in * order_in, H, W) -> (N, channels * order, h, w)."""
