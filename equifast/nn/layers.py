@@ -67,8 +67,8 @@ def _sums(weight: Tensor) -> tuple[float, ...]:
 class _Expanded(nn.Module):
     """A convolution whose filters are made of fewer weights: one ``conv2d`` over what :meth:`expand` gives.
 
-    In eval mode, where no gradient of the weights is wanted, expanded filters are kept until the weights change. On CUDA
-    a change through ``weight.data`` alone is not seen: :meth:`train` and :meth:`eval` forget what is kept.
+    In eval mode, where no gradient of the weights is wanted, expanded filters are kept until the weights change. On
+    CUDA a change through ``weight.data`` alone is not seen; :meth:`train` and :meth:`eval` forget what is kept.
     """
 
     weight: nn.Parameter
