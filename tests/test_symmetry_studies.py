@@ -1,0 +1,84 @@
+"""The studies of symmetry, end to end on a few digits: what they write, going on, and refusing other settings."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+
+import hybrids
+import profiles
+import spatial_training
+import typer
+from _symmetry import Kept, open_split
+
+TINY = {"kind": "digits", "seeds": 1, "epochs": 1, "train_images": 96, "images": 12}
+
+
+@pytest.mark.parametrize("study", [spatial_training, profiles])
+def test_study(study: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiles, "RADII", {"digits": (0, 0.1)})
+    monkeypatch.setattr(profiles, "DEGREES", (0, 180))
+    monkeypatch.setattr(profiles, "ROTATIONS", (0, 180))
+    monkeypatch.setattr(profiles, "TRAINED_AGAINST", {"digits": (0.1,)})
+    study.main(tmp_path, **TINY)  # type: ignore[attr-defined]
+    written = json.loads((tmp_path / "table.json").read_text())
+    assert len(written["table"]) >= 5
+    for row in written["table"].values():
+        assert all(0 <= cell["value"] <= 100 for cell in row.values())
+    if study is spatial_training:
+        assert all(row["grid"]["value"] <= row["clean"]["value"] for row in written["table"].values())
+    assert list(tmp_path.glob("*.png"))
+    assert list(tmp_path.glob("*.svg"))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json") if path.name == "measured.json"}
+    assert before
+    (tmp_path / "table.json").unlink()
+    study.main(tmp_path, **TINY)  # type: ignore[attr-defined]
+    assert json.loads((tmp_path / "table.json").read_text()) == written
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    with pytest.raises(typer.BadParameter, match=r"epochs \(was 1, is 2\)"):
+        study.main(tmp_path, **{**TINY, "epochs": 2})  # type: ignore[attr-defined]
+
+
+def test_kept_refuses_what_was_dropped(tmp_path: Path) -> None:
+    Kept(tmp_path, {"a": 1, "b": (1, 2)})
+    Kept(tmp_path, {"a": 1, "b": (1, 2)})
+    with pytest.raises(typer.BadParameter, match=r"a \(was 1, is None\)"):
+        Kept(tmp_path, {"b": (1, 2)})
+
+
+def test_digits() -> None:
+    split = open_split("digits", Path("nowhere"))
+    assert split.x.shape == (500, 1, 28, 28)
+    assert len(split.train) == 1297
+    assert split.x.min() >= 0
+    assert split.x.max() <= 1
+    assert not split.x[..., :4, :].any()  # the border that turns and shifts may use
+    learned = {image.numpy().tobytes() for image in split.train.tensors[0]}
+    assert sum(image.numpy().tobytes() in learned for image in split.x) < 5  # but for digits that are there twice
+
+
+def test_the_cut_of_the_released_code() -> None:
+    """What was darker than mid-gray is mid-gray; what is lighter is within the ball."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4))
+    x, y = torch.rand(5, 3, 8, 8), torch.randint(0, 4, (5,))
+    for steps in (1, 5):
+        found = hybrids.cut(model, x, y, 2 / 255, steps)
+        assert (found - x.clamp(min=0.5)).abs().max() <= 2 / 255 + 1e-6
+        assert found.min() >= 0.5
+
+
+def test_training_mode_changes_no_statistics() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items() if value.is_floating_point()}
+    x, y = torch.rand(6, 3, 8, 8), torch.zeros(6, dtype=torch.int64)
+    hybrids.right(model, x, y, training=True)
+    after = model.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert not model.training
+    assert model[1].momentum == 0.1
