@@ -1,6 +1,7 @@
 """Equivariant layers and networks: commuting, derivatives, filters that are kept, and bad input."""
 
 import copy
+import functools
 import pickle
 from itertools import product
 from typing import Any
@@ -309,6 +310,14 @@ def test_channels_last(build: Any) -> None:
     model = model.to(memory_format=torch.channels_last)
     torch.testing.assert_close(model(x.contiguous(memory_format=torch.channels_last)), expected, atol=1e-4, rtol=1e-4)
     model.train()(x).sum().backward()
+
+
+@pytest.mark.parametrize("build", [VGG16, ResNet18, functools.partial(Hybrid, "rotation-and-scale")])
+def test_smaller_images(build: Any) -> None:
+    """As smaller views of an image are."""
+    model = build(width=0.125).eval()
+    for size in ((9, 7), (5, 33), (1, 1)):
+        assert model(torch.rand(1, 3, *size)).shape == (1, 10)
 
 
 def test_features_of_a_group_network_commute() -> None:

@@ -1,6 +1,6 @@
 """Networks with symmetry built in, and the plain ones beside them, as published studies compare them.
 
-All take images in [0, 1], and give logits (N, classes).
+All take images in [0, 1], and give logits (N, classes); the larger ones those of any size, down to one pixel.
 """
 
 import math
@@ -168,7 +168,7 @@ class VGG16(nn.Module):
                 layers += [_conv(previous, wide, 3, group, lifting=lifting, padding=1, bias=False)]
                 layers += [_norm(wide, group), nn.ReLU()]
                 previous = wide
-            layers.append(nn.MaxPool2d(2))
+            layers.append(nn.MaxPool2d(2, ceil_mode=True))
         self.features = nn.Sequential(*layers)
         self.pool = nn.Sequential(GroupPool(order)) if invariant else nn.Sequential()
         self.classifier = nn.Linear(previous * (1 if invariant else order), classes)
@@ -187,7 +187,7 @@ class _Block(nn.Module):
         self.norm1 = _norm(channels, group)
         self.conv2 = _conv(channels, channels, 3, group, padding=1, bias=False)
         self.norm2 = _norm(channels, group)
-        self.halve: nn.Module = nn.AvgPool2d(2) if halve else nn.Identity()
+        self.halve: nn.Module = nn.AvgPool2d(2, ceil_mode=True) if halve else nn.Identity()
         self.shortcut: nn.Module = nn.Identity()
         if channels_in != channels:
             self.shortcut = nn.Sequential(_conv(channels_in, channels, 1, group, bias=False), _norm(channels, group))
@@ -346,7 +346,7 @@ class Hybrid(nn.Module):
         previous = c if isinstance(stem, nn.Sequential) else int(stem.width)
         for number, channels in enumerate(wide[1:], 2):
             layers.append(_Plain(previous, channels))
-            layers += [nn.MaxPool2d(2)] if number in (3, 5, 7, 10) else []
+            layers += [nn.MaxPool2d(2, ceil_mode=True)] if number in (3, 5, 7, 10) else []
             previous = channels
         self.first = stem
         self.rest = nn.Sequential(*layers)
