@@ -98,7 +98,7 @@ def measure(
     near = attacks.CWL2(model, steps=100)(asked, labels)
     distances = (near - asked).flatten(1).norm(dim=1)
     distances[right(model, near, labels)] = torch.inf
-    score = clever(model, asked, labels, blocks=20, samples=64, distances=distances, dtype="auto")
+    score = clever(model, asked, labels, blocks=20, samples=32, distances=distances, dtype="auto")
     result["CLEVER"] = score.scores.tolist()
     result["CLEVER, warnings"] = score.warnings
     result["nearest"] = distances.nan_to_num(posinf=-1.0).tolist()
