@@ -66,7 +66,6 @@ def cifar_group() -> nn.Module:
 
 
 def cifar_spatial() -> nn.Module:
-    """The plain one, trained on the worst of four rotations and translations, with the KL regularizer."""
-    worst = functools.partial(attacks.Spatial, search="worst-of-k", k=4)
-    recipe = Recipe(augment=crop_and_flip, adversary=worst, regularizer="kl")
-    return _symmetric("cifar-spatial", None, recipe)
+    """The plain one, trained on the worse of two rotations and translations of each image."""
+    worst = functools.partial(attacks.Spatial, search="worst-of-k", k=2)
+    return _symmetric("cifar-spatial", None, Recipe(augment=crop_and_flip, adversary=worst))
