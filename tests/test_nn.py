@@ -320,6 +320,24 @@ def test_smaller_images(build: Any) -> None:
         assert model(torch.rand(1, 3, *size)).shape == (1, 10)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+def test_compiled_exported_and_transformed() -> None:
+    torch.manual_seed(0)
+    layers = [GroupConv2d(2, 3, 3, lifting=True), GroupBatchNorm2d(3), SteerableConv2d(3, 2, 3, group=P4), GroupPool(4)]
+    model, x = nn.Sequential(*layers), torch.rand(2, 2, 8, 8)
+    for training in (True, False):
+        model.train(training)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        expected = torch.autograd.grad(model(x).sum(), list(model.parameters()))
+        torch.testing.assert_close(torch.autograd.grad(compiled(x).sum(), list(model.parameters())), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x))
+    values = dict(model.named_parameters())
+    gradient = torch.func.grad(lambda given: torch.func.functional_call(model, given, (x,)).sum())(values)
+    torch.testing.assert_close([gradient[name] for name in values], list(expected))
+    assert torch.func.vmap(model)(torch.rand(3, 2, 2, 8, 8)).shape == (3, 2, 2, 4, 4)
+
+
 def test_features_of_a_group_network_commute() -> None:
     torch.manual_seed(0)
     model = GCNN().eval()

@@ -21,14 +21,18 @@ from equifast.nn._group import P4, Group
 __all__ = ["GroupBatchNorm2d", "GroupConv2d", "GroupPool", "ScaleConv2d", "SteerableConv2d", "as_convolutions"]
 
 
+def _turn(filters: Tensor, order: Tensor) -> Tensor:
+    shape = (len(filters), len(order), *filters.shape[1:])
+    return filters[:, None].expand(shape).gather(3, order[None, :, None].expand(shape))
+
+
 class _Turned(torch.autograd.Function):
     """Filters (O, I, J) in each of G orders of their J weights: (O, G, I, J)."""
 
     @staticmethod
     def forward(ctx: Any, filters: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(order, inverse)
-        shape = (len(filters), len(order), *filters.shape[1:])
-        return filters[:, None].expand(shape).gather(3, order[None, :, None].expand(shape))
+        return _turn(filters, order)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
@@ -221,7 +225,12 @@ class GroupConv2d(_Expanded):
         order, kernel = self.group.order, self.kernel_size
         index, inverse = self.get_buffer("index"), self.get_buffer("inverse")
         filters = self.weight.reshape(self.channels, self.channels_in, -1)
-        turned: Tensor = _Turned.apply(filters, index, inverse)
+        turned: Tensor
+        if _checks.transformed():
+            # which functions that bring their own derivative are not for
+            turned = _turn(filters, index)
+        else:
+            turned = _Turned.apply(filters, index, inverse)
         return turned.reshape(self.channels * order, self.channels_in * self.order_in, kernel, kernel)
 
 
