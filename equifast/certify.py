@@ -24,7 +24,9 @@ NORMS = ("l1", "l2", "linf")
 # radii inside which gradients are sampled, in units of image values: what published evaluations of small images take
 _RADII = {"l1": 40.0, "l2": 2.0, "linf": 0.1}
 # shapes from which a reverse Weibull distribution is fitted; the likeliest of the fits counts
-_SHAPES = (5.0, 1.0, 20.0)
+_SHAPES = (5.0, 2.0, 20.0)
+# the likelihood of smaller ones has no bound: their density has a pole where they end, at the largest value
+_SMALLEST_SHAPE = 1.0
 # fits of larger shapes are all but Gumbel distributions, which have no end
 _LARGEST_SHAPE = 100.0
 _REJECTED = 0.05
@@ -129,7 +131,22 @@ def clever(
     Raises:
         TypeError, ValueError: for arguments that cannot be, in one sentence that names them.
     """
+    if torch.is_inference_mode_enabled():
+        # its tensors have no gradients: outside it, and copies of them
+        copies = [None if t is None else t.clone() for t in (x, y, targets)]
+        rest: dict[str, Any] = {"norm": norm, "radius": radius, "blocks": blocks, "samples": samples, "clamp": clamp}
+        rest |= {"distances": distances, "seed": seed, "dtype": dtype, "ids": ids, "progress": progress}
+        with torch.inference_mode(False):
+            x, y, targets = (None if t is None else t.clone() for t in copies)  # type: ignore[assignment]
+            return clever(model, x, y, targets=targets, **rest)
     x = _checks.images("x", x).detach()
+    for name, value in (("y", y), ("targets", targets)):
+        if value is None:
+            continue
+        if not isinstance(value, Tensor) or value.dtype != torch.int64:
+            got = str(value.dtype) if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise TypeError(f"{name} is {got}; it must be an int64 tensor (N,)")
+        _checks.same_device(name, value, "x", x)
     _checks.choice("norm", norm, NORMS)
     radius = _RADII[norm] if radius is None else _checks.number("radius", radius, above=0)
     _checks.integer("blocks", blocks, 2, 2**15)
@@ -208,6 +225,8 @@ def _norms(model: Callable[..., Any], points: Tensor, label: int, asked: list[in
     with torch.enable_grad():
         leaf = points.requires_grad_()
         logits = output(model(leaf))
+        if not logits.requires_grad:
+            raise ValueError("model has an output that does not depend on the image by gradients")
         margins = (logits[:, label, None] - logits[:, asked]).sum(0)
         found = []
         for number in range(len(asked)):
@@ -228,7 +247,7 @@ def _endpoint(maxima: NDArray[np.float64]) -> tuple[float | None, float]:
     if largest == 0 or maxima.min() > (1 - 1e-6) * largest:
         return None, math.nan
     scaled = maxima / largest
-    best, chosen = -math.inf, (0.0, 0.0, 0.0)
+    best, chosen, found = -math.inf, (0.0, 0.0, 0.0), False
     for shape in _SHAPES:
         with np.errstate(all="ignore"), warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # of the search, where it tries what cannot be
@@ -237,10 +256,11 @@ def _endpoint(maxima: NDArray[np.float64]) -> tuple[float | None, float]:
             except (ValueError, RuntimeError):  # SciPy's, where no maximum of the likelihood is found
                 continue
             likelihood = float(stats.weibull_max.logpdf(scaled, *fit).sum())
-        if likelihood > best:
+        found = True
+        if likelihood > best and fit[0] > _SMALLEST_SHAPE:
             best, chosen = likelihood, fit
     if best == -math.inf:
-        return None, math.nan
+        return None, (0.0 if found else math.nan)
     p = float(stats.kstest(scaled, "weibull_max", args=chosen).pvalue)
     known = p >= _REJECTED and chosen[0] <= _LARGEST_SHAPE and chosen[1] >= 1
     return (largest * float(chosen[1]) if known else None), p

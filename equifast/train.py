@@ -5,6 +5,7 @@ Ordinary, on augmented images, against attacks, and with the invariance-inducing
 robustness*), which penalize by how much a prediction changes from an image to its transform.
 """
 
+import dataclasses
 import functools
 import json
 import math
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -63,7 +65,8 @@ class Recipe:
     both. Nothing is made that does not count.
 
     Args:
-        augment: what happens to every image first, such as :func:`crop_and_flip`; None for nothing.
+        augment: what happens to every image first, such as :func:`crop_and_flip`; None for nothing. Labels stay, so
+            that with dense ones this and ``transform`` must leave pixels where they are.
         transform: makes ``x~`` by chance, such as :func:`rotate_and_shift`.
         adversary: makes ``x~`` by an attack: a class of :mod:`equifast.attacks` with its settings
             (``functools.partial(attacks.Spatial, search="worst-of-k")``), which is given the model, in eval mode, and a
@@ -162,7 +165,8 @@ def train(
     """Train a model by stochastic gradient descent with Nesterov momentum.
 
     With a folder, training goes on where it was stopped, as if it had not been: random numbers are a function of the
-    seed and the epoch. It keeps ``checkpoint.pt`` (replaced after each epoch) and ``log.json``.
+    seed and the epoch. Another recipe is known by the names of its functions and what ``functools.partial`` gives them:
+    of two lambdas it sees no difference. It keeps ``checkpoint.pt`` (replaced after each epoch) and ``log.json``.
 
     Args:
         model: images (N, C, H, W) in [0, 1] -> logits (N, classes) or (N, classes, H, W); trained in place, and left in
@@ -231,7 +235,7 @@ def train(
         loader = DataLoader(data, batch, sampler=RandomSampler(data, generator=generator), drop_last=True)  # type: ignore[arg-type]
         # what the model draws itself comes from the global generator, which is left as it was
         with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
-            torch.manual_seed(_mixed(seed, epoch) + 1)
+            torch.manual_seed(_mixed(seed, epoch) ^ 1)
             model.train()
             for step, (x, y) in enumerate(loader):
                 done = epoch * steps + step
@@ -246,7 +250,7 @@ def train(
         names = ("loss", "cross-entropy", "penalty", "accuracy")
         row = {"epoch": epoch + 1, **dict(zip(names, (totals / steps).tolist(), strict=True))}
         row["seconds"] = time.perf_counter() - start
-        row |= {} if validate is None else dict(validate(model))
+        row |= {} if validate is None else {name: float(value) for name, value in validate(model).items()}
         log.append(row)
         if folder is not None:
             _keep(folder, run, rest, log)
@@ -255,8 +259,8 @@ def train(
 
 
 def _mixed(seed: int, epoch: int) -> int:
-    """A seed of an epoch, another for every pair."""
-    return (seed << 24) + (epoch << 1)
+    """A seed of an epoch, of 32 bits: of more, generators on the CPU take no notice."""
+    return int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
 
 
 class _Run:
@@ -291,16 +295,23 @@ class _Run:
         x, y = _checks.images("data", x).to(self.device), y.to(self.device)
         if y.dtype != torch.int64:
             raise TypeError(f"labels have dtype {y.dtype}; they must be int64")
+        moving = [_named(f) for f in (recipe.augment, recipe.transform) if _moves(f)] if y.dim() > 1 else []
+        if moving:
+            raise ValueError(
+                f"{moving[0]} moves images and not their dense labels; it must leave pixels where they are"
+            )
         if recipe.augment is not None:
             x = recipe.augment(x, generator)
         images = [x] if recipe.regularizer or recipe.counted != "transformed" else []
         images += [self.made(x, y, generator)] if recipe.compares else []
         logits = self.predict(torch.cat(images)).split(len(x))
         check_labels(logits[0], y, recipe.ignore_index)
+        # of images with one label every class counts
+        known = y != recipe.ignore_index if y.dim() > 1 else torch.ones_like(y, dtype=torch.bool)
+        targets = torch.where(known, y, -100)
         counted = {"clean": logits[:1], "transformed": logits[-1:], "both": logits}[recipe.counted]
-        entropy = torch.stack(
-            [functional.cross_entropy(each, y, ignore_index=recipe.ignore_index) for each in counted]
-        ).mean()
+        sums = [functional.cross_entropy(each, targets, ignore_index=-100, reduction="sum") for each in counted]
+        entropy = torch.stack(sums).mean() / known.sum().clamp(min=1)
         penalty = _penalty(recipe.regularizer, logits[0], logits[-1]) if recipe.regularizer else entropy.new_zeros(())
         loss = entropy + recipe.factor * penalty
         self.optimizer.zero_grad()
@@ -309,10 +320,14 @@ class _Run:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()
         with torch.no_grad():
-            known = y != recipe.ignore_index
             right = torch.stack([((each.argmax(1) == y) & known).sum() for each in counted]).double().mean()
             accuracy = right / known.sum().clamp(min=1)
             return torch.stack([each.double().cpu() for each in (loss, entropy, penalty, accuracy)])
+
+
+def _moves(function: Callable[..., Any] | None) -> bool:
+    """Whether it is one of those here that move pixels."""
+    return getattr(function, "func", function) in (crop_and_flip, rotate_and_shift)
 
 
 def _architecture(model: nn.Module) -> str:
@@ -322,7 +337,7 @@ def _architecture(model: nn.Module) -> str:
 
 
 def _described(recipe: Recipe) -> dict[str, Any]:
-    """A recipe in words, which are the same for the same settings."""
+    """A recipe in words: of functions the names, and the settings that they are given by ``functools.partial``."""
     return {
         "augment": _named(recipe.augment),
         "transform": _named(recipe.transform),
@@ -334,13 +349,20 @@ def _described(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _named(function: Callable[..., Any] | None) -> str | None:
+def _named(function: Any) -> str | None:
     if function is None:
         return None
     if isinstance(function, functools.partial):
-        settings = [*map(repr, function.args), *(f"{k}={v!r}" for k, v in sorted(function.keywords.items()))]
+        given = [_worded(value) for value in function.args]
+        settings = [*given, *(f"{k}={_worded(v)}" for k, v in sorted(function.keywords.items()))]
         return f"{_named(function.func)}({', '.join(settings)})"
+    if dataclasses.is_dataclass(function) and not isinstance(function, type):
+        return repr(function)
     return str(getattr(function, "__qualname__", type(function).__qualname__))
+
+
+def _worded(value: Any) -> str:
+    return str(_named(value)) if callable(value) else repr(value)
 
 
 def _resumed(folder: Path, run: _Run, settings: Mapping[str, Any]) -> list[dict[str, float]]:

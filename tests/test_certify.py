@@ -167,6 +167,24 @@ def test_fits() -> None:
     assert p < 0.05
 
 
+@pytest.mark.parametrize("shape", [2.5, 5.0])
+def test_few_maxima_have_no_fit_that_ends_at_the_largest(shape: float) -> None:
+    """The likelihood of shapes below 1 has no bound; such a fit says nothing but the largest, and must not count."""
+    generator = np.random.default_rng(1)
+    for _ in range(20):
+        maxima = 3 - 0.5 * generator.weibull(shape, 20)
+        end, _ = _endpoint(maxima)
+        assert end is None or end > maxima.max() * (1 + 1e-6)
+
+
+def test_in_inference_mode() -> None:
+    model, x = linear(), torch.rand(2, 3, 6, 6)
+    expected = clever(model, x, radius=1e3, blocks=2, samples=2).scores
+    with torch.inference_mode():
+        found = clever(model, torch.rand(2, 3, 6, 6).copy_(x), model(x).argmax(1), radius=1e3, blocks=2, samples=2)
+    torch.testing.assert_close(found.scores.clone(), expected)
+
+
 def test_nothing_to_do() -> None:
     found = clever(linear(), torch.rand(0, 3, 6, 6))
     assert found.scores.shape == (0,)
@@ -183,6 +201,9 @@ def test_nothing_to_do() -> None:
         ({"blocks": 1}, "blocks is 1"),
         ({"samples": 0}, "samples is 0"),
         ({"dtype": "float16"}, "dtype is 'float16'"),
+        ({"y": torch.ones(2)}, "y is torch.float32"),
+        ({"targets": [0, 1]}, "targets is a list"),
+        ({"model": lambda x: torch.ones(len(x), 3)}, "does not depend on the image"),
         ({"y": torch.tensor([0, 5])}, "y has values from 0 to 5"),
         ({"targets": torch.tensor([0, 7])}, "y has values from 0 to 7"),
         ({"distances": torch.ones(3)}, r"it must be \(2,\)"),

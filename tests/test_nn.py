@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from equifast import Purifier
+from equifast._folded import Folded
 from equifast.nn import (
     C8,
     GCNN,
@@ -266,6 +267,44 @@ def test_under_autocast(layer: nn.Module) -> None:
         torch.testing.assert_close(actual.float(), expected, atol=0.05, rtol=0.05)
         actual.float().sum().backward()
         assert torch.isfinite(torch.cat([p.grad.flatten() for p in layer.parameters() if p.grad is not None])).all()
+
+
+@pytest.mark.parametrize(
+    "layer", [GroupConv2d(2, 3, 3, lifting=True), SteerableConv2d(2, 3, 3, group=C8, lifting=True)]
+)
+def test_kept_filters_are_not_those_of_autocast_or_of_other_weights(layer: nn.Module) -> None:
+    layer.eval().requires_grad_(False)
+    x = torch.rand(1, 2, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x)
+    expected = layer(x)
+    assert expected.dtype == torch.float32
+    for _ in range(5):
+        given = {"weight": torch.randn_like(layer.weight)}
+        other = copy.deepcopy(layer)
+        other.weight.copy_(given["weight"])
+        assert torch.equal(torch.func.functional_call(layer, given, (x,)), other(x))
+    assert torch.equal(layer(x), expected)
+    layer.weight.data.copy_(layer.weight.flip(0))
+    assert not torch.equal(layer(x), expected)
+
+
+def test_a_model_with_a_group_layer_folds() -> None:
+    model, x = Hybrid("parallel", width=0.25).eval().requires_grad_(False), torch.rand(2, 3, 32, 32)
+    folded = Folded(model)
+    result = folded(x, lambda model, images: model(images))(x)
+    assert folded.made
+    torch.testing.assert_close(result, model(x), atol=1e-3, rtol=1e-3)
+
+
+def test_plain_copies_of_what_is_shared_and_has_no_statistics() -> None:
+    conv = GroupConv2d(2, 2, 3, padding=1)
+    norm = GroupBatchNorm2d(2, track_running_stats=False)
+    model = nn.Sequential(GroupConv2d(3, 2, 3, lifting=True), conv, nn.ReLU(), conv, norm).eval()
+    plain, x = as_convolutions(model), torch.rand(2, 3, 9, 9)
+    assert plain[1] is plain[3]
+    assert type(plain[3]) is nn.Conv2d
+    torch.testing.assert_close(plain(x), model(x))
 
 
 # network, group, size, channels, whether its output shall not change

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -189,6 +190,46 @@ def test_dense_labels_and_void() -> None:
     log = train.train(model, TensorDataset(x, y), Recipe(adversary=LINF), epochs=1, batch=4)
     assert math.isfinite(log[0]["loss"])
     assert 0 <= log[0]["accuracy"] <= 1
+
+
+def test_a_batch_that_is_void() -> None:
+    x, y = torch.rand(4, 3, 12, 12), torch.full((4, 12, 12), 255)
+    (row,) = train.train(nn.Conv2d(3, 2, 3, padding=1), TensorDataset(x, y), epochs=1, batch=4)
+    assert row["loss"] == 0
+
+
+def test_class_255_of_images_is_a_class() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 300))
+    data = TensorDataset(torch.rand(8, 1, 4, 4), torch.full((8,), 255))
+    log = train.train(model, data, epochs=20, batch=8, rate=0.5, dtype="float32")
+    assert log[0]["loss"] > 4
+    assert log[-1]["accuracy"] == 1
+
+
+def test_dense_labels_are_not_moved() -> None:
+    data = TensorDataset(torch.rand(4, 3, 12, 12), torch.zeros(4, 12, 12, dtype=torch.int64))
+    for recipe in (Recipe(augment=crop_and_flip), RECIPES["by chance"]):
+        with pytest.raises(ValueError, match="moves images and not their dense labels"):
+            train.train(nn.Conv2d(3, 2, 3, padding=1), data, recipe, epochs=1, batch=4)
+
+
+def test_bfloat16_and_seeds_far_apart() -> None:
+    found = []
+    for seed, dtype in ((0, "bfloat16"), (256, "bfloat16"), (0, "float32")):
+        model = small()
+        train.train(model, bars(), epochs=1, batch=16, seed=seed, dtype=dtype)
+        assert all(p.dtype == torch.float32 for p in model.parameters())
+        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert not torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+    torch.testing.assert_close(found[0], found[2], atol=0.05, rtol=0.1)
+
+
+def test_numbers_of_validation_can_be_of_numpy(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"validate": lambda model: {"a": np.float64(0.5), "b": torch.tensor(2.0)}}
+    train.train(small(), bars(), epochs=1, folder=tmp_path, **settings)
+    assert train.train(small(), bars(), epochs=1, folder=tmp_path, **settings)[0]["a"] == 0.5
 
 
 def test_validation_goes_into_the_log() -> None:

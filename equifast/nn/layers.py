@@ -9,6 +9,7 @@ Weiler and Cesa 2019, *General E(2)-Equivariant Steerable CNNs*, section 2.
 import copy
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -60,12 +61,39 @@ class _TurnedBack(torch.autograd.Function):
         return _Turned.apply(upstream, *ctx.saved_tensors), None, None
 
 
-def _sums(weight: Tensor) -> tuple[float, ...]:
-    """Other numbers for other weights, on the CPU: averages of weights are put in place by ``.data``, which no version
-    counts. Elsewhere it would be waited for."""
-    if weight.device.type != "cpu":
-        return ()
-    return float(weight.sum()), float(torch.linalg.vector_norm(weight))
+@dataclass(frozen=True)
+class _Kept:
+    """Expanded filters, and of which weight they are: held, so that no other takes its place in memory."""
+
+    filters: Tensor
+    weight: Tensor
+    version: int
+    probe: Tensor | None
+    checksum: float
+
+    @classmethod
+    def of(cls, weight: Tensor, filters: Tensor) -> "_Kept":
+        probe = None
+        if weight.device.type == "cpu":
+            probe = (torch.arange(1, weight.numel() + 1, dtype=torch.float64) * 2.39996).sin().float()
+        return cls(filters, weight, weight._version, probe, cls._sum(weight, probe))
+
+    @staticmethod
+    def _sum(weight: Tensor, probe: Tensor | None) -> float:
+        """Another number, as a rule, for other weights, signs and orders; on the CPU, elsewhere it would be waited for.
+
+        Averages of weights are put in place by ``.data``, which no version counts.
+        """
+        if probe is None:
+            return 0.0
+        # a model that looks at values is not folded, and this is not the model
+        with torch._C.DisableTorchFunction():
+            return float(weight.flatten().float() @ probe)
+
+    def fits(self, weight: Tensor) -> bool:
+        same = self.weight.data_ptr() == weight.data_ptr() and self.weight.dtype == weight.dtype
+        same = same and self.weight.device == weight.device and self.version == weight._version
+        return same and self.checksum == self._sum(weight, self.probe)
 
 
 class _Expanded(nn.Module):
@@ -101,7 +129,7 @@ class _Expanded(nn.Module):
         self.stride = _checks.integer("stride", stride, 1, 2**15)
         self.padding = _checks.integer("padding", padding, 0, 2**15)
         self.bias = nn.Parameter(torch.zeros(channels)) if _checks.boolean("bias", bias) else None
-        self._kept: tuple[tuple[object, ...], Tensor] | None = None
+        self._kept: _Kept | None = None
 
     @property
     def order_in(self) -> int:
@@ -134,12 +162,12 @@ class _Expanded(nn.Module):
             return self.expand()
         if torch.compiler.is_compiling():
             return self.expand()
-        key = (weight.data_ptr(), weight._version, weight.dtype, weight.device, _sums(weight.detach()))
-        if self._kept is None or self._kept[0] != key:
+        kept = self._kept
+        if kept is None or not kept.fits(weight.detach()):
             # filters made in inference mode would have no gradients with respect to images later
             with torch.inference_mode(False), torch.no_grad():
-                self._kept = key, self.expand()
-        return self._kept[1]
+                self._kept = kept = _Kept.of(weight.detach(), self.expand())
+        return kept.filters
 
     def train(self, mode: bool = True) -> Self:
         """As of every module; forgets the filters that are kept."""
@@ -318,7 +346,9 @@ class SteerableConv2d(_Expanded):
         basis, sources = self.get_buffer("basis"), self.get_buffer("sources")
         moved = self.weight.index_select(2, sources.flatten())
         moved = moved.view(self.channels, self.channels_in, *sources.shape, -1)
-        filters: Tensor = torch.einsum("oighb,gbyx->ogihyx", moved, basis.to(moved.dtype))
+        # what is kept must not be as coarse as an autocast that it was made under
+        with torch.autocast(moved.device.type, enabled=False):
+            filters: Tensor = torch.einsum("oighb,gbyx->ogihyx", moved, basis.to(moved.dtype))
         return filters.reshape(self.channels * order, self.channels_in * self.order_in, kernel, kernel)
 
 
@@ -332,6 +362,8 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
     """
 
     def __init__(self, channels: int, *, group: Group = P4, **settings: Any) -> None:
+        if not isinstance(group, Group):
+            raise TypeError(f"group is a {type(group).__name__}; it must be a Group, such as equifast.nn.P4")
         super().__init__(channels, **settings)
         self.group = group
 
@@ -443,15 +475,21 @@ def as_convolutions(model: nn.Module) -> nn.Module:
     """A copy of a model with plain ``Conv2d`` and ``BatchNorm2d`` for the layers over groups: the same function.
 
     It is for inference: weights that were one are then several. What folds, exports or compiles plain networks takes
-    it, the engine of the purifier among them.
+    it, the engine of the purifier among them. Batch norm without running statistics stays as it is.
 
     Args:
         model: any; a layer itself too.
     """
-    return _plain(copy.deepcopy(model))
+    return _plain(copy.deepcopy(model), {})
 
 
-def _plain(module: nn.Module) -> nn.Module:
+def _plain(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
+    """Of a module; ``made`` has those of modules that several others share."""
+    made[id(module)] = result = _replaced(module, made)
+    return result
+
+
+def _replaced(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
     if isinstance(module, _Expanded):
         with torch.no_grad():
             filters, bias = module.expand(), module.expanded_bias()
@@ -469,7 +507,8 @@ def _plain(module: nn.Module) -> nn.Module:
             if bias is not None and conv.bias is not None:
                 conv.bias.copy_(bias)
         return conv.train(module.training)
-    if isinstance(module, GroupBatchNorm2d):
+    # one without running statistics takes those of the batch over the group, which no plain one does
+    if isinstance(module, GroupBatchNorm2d) and module.running_mean is not None:
         order = module.group.order
         norm = nn.BatchNorm2d(
             module.num_features * order,
@@ -485,6 +524,7 @@ def _plain(module: nn.Module) -> nn.Module:
                 norm = norm.to(value.device, value.dtype)
                 break
         return norm.train(module.training)
-    for name, child in module.named_children():
-        setattr(module, name, _plain(child))
+    for name, child in module._modules.items():
+        if child is not None:
+            module._modules[name] = made[id(child)] if id(child) in made else _plain(child, made)
     return module
