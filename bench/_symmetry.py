@@ -152,9 +152,14 @@ def table(
         cells = []
         for column in columns:
             estimate = difference(over_seeds(results[a], column), over_seeds(results[b], column))
-            cells.append(f"{estimate.value:+.1f} ± {estimate.standard_error:.1f}")
+            each = [
+                100 * float(np.mean(x[column]) - np.mean(y[column]))
+                for x, y in zip(results[a], results[b], strict=True)
+            ]
+            span = f"{min(each):+.1f} to {max(each):+.1f}"
+            cells.append(f"{estimate.value:+.1f} ± {estimate.standard_error:.1f} ({span})")
             found["differences"].setdefault(f"{a} - {b}", {})[column] = {
-                "value": estimate.value, "standard error": estimate.standard_error
+                "value": estimate.value, "standard error": estimate.standard_error, "trainings": each
             }  # fmt: skip
         differences.add_row(f"{a} - {b}", *cells)
     if pairs:

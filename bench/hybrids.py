@@ -31,6 +31,8 @@ RELEASED = "parallel, on FGSM"
 FAIR = ("clean", "FGSM", "PGD", "corrupted")
 AS_RELEASED = ("FGSM, cut", "PGD, cut", "clean, training mode", "PGD, training mode")
 SEVERITY = 3
+STEPS = {"PGD": 20, "CWL2": 100}
+CLEVER = {"blocks": 50, "samples": 32}
 
 
 def recipes(eps: float, as_released: bool) -> dict[str, Recipe]:
@@ -81,7 +83,7 @@ def measure(
     model: nn.Module, split: Split, corrupted: dict[str, Tensor], eps: float, scores: int, as_released: bool
 ) -> dict[str, Any]:
     x, y = split.x, split.y
-    pgd = attacks.PGD(model, eps=eps, step_size=eps / 4, steps=20)
+    pgd = attacks.PGD(model, eps=eps, step_size=eps / 4, steps=STEPS["PGD"])
     found = {"clean": right(model, x, y)}
     strong = in_parts(pgd, x, y)
     found["FGSM"] = right(model, in_parts(attacks.FGSM(model, eps=eps), x, y), y)
@@ -91,14 +93,14 @@ def measure(
     result["corrupted"] = torch.stack(each).mean(0).tolist()
     if as_released:
         result["FGSM, cut"] = right(model, in_parts(lambda a, b: cut(model, a, b, eps, 1), x, y), y).tolist()
-        result["PGD, cut"] = right(model, in_parts(lambda a, b: cut(model, a, b, eps, 20), x, y), y).tolist()
+        result["PGD, cut"] = right(model, in_parts(lambda a, b: cut(model, a, b, eps, STEPS["PGD"]), x, y), y).tolist()
         result["clean, training mode"] = right(model, x, y, training=True).tolist()
         result["PGD, training mode"] = right(model, strong, y, training=True).tolist()
     asked, labels = x[:scores], y[:scores]
-    near = attacks.CWL2(model, steps=100)(asked, labels)
+    near = attacks.CWL2(model, steps=STEPS["CWL2"])(asked, labels)
     distances = (near - asked).flatten(1).norm(dim=1)
     distances[right(model, near, labels)] = torch.inf
-    score = clever(model, asked, labels, blocks=20, samples=32, distances=distances, dtype="auto")
+    score = clever(model, asked, labels, **CLEVER, distances=distances, dtype="auto")
     result["CLEVER"] = score.scores.tolist()
     result["CLEVER, warnings"] = score.warnings
     result["nearest"] = distances.nan_to_num(posinf=-1.0).tolist()
@@ -123,7 +125,7 @@ def main(
     """Train, attack, and write table.json and table.png."""
     keep_freed_memory()
     settings = {k: v for k, v in locals().items() if k not in ("output", "data")}
-    kept = Kept(output, settings)
+    kept = Kept(output, {**settings, "severity": SEVERITY, "steps": STEPS, "CLEVER": CLEVER})
     split = open_split("cifar10", data, train_images, images)
     corrupted = {name: corrupt(split.x[:corrupted_images], name, SEVERITY) for name in CORRUPTIONS}
     results: dict[str, list[dict[str, Any]]] = {}
@@ -141,15 +143,18 @@ def main(
     written = table(title, results, columns, pairs)
     written["CLEVER, l2"] = {}
     for name, rows in results.items():
-        every = torch.tensor([row["CLEVER"] for row in rows]).double()
-        nearest = torch.tensor([row["nearest"] for row in rows]).double()
+        # an image that is wrong already has the score 0, which says nothing of those that are right
+        every = torch.tensor([row["CLEVER"] for row in rows]).double().flatten()
+        nearest = torch.tensor([row["nearest"] for row in rows]).double().flatten()
+        right_ones = torch.tensor([row["clean"][:scores] for row in rows]).flatten()
+        every, nearest = every[right_ones], nearest[right_ones]
         known = nearest >= 0
         written["CLEVER, l2"][name] = {
+            "images that are right": len(every),
             "mean": float(every.mean()),
-            "standard error over images": float(every.mean(0).std() / every.shape[1] ** 0.5),
+            "standard error": float(every.std() / len(every) ** 0.5),
             "nearest adversarial image, mean": float(nearest[known].mean()),
             "violations": int((known & (every > nearest)).sum()),
-            "of": every.numel(),
             "warnings": rows[0]["CLEVER, warnings"],
         }
         print(name, {k: v for k, v in written["CLEVER, l2"][name].items() if k != "warnings"})

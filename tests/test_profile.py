@@ -44,15 +44,22 @@ def test_invariance_of_a_half() -> None:
     assert found.kept.shape == (4, 64)
 
 
-def test_invariance_by_hand() -> None:
+def test_an_image_alone_and_by_its_id() -> None:
+    x, model = halves(5), Upright()
+
+    def kept(images: Tensor, ids: list[int]) -> Any:
+        return invariance(model, images, degrees=(120, 180), draws=16, seed=3, ids=torch.tensor(ids)).kept
+
+    whole = kept(x, [0, 1, 2, 3, 4])
+    assert np.array_equal(whole, invariance(model, x, degrees=(120, 180), draws=16, seed=3).kept)
+    assert np.array_equal(whole, np.concatenate([kept(x[i : i + 1], [i]) for i in range(5)], 1))
+    assert not np.array_equal(whole, kept(x, [5, 6, 7, 8, 9]))
+    assert len(set(whole[1])) > 1
+
+
+def test_an_invariant_network_keeps_all_at_quarter_turns() -> None:
     torch.manual_seed(0)
-    model, x = GCNN().eval(), torch.rand(3, 1, 28, 28)
-    found = invariance(model, x, degrees=(90,), draws=1, seed=3)
-    alone = np.concatenate([invariance(model, x[i : i + 1], degrees=(90,), draws=1, seed=3,
-                                       ids=torch.tensor([i])).kept for i in range(3)], 1)  # fmt: skip
-    assert np.array_equal(found.kept, alone)
-    # an exactly invariant network keeps them at quarter turns
-    invariant = GCNN(invariant=True).eval()
+    x, invariant = torch.rand(3, 1, 28, 28), GCNN(invariant=True).eval()
     for turns in (90.0, 180.0, 270.0):
         turned = transform(x, torch.tensor([[turns, 0, 0]]).repeat(3, 1))
         torch.testing.assert_close(invariant(turned), invariant(x), atol=1e-5, rtol=1e-4)
