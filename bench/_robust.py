@@ -12,20 +12,15 @@ import torch
 from rich.progress import track
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from equifast.train import crop_and_flip as cropped_and_flipped
 
 Batch = tuple[Tensor, Tensor]
 
 
 def crop_and_flip(images: Tensor, labels: Tensor, generator: torch.Generator) -> Batch:
     """CIFAR's augmentation: shifts of up to 4 pixels and flips, of each image."""
-    n, size = len(images), images.shape[-1]
-    padded = F.pad(images, (4, 4, 4, 4))
-    corners = torch.randint(0, 9, (n, 2), generator=generator)
-    rows, columns = (corners[:, i, None] + torch.arange(size) for i in (0, 1))
-    crops = padded[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-    flips = torch.rand(n, generator=generator) < 0.5
-    return torch.where(flips.view(-1, 1, 1, 1), crops.flip(-1), crops).contiguous(), labels
+    return cropped_and_flipped(images, generator), labels
 
 
 def train(

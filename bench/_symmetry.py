@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import typer
 from _data import load_cifar
+from _write import write, write_json
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
 
-from equifast.evaluate import Estimate, difference
+from equifast.evaluate import difference
 from equifast.evaluate.metrics import average
 from equifast.train import Recipe, train
 
@@ -62,14 +63,6 @@ def open_split(kind: str, data: Path, train_images: int | None = None, images: i
     return Split(TensorDataset(learned[0][count], learned[1][count]), other[0][:images], other[1][:images])
 
 
-def write(path: Path, text: str) -> None:
-    """Beside, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.partial")
-    beside.write_text(text)
-    beside.replace(path)
-
-
 class Kept:
     """A study's folder: what was trained and measured stays, and another study's is refused.
 
@@ -91,7 +84,7 @@ class Kept:
             if changed:
                 raise typer.BadParameter(f"{folder} holds a study with other settings: {', '.join(changed)}")
         else:
-            write(path, json.dumps(given, indent=2) + "\n")
+            write_json(path, given)
 
     def trained(
         self, name: str, build: Callable[[], nn.Module], data: TensorDataset, recipe: Recipe, seed: int, **how: Any
@@ -192,6 +185,3 @@ def bars(results: Mapping[str, Mapping[str, Mapping[str, float]]], columns: Sequ
     axis.grid(axis="y", alpha=0.3)
     axis.legend()
     return figure
-
-
-__all__ = ["Estimate", "Kept", "Kind", "Output", "Seeds", "Split", "bars", "open_split", "over_seeds", "table", "write"]

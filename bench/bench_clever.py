@@ -3,7 +3,6 @@
 python bench/bench_clever.py --output bench/results/clever.json
 """
 
-import json
 import statistics
 import time
 import warnings
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 import typer
 from _data import DATA, load_cifar
+from _write import write_json
 from cifar import network
 
 from equifast.certify import clever
@@ -66,9 +66,7 @@ def main(data: Path = DATA, images: int = 3, blocks: int = 10, samples: int = 64
             }
             print(name, norm, result[f"{name}, {norm}"]["times faster"], flush=True)
     if output is not None:
-        part = output.with_suffix(".partial")
-        part.write_text(json.dumps(result, indent=2) + "\n")
-        part.replace(output)
+        write_json(output, result)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import typer
 from _data import DATA, load_cifar
+from _write import write_json
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -112,9 +113,7 @@ def main(data: Path = DATA, rounds: int = 15, images: int = 64, output: Path | N
     result["errors"] = errors
     print(json.dumps(errors, indent=2))
     if output is not None:
-        part = output.with_suffix(".partial")
-        part.write_text(json.dumps(result, indent=2) + "\n")
-        part.replace(output)
+        write_json(output, result)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import typer
 from _data import DATA, load_cifar
+from _write import write_json
 from cifar import network
 from torch import Tensor, nn
 
@@ -82,9 +83,7 @@ def main(
     }
     print(json.dumps(result, indent=2))
     if output is not None:
-        part = output.with_suffix(".partial")
-        part.write_text(json.dumps(result, indent=2) + "\n")
-        part.replace(output)
+        write_json(output, result)
 
 
 if __name__ == "__main__":

@@ -9,14 +9,14 @@ training mode, so that batch norm sees the attacked batch; and the parallel netw
 """
 
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 import typer
 from _data import DATA
-from _symmetry import Kept, Output, Seeds, Split, bars, open_split, table, write
+from _symmetry import Kept, Output, Seeds, Split, bars, open_split, table
+from _write import write_json
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -158,7 +158,7 @@ def main(
             "warnings": rows[0]["CLEVER, warnings"],
         }
         print(name, {k: v for k, v in written["CLEVER, l2"][name].items() if k != "warnings"})
-    write(output / "table.json", json.dumps({"settings": settings, **written}, indent=2, default=str) + "\n")
+    write_json(output / "table.json", {"settings": settings, **written})
     plots.save(bars(written["table"], columns, title), output / "table")
 
 

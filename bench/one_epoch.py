@@ -3,13 +3,13 @@
 python bench/one_epoch.py --output bench/results/one_epoch.json
 """
 
-import json
 import time
 from pathlib import Path
 
 import torch
 import typer
 from _data import DATA, load_cifar
+from _write import write_json
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -50,9 +50,7 @@ def main(data: Path = DATA, images: int = 1000, width: float = 1.0, output: Path
         result[name] = row
         print(name, {k: round(v, 9) for k, v in row.items()}, flush=True)
     if output is not None:
-        part = output.with_suffix(".partial")
-        part.write_text(json.dumps(result, indent=2) + "\n")
-        part.replace(output)
+        write_json(output, result)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ random rotations and the rate of robustness over the radius of PGD.
 
 import copy
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,8 @@ import numpy as np
 import torch
 import typer
 from _data import DATA
-from _symmetry import Kept, Kind, Output, Seeds, Split, open_split, write
+from _symmetry import Kept, Kind, Output, Seeds, Split, open_split
+from _write import write_json
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -133,7 +133,7 @@ def main(
             for column, cell in zip(columns, cells, strict=True)
         }
     console.print(paired)
-    write(output / "table.json", json.dumps(written, indent=2, default=str) + "\n")
+    write_json(output / "table.json", written)
     groups = {"rotations": "rotations", "attacks": "PGD"}
     for group, word in groups.items():
         for what in places:

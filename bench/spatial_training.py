@@ -7,14 +7,14 @@ are kept in the folder; stopped and started again it goes on.
 """
 
 import functools
-import json
 from pathlib import Path
 
 import torch
 import typer
 from _data import DATA
 from _models import CifarResNet
-from _symmetry import Kept, Kind, Output, Seeds, Split, bars, open_split, table, write
+from _symmetry import Kept, Kind, Output, Seeds, Split, bars, open_split, table
+from _write import write_json
 from torch import nn
 
 from equifast import attacks, keep_freed_memory
@@ -95,7 +95,7 @@ def main(
             results.setdefault(name, []).append(found)
     title = f"{kind}: {len(split.y)} test images, {seeds} trainings, accuracy in % ± standard error (of each training)"
     written = table(title, results, COLUMNS, PAIRS)
-    write(output / "table.json", json.dumps({"settings": settings, **written}, indent=2, default=str) + "\n")
+    write_json(output / "table.json", {"settings": settings, **written})
     plots.save(bars(written["table"], COLUMNS, title.split(",")[0]), output / "table")
 
 

@@ -28,6 +28,7 @@ from equifast.objectives import (
     confusions,
     cross_entropies,
     cross_entropy,
+    divergence,
     label_index,
     label_mean,
     margins,
@@ -789,7 +790,7 @@ class Spatial(Attack):
         def loss(logits: Tensor, clean: Tensor) -> Tensor:
             if self.objective == "l2":
                 return (logits - clean).square().sum(1)
-            return (clean.softmax(1) * (clean.log_softmax(1) - logits.log_softmax(1))).sum(1)
+            return divergence(clean, logits)
 
         return TaskLoss(predict, loss, (clean,), ids, self._draws)
 

@@ -87,6 +87,7 @@ class Clever:
         return found
 
 
+@torch.inference_mode(False)
 def clever(
     model: Callable[..., Any],
     x: Tensor,
@@ -131,22 +132,9 @@ def clever(
     Raises:
         TypeError, ValueError: for arguments that cannot be, in one sentence that names them.
     """
-    if torch.is_inference_mode_enabled():
-        # its tensors have no gradients: outside it, and copies of them
-        copies = [None if t is None else t.clone() for t in (x, y, targets)]
-        rest: dict[str, Any] = {"norm": norm, "radius": radius, "blocks": blocks, "samples": samples, "clamp": clamp}
-        rest |= {"distances": distances, "seed": seed, "dtype": dtype, "ids": ids, "progress": progress}
-        with torch.inference_mode(False):
-            x, y, targets = (None if t is None else t.clone() for t in copies)  # type: ignore[assignment]
-            return clever(model, x, y, targets=targets, **rest)
     x = _checks.images("x", x).detach()
-    for name, value in (("y", y), ("targets", targets)):
-        if value is None:
-            continue
-        if not isinstance(value, Tensor) or value.dtype != torch.int64:
-            got = str(value.dtype) if isinstance(value, Tensor) else f"a {type(value).__name__}"
-            raise TypeError(f"{name} is {got}; it must be an int64 tensor (N,)")
-        _checks.same_device(name, value, "x", x)
+    x = x.clone() if x.is_inference() else x
+    y, targets = (_labels(name, value, x) for name, value in (("y", y), ("targets", targets)))
     _checks.choice("norm", norm, NORMS)
     radius = _RADII[norm] if radius is None else _checks.number("radius", radius, above=0)
     _checks.integer("blocks", blocks, 2, 2**15)
@@ -202,6 +190,17 @@ def clever(
     scores = torch.where((logits.argmax(1) == labels).cpu(), scores, 0.0)
     known = torch.full_like(scores, torch.inf) if distances is None else distances.double().cpu()
     return Clever(norm, radius, scores, each, lipschitz, maxima.amax(1), p_values, fitted, scores > known)
+
+
+def _labels(name: str, value: object, x: Tensor) -> Tensor | None:
+    """Labels as they are asked for, outside of inference mode; None stays None."""
+    if value is None:
+        return None
+    if not isinstance(value, Tensor) or value.dtype != torch.int64:
+        got = str(value.dtype) if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise TypeError(f"{name} is {got}; it must be an int64 tensor (N,)")
+    _checks.same_device(name, value, "x", x)
+    return value.clone() if value.is_inference() else value
 
 
 def _uniform(norm: str, radius: float, image: Tensor, seed: int, numbers: Tensor, block: int) -> Tensor:

@@ -684,6 +684,12 @@ def distances(anchor: Tensor, views: Iterable[Tensor], sampled: Sequence[Sampled
     return total / count.clamp(min=1)
 
 
+def divergence(logits: Tensor, others: Tensor) -> Tensor:
+    """Kullback-Leibler, of the probabilities of ``others`` from those of ``logits``: (N, C, ...) twice -> (N, ...)."""
+    p, q = logits.log_softmax(1), others.log_softmax(1)
+    return (p.exp() * (p - q)).sum(1)
+
+
 def label_mean(values: Tensor, y: Tensor, ignore_index: int = 255) -> Tensor:
     """The mean of a value per label over those of an image that count.
 

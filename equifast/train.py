@@ -26,7 +26,7 @@ from equifast._cheap import DTYPES, autocast
 from equifast.ascent import Progress
 from equifast.attacks import Attack
 from equifast.features import evaluating, output
-from equifast.objectives import check_labels
+from equifast.objectives import check_labels, divergence
 from equifast.spatial import Grid, transform
 
 __all__ = ["Recipe", "crop_and_flip", "rotate_and_shift", "train"]
@@ -50,8 +50,12 @@ def crop_and_flip(images: Tensor, generator: torch.Generator, *, pixels: int = 4
     return torch.where(flips.view(-1, 1, 1, 1), crops.flip(-1), crops).contiguous()
 
 
-def rotate_and_shift(images: Tensor, generator: torch.Generator, *, grid: Grid = Grid()) -> Tensor:  # noqa: B008
-    """Each image rotated and shifted by chance, uniform in the bounds of a grid, black where it enters."""
+def rotate_and_shift(images: Tensor, generator: torch.Generator, *, grid: Grid | None = None) -> Tensor:
+    """Each image rotated and shifted by chance, uniform in the bounds of a grid, black where it enters.
+
+    The bounds are those of :class:`equifast.spatial.Grid` as it is, 30 degrees and 3 pixels, where none is given.
+    """
+    grid = Grid() if grid is None else grid
     drawn = 2 * torch.rand((len(images), 3), generator=generator, dtype=torch.float64) - 1
     parameters = drawn * torch.tensor(grid.bounds, dtype=torch.float64)
     return transform(images, parameters.to(images.device)).clamp(0, 1)
@@ -131,8 +135,7 @@ class Recipe:
 def _penalty(kind: str, clean: Tensor, moved: Tensor) -> Tensor:
     if kind == "l2":
         return (clean - moved).square().mean() / 4
-    p, q = clean.log_softmax(1), moved.log_softmax(1)
-    return (p.exp() * (p - q)).sum(1).mean()
+    return divergence(clean, moved).mean()
 
 
 # The rate at each part of the training, of the largest.

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,12 +21,12 @@ TINY = {"kind": "digits", "seeds": 1, "epochs": 1, "train_images": 96, "images":
 
 
 @pytest.mark.parametrize("study", [spatial_training, profiles])
-def test_study(study: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_study(study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profiles, "RADII", {"digits": (0, 0.1)})
     monkeypatch.setattr(profiles, "DEGREES", (0, 180))
     monkeypatch.setattr(profiles, "ROTATIONS", (0, 180))
     monkeypatch.setattr(profiles, "TRAINED_AGAINST", {"digits": (0.1,)})
-    study.main(tmp_path, **TINY)  # type: ignore[attr-defined]
+    study.main(tmp_path, **TINY)
     written = json.loads((tmp_path / "table.json").read_text())
     assert len(written["table"]) >= 5
     for row in written["table"].values():
@@ -37,11 +38,11 @@ def test_study(study: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json") if path.name == "measured.json"}
     assert before
     (tmp_path / "table.json").unlink()
-    study.main(tmp_path, **TINY)  # type: ignore[attr-defined]
+    study.main(tmp_path, **TINY)
     assert json.loads((tmp_path / "table.json").read_text()) == written
     assert before == {path: path.stat().st_mtime_ns for path in before}
     with pytest.raises(typer.BadParameter, match=r"epochs \(was 1, is 2\)"):
-        study.main(tmp_path, **{**TINY, "epochs": 2})  # type: ignore[attr-defined]
+        study.main(tmp_path, **{**TINY, "epochs": 2})
 
 
 def test_kept_refuses_what_was_dropped(tmp_path: Path) -> None:

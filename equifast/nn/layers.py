@@ -112,11 +112,11 @@ class _Expanded(nn.Module):
         channels: int,
         kernel_size: int,
         *,
-        group: Group,
-        lifting: bool,
-        stride: int,
-        padding: int,
-        bias: bool,
+        group: Group = P4,
+        lifting: bool = False,
+        stride: int = 1,
+        padding: int = 0,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         self.channels_in = _checks.integer("channels_in", channels_in, 1, 2**31 - 1)
@@ -130,6 +130,11 @@ class _Expanded(nn.Module):
         self.padding = _checks.integer("padding", padding, 0, 2**15)
         self.bias = nn.Parameter(torch.zeros(channels)) if _checks.boolean("bias", bias) else None
         self._kept: _Kept | None = None
+        self._build()
+
+    def _build(self) -> None:
+        """Registers the weights and what they are expanded by."""
+        raise NotImplementedError
 
     @property
     def order_in(self) -> int:
@@ -212,40 +217,19 @@ class GroupConv2d(_Expanded):
         TypeError, ValueError: for settings that cannot be; in ``forward``, for another number of channels.
     """
 
-    def __init__(
-        self,
-        channels_in: int,
-        channels: int,
-        kernel_size: int,
-        *,
-        group: Group = P4,
-        lifting: bool = False,
-        stride: int = 1,
-        padding: int = 0,
-        bias: bool = True,
-    ) -> None:
-        super().__init__(
-            channels_in,
-            channels,
-            kernel_size,
-            group=group,
-            lifting=lifting,
-            stride=stride,
-            padding=padding,
-            bias=bias,
-        )
-        if not group.on_grid:
+    def _build(self) -> None:
+        if not self.group.on_grid:
             raise ValueError(
-                f"group has {group.rotations} rotations; it must have 1, 2 or 4, which keep the pixels: "
+                f"group has {self.group.rotations} rotations; it must have 1, 2 or 4, which keep the pixels: "
                 "SteerableConv2d takes others"
             )
         # of four dimensions, as those of Conv2d, so that they can be channels_last
-        self.weight = nn.Parameter(torch.empty(channels, channels_in * self.order_in, kernel_size, kernel_size))
+        size = self.kernel_size
+        self.weight = nn.Parameter(torch.empty(self.channels, self.channels_in * self.order_in, size, size))
         nn.init.kaiming_normal_(self.weight, nonlinearity="relu")
-        shape = (self.order_in, kernel_size, kernel_size)
-        places = torch.arange(math.prod(shape)).view(shape)
-        regular = not lifting
-        index = torch.stack([group.act(places, g, regular=regular).flatten() for g in range(group.order)])
+        shape = (self.order_in, size, size)
+        places, regular = torch.arange(math.prod(shape)).view(shape), not self.lifting
+        index = torch.stack([self.group.act(places, g, regular=regular).flatten() for g in range(self.group.order)])
         self.register_buffer("index", index, persistent=False)
         self.register_buffer("inverse", index.argsort(1), persistent=False)
 
@@ -312,33 +296,12 @@ class SteerableConv2d(_Expanded):
         TypeError, ValueError: for settings that cannot be; in ``forward``, for another number of channels.
     """
 
-    def __init__(
-        self,
-        channels_in: int,
-        channels: int,
-        kernel_size: int,
-        *,
-        group: Group,
-        lifting: bool = False,
-        stride: int = 1,
-        padding: int = 0,
-        bias: bool = True,
-    ) -> None:
-        super().__init__(
-            channels_in,
-            channels,
-            kernel_size,
-            group=group,
-            lifting=lifting,
-            stride=stride,
-            padding=padding,
-            bias=bias,
-        )
-        basis = _harmonics(group, kernel_size)
-        shape = (channels, channels_in, self.order_in, basis.shape[1])
+    def _build(self) -> None:
+        basis = _harmonics(self.group, self.kernel_size)
+        shape = (self.channels, self.channels_in, self.order_in, basis.shape[1])
         self.weight = nn.Parameter(torch.randn(shape) * math.sqrt(2 / math.prod(shape[1:])))
         self.register_buffer("basis", basis.to(self.weight.dtype), persistent=False)
-        sources = torch.zeros((group.order, 1), dtype=torch.int64) if lifting else group.sources()
+        sources = torch.zeros((self.group.order, 1), dtype=torch.int64) if self.lifting else self.group.sources()
         self.register_buffer("sources", sources, persistent=False)
 
     def expand(self) -> Tensor:
