@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -98,6 +99,12 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not callable(value):
                 raise TypeError(f"{name} is a {type(value).__name__}; it must be callable or None")
+        made: object = self.adversary
+        if isinstance(made, Attack):
+            kind = type(made).__name__
+            raise TypeError(
+                f"adversary is a {kind} of a model already; it must be its class, with settings by functools.partial"
+            )
         if self.transform is not None and self.adversary is not None:
             raise ValueError("transform and adversary are both given; one of them makes x~")
         if self.regularizer is None:
@@ -161,7 +168,7 @@ def train(
     clip: float | None = 5.0,
     dtype: str = "auto",
     seed: int = 0,
-    folder: Path | None = None,
+    folder: str | os.PathLike[str] | None = None,
     validate: Callable[[nn.Module], Mapping[str, float]] | None = None,
     progress: Progress | None = None,
 ) -> list[dict[str, float]]:
@@ -228,7 +235,10 @@ def train(
     rest |= {"model": _architecture(model), **_described(recipe)}
     optimizer = torch.optim.SGD(model.parameters(), rate, momentum, weight_decay=weight_decay, nesterov=momentum > 0)
     run = _Run(model, recipe, optimizer, dtype, clip)
-    log = [] if folder is None else _resumed(folder, run, rest)
+    if folder is not None and not isinstance(folder, str | os.PathLike):
+        raise TypeError(f"folder is a {type(folder).__name__}; it must be a path or None")
+    where = None if folder is None else Path(folder)
+    log = [] if where is None else _resumed(where, run, rest)
     batch = min(batch, count)
     steps = count // batch
     for epoch in range(len(log), epochs):
@@ -255,8 +265,8 @@ def train(
         row["seconds"] = time.perf_counter() - start
         row |= {} if validate is None else {name: float(value) for name, value in validate(model).items()}
         log.append(row)
-        if folder is not None:
-            _keep(folder, run, rest, log)
+        if where is not None:
+            _keep(where, run, rest, log)
     model.eval()
     return log
 

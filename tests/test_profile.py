@@ -86,6 +86,8 @@ def test_plot(tmp_path: Path) -> None:
     ("call", "message"),
     [
         (functools.partial(invariance, degrees=()), "degrees is empty"),
+        (functools.partial(invariance, degrees=90), "degrees is 90; it must be a sequence"),
+        (functools.partial(robustness, eps=0.1), "eps is 0.1; it must be a sequence"),
         (functools.partial(invariance, degrees=(0, 200)), "degrees is 200"),
         (functools.partial(invariance, degrees=(30, 10)), "must ascend"),
         (functools.partial(invariance, draws=0), "draws is 0"),

@@ -228,7 +228,7 @@ def test_bfloat16_and_seeds_far_apart() -> None:
 
 def test_numbers_of_validation_can_be_of_numpy(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"validate": lambda model: {"a": np.float64(0.5), "b": torch.tensor(2.0)}}
-    train.train(small(), bars(), epochs=1, folder=tmp_path, **settings)
+    train.train(small(), bars(), epochs=1, folder=str(tmp_path), **settings)
     assert train.train(small(), bars(), epochs=1, folder=tmp_path, **settings)[0]["a"] == 0.5
 
 
@@ -275,6 +275,8 @@ def wrong(labels: Tensor) -> TensorDataset:
     ("build", "message"),
     [
         (lambda: Recipe(transform=crop_and_flip, adversary=LINF), "both given"),
+        (lambda: Recipe(adversary=attacks.PGD(small())), "adversary is a PGD of a model already"),
+        (lambda: train.train(small(), bars(), epochs=1, folder=5), "folder is a int"),
         (lambda: Recipe(regularizer="kl"), "without a transform or an adversary"),
         (lambda: Recipe(adversary=LINF, regularizer="js"), "regularizer is 'js'"),
         (lambda: Recipe(weight=1.0), "without a regularizer"),

@@ -46,6 +46,8 @@ class Rates:
 
 
 def _ascending(name: str, values: Sequence[float], most: float) -> tuple[float, ...]:
+    if not isinstance(values, Sequence):
+        raise TypeError(f"{name} is {values!r}; it must be a sequence of numbers, such as a tuple")
     if not values:
         raise ValueError(f"{name} is empty; it must have at least one number")
     for value in values:

@@ -55,7 +55,13 @@ def equivariance_error(
 
     Returns:
         (order,), one number per element; the first is 0 for what is deterministic.
+
+    Raises:
+        TypeError: if ``group`` is none.
     """
+
+    if not isinstance(group, Group):
+        raise TypeError(f"group is a {type(group).__name__}; it must be a Group, such as equifast.nn.P4")
 
     def act(maps: Tensor, element: int, regular: bool) -> Tensor:
         if maps.dim() == 2:

@@ -415,6 +415,13 @@ class ScaleConv2d(nn.Module):
         conv = self.convs[0]
         assert isinstance(conv, nn.Conv2d)
         kernel, stride, padding = conv.kernel_size[0], conv.stride[0], int(conv.padding[0])
+        if x.dim() != 4 or x.shape[1] != conv.in_channels:
+            raise ValueError(f"x has shape {_checks.shape(x)}; it must be (N, {conv.in_channels}, H, W)")
+        least = min(max(1, round(side * scale)) for side in x.shape[2:] for scale in (1.0, *self.scales))
+        if least + 2 * padding < kernel:
+            raise ValueError(
+                f"x has shape {_checks.shape(x)}; at every scale its sides must be at least {kernel - 2 * padding}"
+            )
         size = [(side + 2 * padding - kernel) // stride + 1 for side in x.shape[2:]]
         found = []
         for number, scale in enumerate(self.scales):

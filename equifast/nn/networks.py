@@ -53,7 +53,8 @@ class _Small(nn.Module):
         invariant: bool = False,
     ) -> None:
         super().__init__()
-        _checks.integer("size", size, 16, 2**15)
+        self.size = _checks.integer("size", size, 16, 2**15)
+        self.channels_in, self.invariant = channels_in, invariant
         layers: list[nn.Module] = []
         previous = channels_in
         for number, width in enumerate((widths[0], widths[0], widths[1], widths[1])):
@@ -72,6 +73,9 @@ class _Small(nn.Module):
         self.classifier = nn.Sequential(nn.Flatten(), nn.Linear(flat, hidden), nn.ReLU(), nn.Linear(hidden, classes))
 
     def forward(self, x: Tensor) -> Tensor:
+        wanted = (self.channels_in, self.size, self.size)
+        if x.dim() != 4 or (x.shape[1:] != wanted and not self.invariant):
+            raise ValueError(f"x has shape {_checks.shape(x)}; it must be (N, {', '.join(map(str, wanted))})")
         result: Tensor = self.classifier(self.pool(self.features(x)))
         return result
 
