@@ -24,4 +24,7 @@ STABLE_TORCH_LIBRARY(equifast, m) {
   // Returns the images and what the backward pass wants: the mean gray of each after brightness.
   m.def("color_jitter(Tensor images, Tensor parameters) -> (Tensor, Tensor)");
   m.def("color_jitter_backward(Tensor upstream, Tensor mean, Tensor images, Tensor parameters) -> Tensor");
+  // (O, I, J) -> (O, G, I, J), by an order (G, J), and the transpose.
+  m.def("turn_filters(Tensor filters, Tensor order) -> Tensor");
+  m.def("turn_filters_adjoint(Tensor turned, Tensor order) -> Tensor");
 }

@@ -230,6 +230,18 @@ def color_jitter(images_given: object, parameters: object) -> None:
                 raise ValueError(f"parameters has a {name} of {low if low < least else high:g}; it must be {wanted}")
 
 
+def turn_filters(filters: object, order: object) -> None:
+    """The arguments of ``turn_filters``, on every backend."""
+    given = tensor("filters", filters, 3, "(O, I, J)")
+    if not isinstance(order, Tensor):
+        raise TypeError(f"order is a {type(order).__name__}; it must be a tensor (G, J) of int64")
+    if order.dtype != torch.int64:
+        raise TypeError(f"order has dtype {order.dtype}; it must be int64")
+    if order.dim() != 2 or order.shape[1] != given.shape[2]:
+        raise ValueError(f"order has shape {shape(order)}; it must be (G, {given.shape[2]}): a place of each weight")
+    same_device("order", order, "filters", given)
+
+
 def signed_step(x: object, gradient: object, origin: object, eps: object, ids_given: object) -> Tensor:
     """The arguments of ``signed_step``, on every backend; returns the ids."""
     start = tensor("x", x, 4, "(N, C, H, W)")

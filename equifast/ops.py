@@ -18,7 +18,7 @@ from torch import Tensor
 
 from equifast import _C, _checks, reference
 
-__all__ = ["Backend", "backend", "choose", "color_jitter", "signed_step", "similarity", "use", "warp"]
+__all__ = ["Backend", "backend", "choose", "color_jitter", "signed_step", "similarity", "turn_filters", "use", "warp"]
 
 BACKENDS = ("native", "reference")
 
@@ -333,6 +333,24 @@ def color_jitter(images: Tensor, parameters: Tensor) -> Tensor:
     return result
 
 
+def turn_filters(filters: Tensor, order: Tensor) -> Tensor:
+    """Filters with their weights in each of several orders; see :func:`equifast.reference.turn_filters`.
+
+    Differentiable any number of times; sums of derivatives go over the group in its order, on every device.
+    """
+    _checks.turn_filters(filters, order)
+    result: Tensor
+    if _checks.transformed():
+        result = reference.turn_filters(filters, order)
+    elif not torch.compiler.is_compiling():
+        result = _TurnFilters.apply(filters, order)
+    elif _on_cpu(filters):
+        result = torch.ops.equifast.turn_filters(filters, order)
+    else:
+        result = reference.turn_filters(filters, order)
+    return result
+
+
 # Fakes and derivatives, registered when the library has been loaded.
 
 
@@ -406,6 +424,14 @@ def _fake_color_jitter_backward(upstream: Tensor, mean: Tensor, images: Tensor, 
     return _fake_like(images)
 
 
+def _fake_turn_filters(filters: Tensor, order: Tensor) -> Tensor:
+    return filters.new_empty((filters.shape[0], order.shape[0], *filters.shape[1:]))
+
+
+def _fake_turn_filters_adjoint(turned: Tensor, order: Tensor) -> Tensor:
+    return turned.new_empty((turned.shape[0], *turned.shape[2:]))
+
+
 def _fake_like(images: Tensor) -> Tensor:
     return _map(images, images.shape[2], images.shape[3], _interleaved(images), images.dtype)
 
@@ -468,6 +494,18 @@ def _color_jitter_backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) 
     return torch.ops.equifast.color_jitter_backward(upstream, *ctx.saved_tensors), None
 
 
+def _order_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _turn_filters_backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+    return torch.ops.equifast.turn_filters_adjoint(upstream, *ctx.saved_tensors), None
+
+
+def _turn_filters_adjoint_backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+    return torch.ops.equifast.turn_filters(upstream, *ctx.saved_tensors), None
+
+
 # The same derivatives for eager mode. Those that torch.library registers serve whoever traces, and callers of
 # torch.ops; their way through Python takes several times as long, which is most of a call on small maps.
 
@@ -517,6 +555,39 @@ class _ColorJitter(torch.autograd.Function):
         return _color_jitter_backward(ctx, upstream, None)
 
 
+def _on_cpu(filters: Tensor) -> bool:
+    return filters.device.type != "cuda" and _native(filters)
+
+
+class _TurnFilters(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, filters: Tensor, order: Tensor) -> Tensor:
+        ctx.save_for_backward(order)
+        turn = torch.ops.equifast.turn_filters if _on_cpu(filters) else reference.turn_filters
+        turned: Tensor = turn(filters, order)
+        return turned
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        return _TurnFiltersAdjoint.apply(upstream, *ctx.saved_tensors), None
+
+
+class _TurnFiltersAdjoint(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, turned: Tensor, order: Tensor) -> Tensor:
+        ctx.save_for_backward(order)
+        if _on_cpu(turned):
+            total: Tensor = torch.ops.equifast.turn_filters_adjoint(turned, order)
+            return total
+        # reads in the other order: to add at the places of an index takes several times as long, in any order
+        pairs = zip(turned.unbind(1), order.argsort(1), strict=True)
+        return functools.reduce(torch.add, (each.gather(2, places.expand(each.shape)) for each, places in pairs))
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        return _TurnFilters.apply(upstream, *ctx.saved_tensors), None
+
+
 def _no_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     pass
 
@@ -539,6 +610,8 @@ def _register() -> None:
         _fake_signed_step,
         _fake_color_jitter,
         _fake_color_jitter_backward,
+        _fake_turn_filters,
+        _fake_turn_filters_adjoint,
     )
     for fake in fakes:
         torch.library.register_fake("equifast::" + fake.__name__.removeprefix("_fake_"))(fake)
@@ -549,6 +622,8 @@ def _register() -> None:
         ("similarity_backward", _no_second_derivative("similarity"), _no_context),
         ("color_jitter", _color_jitter_backward, _color_jitter_context),
         ("color_jitter_backward", _no_second_derivative("color_jitter"), _no_context),
+        ("turn_filters", _turn_filters_backward, _order_context),
+        ("turn_filters_adjoint", _turn_filters_adjoint_backward, _order_context),
     )
     for name, backward, context in derivatives:
         torch.library.register_autograd(f"equifast::{name}", backward, setup_context=context)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from equifast import _checks, rng
 
-__all__ = ["color_jitter", "signed_step", "similarity", "warp"]
+__all__ = ["color_jitter", "signed_step", "similarity", "turn_filters", "warp"]
 
 _EDGE = 1 + 1e-6  # |q| up to this is inside the frame
 _CHUNK = 4096
@@ -262,6 +262,24 @@ def _shift_hue(x: Tensor, turns: Tensor) -> Tensor:
         return value - chroma * _clamp_unit(torch.where(k < 4 - k, k, 4 - k))
 
     return torch.stack((channel(5), channel(3), channel(1)), 1)
+
+
+def turn_filters(filters: Tensor, order: Tensor) -> Tensor:
+    """Filters with their weights in each of several orders: what a group convolution is one ``conv2d`` over.
+
+    Args:
+        filters: (O, I, J), any float dtype: J weights for each of I channels of the input.
+        order: (G, J) int64: which of the J weights comes at each place, a permutation for each element of the group.
+
+    Returns:
+        (O, G, I, J): ``filters[:, :, order]``, the elements of the group before the channels.
+
+    Raises:
+        TypeError, ValueError: if shapes, dtypes or devices do not fit.
+    """
+    _checks.turn_filters(filters, order)
+    shape = (len(filters), len(order), *filters.shape[1:])
+    return filters[:, None].expand(shape).gather(3, order[None, :, None].expand(shape))
 
 
 def signed_step(

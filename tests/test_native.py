@@ -602,6 +602,100 @@ def test_opcheck_of_color_jitter(layout: str, dtype: torch.dtype) -> None:
     torch.library.opcheck(library.color_jitter_backward.default, (torch.ones_like(x), mean, x, parameters))
 
 
+def turns(o: int, g: int, i: int, j: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(o + g)
+    order = torch.stack([torch.randperm(j, generator=generator) for _ in range(g)])
+    return torch.randn(o, i, j, generator=generator, dtype=torch.float64).to(dtype), order
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(5, 4, 3, 9), (1, 1, 1, 1), (64, 8, 70, 72), (0, 4, 3, 9), (3, 4, 0, 9)])
+def test_turn_filters(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    filters, order = turns(*shape, dtype)
+    for given in (filters, filters.transpose(0, 1).contiguous().transpose(0, 1)):
+        given.requires_grad_()
+        actual = ops.turn_filters(given, order)
+        expected = reference.turn_filters(given, order)
+        assert actual.shape == expected.shape
+        assert torch.equal(actual, expected)
+        upstream = draw(*actual.shape, seed=3, dtype=dtype)
+        (gradient,) = torch.autograd.grad(actual, given, upstream)
+        wide = given.detach().to(torch.promote_types(dtype, torch.float32)).requires_grad_()
+        (wanted,) = torch.autograd.grad(reference.turn_filters(wide, order), wide, upstream.to(wide.dtype))
+        close(gradient, wanted.to(dtype), dtype)
+
+
+def test_gradcheck_of_turn_filters() -> None:
+    filters, order = turns(3, 4, 2, 9, torch.float64)
+    filters.requires_grad_()
+    assert torch.autograd.gradcheck(lambda f: ops.turn_filters(f, order), filters)
+    assert torch.autograd.gradgradcheck(lambda f: ops.turn_filters(f, order).square(), filters)
+    with ops.use("reference"):
+        assert torch.autograd.gradgradcheck(lambda f: ops.turn_filters(f, order).square(), filters)
+
+
+def test_turn_filters_does_not_depend_on_threads() -> None:
+    threads = torch.get_num_threads()
+    filters, order = turns(33, 8, 20, 72)
+    filters.requires_grad_()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            turned = ops.turn_filters(filters, order)
+            upstream = draw(*turned.shape, seed=3, dtype=torch.float32)
+            results.append(torch.autograd.grad(turned, filters, upstream)[0])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_turn_filters_compiles() -> None:
+    filters, order = turns(3, 4, 2, 9)
+    filters.requires_grad_()
+
+    def squares(f: Tensor) -> Tensor:
+        return ops.turn_filters(f, order).square().sum()
+
+    compiled = torch.compile(squares, fullgraph=True, backend="aot_eager")
+    (actual,) = torch.autograd.grad(compiled(filters), filters)
+    assert torch.equal(actual, torch.autograd.grad(squares(filters), filters)[0])
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # opcheck's own
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_opcheck_of_turn_filters(dtype: torch.dtype) -> None:
+    library = torch.ops.equifast
+    filters, order = turns(3, 4, 2, 9, dtype)
+    turned = library.turn_filters(filters, order)
+    torch.library.opcheck(library.turn_filters.default, (filters.requires_grad_(), order))
+    torch.library.opcheck(library.turn_filters_adjoint.default, (turned.requires_grad_(), order))
+
+
+def test_turn_filters_refuses_what_does_not_fit() -> None:
+    filters, order = turns(3, 4, 2, 9)
+    with pytest.raises(ValueError, match=r"order has shape \(4, 8\); it must be \(G, 9\)"):
+        ops.turn_filters(filters, order[:, :8])
+    with pytest.raises(TypeError, match=r"order has dtype torch\.int32; it must be int64"):
+        ops.turn_filters(filters, order.int())
+    library = torch.ops.equifast
+    turned = library.turn_filters(filters, order)
+    for call in (
+        lambda: library.turn_filters(filters[0], order),
+        lambda: library.turn_filters(filters.int(), order),
+        lambda: library.turn_filters(filters, order[:, :8]),
+        lambda: library.turn_filters(filters, order + 1),
+        lambda: library.turn_filters(filters, -order),
+        lambda: library.turn_filters(filters, order.int()),
+        lambda: library.turn_filters(filters, order.T.contiguous().T),
+        lambda: library.turn_filters_adjoint(turned[:, :3], order),
+        lambda: library.turn_filters_adjoint(turned[:, :, 0], order),
+        lambda: library.turn_filters_adjoint(turned[..., :8], order),
+    ):
+        with pytest.raises(RuntimeError):
+            call()
+
+
 STEPS = [(0.0, 0.1), (0.5, 0.05), (0.95, 12 / 255)]
 
 

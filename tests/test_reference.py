@@ -254,3 +254,13 @@ def test_empty_and_tiny() -> None:
     assert reference.color_jitter(empty, torch.zeros(0, 5)).shape == empty.shape
     pixel = random(1, 3, 1, 1)
     torch.testing.assert_close(reference.warp(pixel, cases.theta("identity"), [(3, 3)])[0], pixel.expand(1, 3, 3, 3))
+
+
+def test_turn_filters() -> None:
+    filters = torch.arange(12.0).view(2, 2, 3).requires_grad_()
+    order = torch.tensor([[0, 1, 2], [2, 0, 1]])
+    turned = reference.turn_filters(filters, order)
+    assert turned.shape == (2, 2, 2, 3)
+    assert turned[1].tolist() == [[[6, 7, 8], [9, 10, 11]], [[8, 6, 7], [11, 9, 10]]]
+    (gradient,) = torch.autograd.grad(turned, filters, torch.tensor([1.0, 10, 100]).expand(2, 2, 2, 3))
+    assert gradient[0, 0].tolist() == [11, 110, 101]

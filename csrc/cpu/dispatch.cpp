@@ -24,6 +24,8 @@
   void color_jitter(const ColorJitterParams& p, int64_t begin, int64_t end);             \
   void color_jitter_backward(const ColorJitterParams& p, int64_t begin, int64_t end);    \
   void color_jitter_add_mean(const ColorJitterParams& p, int64_t begin, int64_t end);    \
+  void turn_filters(const FiltersParams& p, int64_t begin, int64_t end);                 \
+  void turn_filters_adjoint(const FiltersParams& p, int64_t begin, int64_t end);         \
   constexpr Kernels table{#isa,                                                          \
                           warp,                                                          \
                           warp_adjoint,                                                  \
@@ -38,7 +40,9 @@
                           color_jitter_gray,                                             \
                           color_jitter,                                                  \
                           color_jitter_backward,                                         \
-                          color_jitter_add_mean};                                        \
+                          color_jitter_add_mean,                                         \
+                          turn_filters,                                                  \
+                          turn_filters_adjoint};                                         \
   }
 
 namespace equifast::cpu {

@@ -82,6 +82,14 @@ struct ColorJitterParams {
   void* gradient;            // likewise, float32, or float64 where the images are
 };
 
+struct FiltersParams {
+  Dtype dtype;
+  int64_t orders, rows, weights;  // G, I, J
+  const std::int32_t* order;      // (G, J): which of the J weights comes at each place
+  const void* filters;            // (O, I, J), or (O, G, I, J) of the adjoint
+  void* result;                   // (O, G, I, J), or (O, I, J)
+};
+
 // Tasks of a kernel; all are counted from the shapes.
 inline int parts(int size, int part) { return (size + part - 1) / part; }
 
@@ -209,6 +217,8 @@ struct Kernels {
   void (*color_jitter)(const ColorJitterParams& p, int64_t begin, int64_t end);
   void (*color_jitter_backward)(const ColorJitterParams& p, int64_t begin, int64_t end);
   void (*color_jitter_add_mean)(const ColorJitterParams& p, int64_t begin, int64_t end);
+  void (*turn_filters)(const FiltersParams& p, int64_t begin, int64_t end);  // tasks: O
+  void (*turn_filters_adjoint)(const FiltersParams& p, int64_t begin, int64_t end);
 };
 
 // The widest set that this machine runs; EQUIFAST_ISA=baseline|avx2|avx512 in the environment asks for less.

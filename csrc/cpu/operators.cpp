@@ -379,6 +379,51 @@ Tensor color_jitter_backward(Tensor upstream, Tensor mean, Tensor images, Tensor
   return narrowed(gradient, images.scalar_type());
 }
 
+// An order of J weights for each of G elements: (G, J) int64. Any places among the J are safe.
+std::vector<std::int32_t> checked_order(const Tensor& order, int64_t weights) {
+  STD_TORCH_CHECK(order.dim() == 2 && order.size(1) == weights && order.scalar_type() == Scalar::Long &&
+                      order.is_contiguous() && weights < (int64_t{1} << 31),
+                  "order must be (G, J) int64 and contiguous, with J that of the filters");
+  const auto* places = static_cast<const int64_t*>(order.const_data_ptr());
+  std::vector<std::int32_t> found(static_cast<std::size_t>(order.numel()));
+  for (std::size_t i = 0; i < found.size(); ++i) {
+    STD_TORCH_CHECK(places[i] >= 0 && places[i] < weights, "order must have places from 0 to J - 1");
+    found[i] = static_cast<std::int32_t>(places[i]);
+  }
+  return found;
+}
+
+Tensor turn_filters(Tensor filters, Tensor order) {
+  STD_TORCH_CHECK(filters.dim() == 3 && is_feature_dtype(filters.scalar_type()),
+                  "filters must be (O, I, J), float32, float64, float16 or bfloat16");
+  const auto places = checked_order(order, filters.size(2));
+  const Tensor from = torch::stable::contiguous(filters);
+  const std::int64_t sizes[] = {from.size(0), order.size(0), from.size(1), from.size(2)};
+  Tensor result = torch::stable::empty(sizes, from.scalar_type(), std::nullopt, from.device());
+  if (result.numel() == 0) return result;
+  const FiltersParams p{
+      dtype_of(from),           sizes[1], sizes[2], sizes[3], places.data(), from.const_data_ptr(),
+      result.mutable_data_ptr()};
+  run(kernels().turn_filters, p, from.size(0), result.numel());
+  return result;
+}
+
+Tensor turn_filters_adjoint(Tensor turned, Tensor order) {
+  STD_TORCH_CHECK(turned.dim() == 4 && is_feature_dtype(turned.scalar_type()),
+                  "turned must be (O, G, I, J), float32, float64, float16 or bfloat16");
+  STD_TORCH_CHECK(order.dim() == 2 && turned.size(1) == order.size(0), "turned must have the G of order");
+  const auto places = checked_order(order, turned.size(3));
+  const Tensor from = torch::stable::contiguous(turned);
+  const std::int64_t sizes[] = {from.size(0), from.size(2), from.size(3)};
+  Tensor result = torch::stable::empty(sizes, from.scalar_type(), std::nullopt, from.device());
+  if (result.numel() == 0) return result;
+  const FiltersParams p{
+      dtype_of(from),           from.size(1), sizes[1], sizes[2], places.data(), from.const_data_ptr(),
+      result.mutable_data_ptr()};
+  run(kernels().turn_filters_adjoint, p, sizes[0], from.numel());
+  return result;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(equifast, CPU, m) {
@@ -391,6 +436,8 @@ STABLE_TORCH_LIBRARY_IMPL(equifast, CPU, m) {
   m.impl("signed_step", TORCH_BOX(&signed_step));
   m.impl("color_jitter", TORCH_BOX(&color_jitter));
   m.impl("color_jitter_backward", TORCH_BOX(&color_jitter_backward));
+  m.impl("turn_filters", TORCH_BOX(&turn_filters));
+  m.impl("turn_filters_adjoint", TORCH_BOX(&turn_filters_adjoint));
 }
 
 }  // namespace equifast::cpu

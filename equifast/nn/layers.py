@@ -16,49 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from equifast import _checks
+from equifast import _checks, ops
 from equifast.nn._group import P4, Group
 
 __all__ = ["GroupBatchNorm2d", "GroupConv2d", "GroupPool", "ScaleConv2d", "SteerableConv2d", "as_convolutions"]
-
-
-def _turn(filters: Tensor, order: Tensor) -> Tensor:
-    shape = (len(filters), len(order), *filters.shape[1:])
-    return filters[:, None].expand(shape).gather(3, order[None, :, None].expand(shape))
-
-
-class _Turned(torch.autograd.Function):
-    """Filters (O, I, J) in each of G orders of their J weights: (O, G, I, J)."""
-
-    @staticmethod
-    def forward(ctx: Any, filters: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(order, inverse)
-        return _turn(filters, order)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-        return _TurnedBack.apply(upstream, *ctx.saved_tensors), None, None
-
-
-class _TurnedBack(torch.autograd.Function):
-    """The transpose of :class:`_Turned`: (O, G, I, J), each back in the order of the filters, summed over G.
-
-    By reading in another order, which is several times faster than to add at the places of an index.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, turned: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(order, inverse)
-        total: Tensor | None = None
-        for each, places in zip(turned.unbind(1), inverse, strict=True):
-            back = each.gather(2, places.expand(each.shape))
-            total = back if total is None else total.add_(back)
-        assert total is not None
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-        return _Turned.apply(upstream, *ctx.saved_tensors), None, None
 
 
 @dataclass(frozen=True)
@@ -231,18 +192,11 @@ class GroupConv2d(_Expanded):
         places, regular = torch.arange(math.prod(shape)).view(shape), not self.lifting
         index = torch.stack([self.group.act(places, g, regular=regular).flatten() for g in range(self.group.order)])
         self.register_buffer("index", index, persistent=False)
-        self.register_buffer("inverse", index.argsort(1), persistent=False)
 
     def expand(self) -> Tensor:
         order, kernel = self.group.order, self.kernel_size
-        index, inverse = self.get_buffer("index"), self.get_buffer("inverse")
         filters = self.weight.reshape(self.channels, self.channels_in, -1)
-        turned: Tensor
-        if _checks.transformed():
-            # which functions that bring their own derivative are not for
-            turned = _turn(filters, index)
-        else:
-            turned = _Turned.apply(filters, index, inverse)
+        turned = ops.turn_filters(filters, self.get_buffer("index"))
         return turned.reshape(self.channels * order, self.channels_in * self.order_in, kernel, kernel)
 
 
