@@ -77,7 +77,8 @@ class Recipe:
             (``functools.partial(attacks.Spatial, search="worst-of-k")``), which is given the model, in eval mode, and a
             fresh seed at every step. Without both there is no ``x~``.
         regularizer: h: ``"kl"``, the divergence of the probabilities for ``x~`` from those for ``x``, or ``"l2"``, a
-            quarter of the mean squared difference of logits; None for none (Yang et al. 2019, section 3).
+            quarter of the squared distance of logits; None for none (Yang et al. 2019, section 3, and its released
+            code, which gives the mean over images of both; gradients go through both predictions).
         weight: lambda; 8 for ``"kl"`` and 1 for ``"l2"`` where None, as published.
         on: what cross-entropy counts: ``"clean"``, ``"transformed"`` or ``"both"``; None: both with a regularizer, else
             what there is.
@@ -141,7 +142,7 @@ class Recipe:
 
 def _penalty(kind: str, clean: Tensor, moved: Tensor) -> Tensor:
     if kind == "l2":
-        return (clean - moved).square().mean() / 4
+        return (clean - moved).square().sum(1).mean() / 4
     return divergence(clean, moved).mean()
 
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from equifast import _checks
-from equifast.nn._group import P4, P4M, Group
-from equifast.nn.layers import GroupBatchNorm2d, GroupConv2d, GroupPool, ScaleConv2d
+from equifast.nn._group import C8, P4, P4M, Group
+from equifast.nn.layers import GroupBatchNorm2d, GroupConv2d, GroupPool, ScaleConv2d, SteerableConv2d
 
-__all__ = ["GCNN", "VGG16", "ResNet18", "StdCNN"]
+__all__ = ["GCNN", "VGG16", "Hybrid", "ResNet18", "StdCNN"]
 
 
 def _conv(
@@ -243,38 +243,36 @@ class ResNet18(nn.Module):
 
 
 class _Rotations(nn.Module):
-    """A convolution over quarter turns, pooled over them or not."""
+    """A convolution over rotations by equal angles, all of them side by side."""
 
-    def __init__(self, channels_in: int, channels: int, pooled: bool) -> None:
+    def __init__(self, channels_in: int, channels: int, group: Group, lifting: bool = True) -> None:
         super().__init__()
-        self.conv = GroupConv2d(channels_in, channels, 3, group=P4, lifting=True, padding=1, bias=False)
-        self.norm = GroupBatchNorm2d(channels, group=P4)
-        self.pool: nn.Module = GroupPool(P4.order) if pooled else nn.Identity()
-        self.width = channels * (1 if pooled else P4.order)
+        layer = GroupConv2d if group.on_grid else SteerableConv2d
+        self.conv = layer(channels_in, channels, 3, group=group, lifting=lifting, padding=1, bias=False)
+        self.norm = GroupBatchNorm2d(channels, group=group)
+        self.width = channels * group.order
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.pool(functional.relu(self.norm(self.conv(x))))
-        return result
+        return functional.relu(self.norm(self.conv(x)))
 
 
 class _Scales(nn.Module):
-    """A convolution at three scales, the largest of them."""
+    """Convolutions at three scales, each with weights of its own, all of them side by side."""
 
     def __init__(self, channels_in: int, channels: int) -> None:
         super().__init__()
-        self.conv = ScaleConv2d(channels_in, channels, 3, padding=1, bias=False)
-        self.pool = GroupPool(len(self.conv.scales))
-        self.norm = nn.BatchNorm2d(channels)
-        self.width = channels
+        self.conv = ScaleConv2d(channels_in, channels, 3, shared=False, padding=1, bias=False)
+        self.width = channels * len(self.conv.scales)
+        self.norm = nn.BatchNorm2d(self.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.relu(self.norm(self.pool(self.conv(x))))
+        return functional.relu(self.norm(self.conv(x)))
 
 
 class _Plain(nn.Module):
-    def __init__(self, channels_in: int, channels: int) -> None:
+    def __init__(self, channels_in: int, channels: int, kernel_size: int = 3) -> None:
         super().__init__()
-        self.conv = _conv(channels_in, channels, 3, None, padding=1, bias=False)
+        self.conv = _conv(channels_in, channels, kernel_size, None, padding=kernel_size // 2, bias=False)
         self.norm = nn.BatchNorm2d(channels)
         self.width = channels
 
@@ -285,11 +283,10 @@ class _Plain(nn.Module):
 class _Weighted(nn.Module):
     """The sum of branches, by weights that are learned and sum to 1."""
 
-    def __init__(self, branches: list[nn.Module], width: int) -> None:
+    def __init__(self, branches: list[nn.Module]) -> None:
         super().__init__()
         self.branches = nn.ModuleList(branches)
         self.logits = nn.Parameter(torch.zeros(len(branches)))
-        self.width = width
 
     def forward(self, x: Tensor) -> Tensor:
         shares = self.logits.softmax(0)
@@ -308,54 +305,74 @@ class _Beside(nn.Module):
         return torch.cat([branch(x) for branch in self.branches], 1)
 
 
+# Of each network of Wang et al. as released: channels after the first, and after which convolutions 2x2 maxima follow.
+_RELEASED: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "baseline": ((32, 32, 64, 64, 128, 128, 256, 256, 256), (1, 2, 4, 6, 8)),
+    "parallel": ((32, 32, 64, 64, 128, 128, 256, 256, 512), (1, 4, 6)),
+    "rotation-and-scale": ((32, 32, 64, 128, 128, 256, 256, 512), (1, 3)),
+    "weighted": ((32, 32, 64, 128, 256, 256, 512, 512), (1,)),
+    "cascaded": ((64, 128, 128, 256, 256, 512, 512), (1, 3, 5)),
+}
+
+
 class Hybrid(nn.Module):
     """The networks of Wang et al. 2025: ten convolutions, of which the first is replaced by one that knows symmetries.
 
-    What follows the first is plain, so that the network as a whole commutes with nothing. Channels are those of the
-    paper; where it halves the size (after the third, fifth, seventh and last convolution, by 2x2 maxima), and the one
-    linear layer after the mean over positions, are ours.
+    What follows the first is plain, so that the network as a whole commutes with nothing. By default it is the same in
+    all: 32-32-64-64-128-128-256-256-256 channels, 2x2 maxima after convolutions 1, 2, 4, 6 and 8, then the largest over
+    positions and one linear layer, as in the baseline that was released. There the others have widths, depths and
+    places of the maxima of their own (``released=True``), and the weighted one computes 30 times as much; so compared,
+    networks differ in more than symmetry. Here batch norm and a rectifier follow every convolution; the released
+    branches over rotations have no batch norm, and some no rectifier.
 
     Args:
         first: ``"baseline"``: 16 plain channels; ``"parallel"``: these beside 16 over the quarter turns, four values
-            each; ``"rotation-and-scale"``: these beside 16 more, the largest of three scales; ``"weighted"``: the same
-            three, the largest over quarter turns, summed with weights that are learned; ``"cascaded"``: quarter turns,
-            the largest over them, then scales.
+            each; ``"rotation-and-scale"``: plain ones, 16 over the eighth turns, and 16 at each of three scales, side
+            by side, brought to 32 by a 1x1 convolution; ``"weighted"``: 16 plain ones, and 16 over the quarter turns
+            brought to 16 by a 1x1 convolution, summed with weights that are learned; ``"cascaded"``: 64 plain ones,
+            taken for 16 over the quarter turns by a second convolution.
         channels_in: of the images.
         classes: how many.
         width: all channels are times this.
+        released: whether what follows is as the released code has it for this network.
+
+    Raises:
+        ValueError: for another name, or a width that is not above 0.
     """
 
-    def __init__(self, first: str, channels_in: int = 3, classes: int = 10, *, width: float = 1.0) -> None:
+    def __init__(
+        self, first: str, channels_in: int = 3, classes: int = 10, *, width: float = 1.0, released: bool = False
+    ) -> None:
         super().__init__()
-        _checks.choice("first", first, ("baseline", "parallel", "rotation-and-scale", "weighted", "cascaded"))
+        _checks.choice("first", first, tuple(_RELEASED))
         _checks.number("width", width, above=0)
-        wide = [_wide(channels, width, None) for channels in (16, 32, 32, 64, 64, 128, 128, 256, 256, 256)]
-        c = wide[0]
-        stem: Any
-        branches: list[nn.Module]
+        channels, pools = _RELEASED[first if _checks.boolean("released", released) else "baseline"]
+        c = _wide(16, width, None)
+        stem: nn.Module
         if first == "baseline":
-            stem = _Plain(channels_in, c)
+            stem, previous = _Plain(channels_in, c), c
         elif first == "parallel":
-            stem = _Beside([_Plain(channels_in, c), _Rotations(channels_in, c, pooled=False)])
+            beside = _Beside([_Plain(channels_in, c), _Rotations(channels_in, c, P4)])
+            stem, previous = beside, beside.width
         elif first == "rotation-and-scale":
-            branches = [_Plain(channels_in, c), _Rotations(channels_in, c, pooled=False), _Scales(channels_in, c)]
-            stem = _Beside(branches)
+            beside = _Beside([_Plain(channels_in, c), _Rotations(channels_in, c, C8), _Scales(channels_in, c)])
+            stem, previous = nn.Sequential(beside, _Plain(beside.width, 2 * c, 1)), 2 * c
         elif first == "weighted":
-            stem = _Weighted(
-                [_Plain(channels_in, c), _Rotations(channels_in, c, pooled=True), _Scales(channels_in, c)], c
-            )
+            turned = nn.Sequential(_Rotations(channels_in, c, P4), _Plain(c * P4.order, c, 1))
+            stem, previous = _Weighted([_Plain(channels_in, c), turned]), c
         else:
-            stem = nn.Sequential(_Rotations(channels_in, c, pooled=True), _Scales(c, c))
+            taken = _Rotations(c, c, P4, lifting=False)
+            stem, previous = nn.Sequential(_Plain(channels_in, taken.width), taken), taken.width
         layers: list[nn.Module] = []
-        previous = c if isinstance(stem, nn.Sequential) else int(stem.width)
-        for number, channels in enumerate(wide[1:], 2):
-            layers.append(_Plain(previous, channels))
-            layers += [nn.MaxPool2d(2, ceil_mode=True)] if number in (3, 5, 7, 10) else []
-            previous = channels
+        for number, wide in enumerate((None, *(_wide(each, width, None) for each in channels)), 1):
+            if wide is not None:
+                layers.append(_Plain(previous, wide))
+                previous = wide
+            layers += [nn.MaxPool2d(2, ceil_mode=True)] if number in pools else []
         self.first = stem
         self.rest = nn.Sequential(*layers)
         self.classifier = nn.Linear(previous, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.classifier(self.rest(self.first(x)).mean((2, 3)))
+        result: Tensor = self.classifier(self.rest(self.first(x)).amax((2, 3)))
         return result
