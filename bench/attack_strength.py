@@ -36,7 +36,7 @@ Made = Callable[[Study, int, int], attacks.Attack]
 def _plain(kind: type[attacks.Attack], **settings: Any) -> Made:
     def make(study: Study, steps: int, queries: int) -> attacks.Attack:
         own = {"eps": study.eps, "steps": steps, "seed": ATTACK_SEED}
-        if kind is not attacks.APGD:
+        if kind not in (attacks.APGD, attacks.MIM):
             own["step_size"] = study.step_size
         return kind(study.model, **{**own, **settings})
 
@@ -108,7 +108,7 @@ def beside_torchattacks(study: Study, steps: int) -> dict[str, Any]:
             torchattacks.PGD(model, eps=eps, alpha=size, steps=steps),
         ),
         "MIM": (
-            attacks.MIM(model, eps=eps, step_size=size, steps=steps),
+            attacks.MIM(model, eps=eps, steps=steps),
             torchattacks.MIFGSM(model, eps=eps, alpha=size, steps=steps),
         ),
         "APGD": (

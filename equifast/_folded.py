@@ -20,6 +20,8 @@ from torch.nn.utils.memory_format import convert_conv2d_weight_memory_format
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from equifast.features import keep_lowered
+
 __all__ = ["Folded", "pairs"]
 
 Run = Callable[[nn.Module, Tensor], Tensor]
@@ -229,6 +231,9 @@ class Folded:
             # rounding; that of TF32 is coarser
             tolerance = 1e-3 if x.device.type == "cpu" else 1e-2
             if all(_alike(*both, tolerance) for both in zip(actual, expected, strict=True)):
+                for module in copied.modules():
+                    if type(module) is nn.Conv2d:
+                        keep_lowered(module.weight)
                 return copied
         return None
 

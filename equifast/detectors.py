@@ -503,14 +503,14 @@ class _OfViews(Detector):
 
     def _seen(self, x: Tensor) -> Tensor:
         x, numbers = self._checked(x, None, 0)
-        with torch.no_grad(), evaluating(x, *self._modules()):
+        with torch.no_grad(), evaluating(x, *self._modules(), lean=True):
             return self._measured(x, numbers, 0)
 
     def score(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
         x, numbers = self._checked(x, ids, draw)
         if len(x) == 0:
             return x.new_zeros(0)
-        with torch.no_grad(), evaluating(x, *self._modules()):
+        with torch.no_grad(), evaluating(x, *self._modules(), lean=True):
             return self._judge(self._measured(x, numbers, draw))
 
     def examine(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> tuple[Tensor, Tensor | None]:
@@ -519,7 +519,7 @@ class _OfViews(Detector):
         self._check_weights()
         if len(x) == 0:
             return self.predict(x), None
-        with torch.no_grad(), evaluating(x, *self._modules()):
+        with torch.no_grad(), evaluating(x, *self._modules(), lean=True):
             scores = self._judge(self._measured(x, numbers, draw, own=own))
         return ~(scores.double() <= threshold), torch.cat(own).to(x.dtype)
 
@@ -648,7 +648,7 @@ class Deviation(_OfViews):
             (anchors, _), *others = run.of([x, *rendered(x, sampled)])
             return distances(anchors[0], [maps[0] for maps, _ in others], sampled)
 
-        with torch.no_grad(), evaluating(x, *self._modules()):
+        with torch.no_grad(), evaluating(x, *self._modules(), lean=True):
             return _enlarged(self._measured(x, numbers, draw, how=apart), x)
 
     def _judge(self, measured: Tensor) -> Tensor:
@@ -749,7 +749,7 @@ class OutputVariance(_OfViews):
         x, numbers = self._checked(x, ids, draw)
         if len(x) == 0:
             return x.new_zeros(0, *x.shape[2:])
-        with torch.no_grad(), evaluating(x, self.model):
+        with torch.no_grad(), evaluating(x, self.model, lean=True):
             variance = self._measured(x, numbers, draw, how=self._variance)
         if variance.dim() == 1:
             return super().map(x, ids, draw)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from equifast import _checks
+from equifast import _checks, ops
 
 __all__ = ["Features", "LogProbabilities", "evaluating", "output", "passed", "suggest"]
 
@@ -230,6 +230,58 @@ def _affine(
     return (x * scale.view(shape)).add_(shift.view(shape))
 
 
+_KEPT = "_equifast_lowered"
+
+
+def keep_lowered(weight: Tensor) -> None:
+    """Lets what autocast makes of a weight be kept: for weights that never change, as those of a folded copy."""
+    setattr(weight, _KEPT, {})
+
+
+def _lowered(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight in another dtype, kept where that is allowed."""
+    kept: dict[torch.dtype, Tensor] | None = getattr(weight, _KEPT, None)
+    if kept is None or weight.requires_grad or torch.compiler.is_compiling():
+        return weight.to(dtype)
+    if dtype not in kept:
+        with torch.inference_mode(False), torch.no_grad():
+            kept[dtype] = weight.to(dtype)
+    return kept[dtype]
+
+
+# Above so many channels PyTorch's own operator is as fast, where they are a pixel's neighbors.
+_FEW = 24
+
+
+def _resized(
+    x: Tensor,
+    size: Any = None,
+    scale_factor: Any = None,
+    mode: str = "nearest",
+    align_corners: bool | None = None,
+    recompute_scale_factor: bool | None = None,
+    antialias: bool = False,
+) -> Tensor | None:
+    """``functional.interpolate``, called alike, of few channels on the CPU by the kernel that warps; else None.
+
+    A resize without corners aligned is a warp by the identity, and so takes a fifth of the time.
+    """
+    if mode != "bilinear" or align_corners or antialias:
+        return None
+    if not isinstance(x, Tensor) or x.dim() != 4 or x.device.type != "cpu" or not 0 < x.shape[1] <= _FEW:
+        return None
+    if torch.compiler.is_compiling() or not ops.native(x) or x.numel() == 0:
+        return None
+    given = size if size is not None else scale_factor
+    pair = tuple(given) if isinstance(given, Sequence) else (given, given)
+    if size is None:  # where it gives whole sizes, so that it is their ratio
+        pair = tuple(side * factor for side, factor in zip(x.shape[2:], pair, strict=False) if factor is not None)
+    if len(pair) != 2 or any(side != int(side) or side < 1 for side in pair):
+        return None
+    theta = torch.eye(2, 3, dtype=torch.float64).expand(1, len(x), 2, 3).contiguous()
+    return ops.warp_sampled(x.contiguous(), theta, [(int(pair[0]), int(pair[1]))])[0]
+
+
 class _PairwiseBackward(torch.autograd.Function):
     """A convolution in two dimensions whose gradient runs two images at a time; its weight has none."""
 
@@ -270,7 +322,7 @@ def _pairwise(
     if torch.is_autocast_enabled("cpu") and x.is_floating_point() and x.dtype != torch.float64:
         # on the way back it is off
         lowered = torch.get_autocast_dtype("cpu")
-        x, weight = x.to(lowered), weight.to(lowered)
+        x, weight = x.to(lowered), _lowered(weight, lowered)
         bias = None if bias is None else bias.to(lowered)
     convolved: Tensor = _PairwiseBackward.apply(x, weight, bias, (*map(tuple, sides), groups))
     return convolved
@@ -321,19 +373,27 @@ class _Batchless(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class _FrozenNorm(TorchFunctionMode):
-    """Runs batch norm in eval mode as the affine map that it is.
+class _Lean(TorchFunctionMode):
+    """Runs some of a model's operations for less, at the price of other last bits.
 
-    Where neither its statistics nor its weights need a gradient, the backward pass wants only the scale. PyTorch's
-    own operator keeps its whole input all the same, which is about half of what a network's graph holds.
+    Batch norm in eval mode is run as the affine map that it is: where neither its statistics nor its weights need a
+    gradient, the backward pass wants only the scale. PyTorch's own operator keeps its whole input all the same, which
+    is about half of what a network's graph holds. Few channels are resized by the kernel that warps. Weights that are
+    allowed to be kept in the dtype of autocast are not made anew at each call.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        found = None
         if func is functional.batch_norm and torch.is_grad_enabled():
-            scaled = _affine(*args, **(kwargs or {}))
-            if scaled is not None:
-                return scaled
-        return func(*args, **(kwargs or {}))
+            found = _affine(*args, **kwargs)
+        elif func is functional.interpolate:
+            found = _resized(*args, **kwargs)
+        elif func is torch.conv2d and len(args) > 1 and hasattr(args[1], _KEPT):
+            kind = args[0].device.type
+            if torch.is_autocast_enabled(kind) and args[0].dtype != torch.float64:
+                args = (args[0], _lowered(args[1], torch.get_autocast_dtype(kind)), *args[2:])
+        return func(*args, **kwargs) if found is None else found
 
 
 def _once(mode: type[TorchFunctionMode]) -> contextlib.AbstractContextManager[object]:
@@ -378,8 +438,8 @@ def evaluating(x: Tensor, *models: Model, lean: bool = False) -> Iterator[None]:
     """Run models in eval mode, without gradients for their parameters, and leave them as they were found.
 
     Also when an exception passes through. Inside, an image on the CPU gets the same result alone as in a batch.
-    With ``lean`` the graphs of float32 models with batch norm hold about half as much, and their batch norm rounds
-    otherwise than the model's own. A function that is no Module is run as it is.
+    With ``lean`` the graphs of float32 models with batch norm hold about half as much, and some operations take less
+    time, but round otherwise than the model's own. A function that is no Module is run as it is.
 
     Raises:
         ValueError: if a model is on another device than ``x``.
@@ -400,7 +460,7 @@ def evaluating(x: Tensor, *models: Model, lean: bool = False) -> Iterator[None]:
                     _hold(parameter, "requires_grad", held)
         with modes:
             if lean:
-                modes.enter_context(_once(_FrozenNorm))
+                modes.enter_context(_once(_Lean))
             if x.device.type == "cpu":
                 modes.enter_context(_once(_Batchless))
             yield

@@ -141,7 +141,8 @@ def _chosen(device: torch.device) -> bool:
     return choose(device) == "native"
 
 
-def _native(tensor: Tensor) -> bool:
+def native(tensor: Tensor) -> bool:
+    """Whether the native backend computes for a tensor."""
     # a fake or a meta tensor of torch.compile says the device that it stands for
     return not _checks.transformed() and tensor.dtype in _DTYPES and _chosen(tensor.device)
 
@@ -173,7 +174,7 @@ def warp_sampled(images: Tensor, theta: Tensor, sizes: Sequence[tuple[int, int]]
         raise ValueError(
             f"images has {images.shape[0]} images, theta matrices of {theta.shape[1]}; they must be as many"
         )
-    if not _native(images):
+    if not native(images):
         return reference.warp(images, theta, sizes)
     heights, widths = [h for h, _ in sizes], [w for _, w in sizes]
     arguments = (images, _constant("theta", theta, "warp"), heights, widths)
@@ -187,7 +188,7 @@ def similarity(anchor: Tensor, views: Sequence[Tensor], theta: Tensor, reduction
     ``anchor`` and ``views``, and refuses a ``theta`` that requires a gradient.
     """
     _checks.similarity(anchor, views, theta, reduction)
-    if not _native(anchor):
+    if not native(anchor):
         return reference.similarity(anchor, views, theta, reduction)
     matrices, pixel = _constant("theta", theta, "similarity"), reduction == "pixel"
     result: Tensor
@@ -284,7 +285,7 @@ def _upstream(s: Tensor, scale: Tensor | None) -> Tensor:
 
 def _native_gradient(anchor: Tensor, reduction: str) -> bool:
     """Whether there is an operator for a value with its gradients."""
-    return anchor.device.type == "cpu" and reduction == "image" and _native(anchor)
+    return anchor.device.type == "cpu" and reduction == "image" and native(anchor)
 
 
 def signed_step(
@@ -308,7 +309,7 @@ def signed_step(
         from equifast import _step_triton
 
         return _step_triton.signed_step(x, gradient, origin, eps, step, sigma, seed, ids, draw, t)
-    if x.device.type == "cuda" or not _native(x):  # native on CUDA is Triton's alone
+    if x.device.type == "cuda" or not native(x):  # native on CUDA is Triton's alone
         return reference.signed_step(x, gradient, origin, eps, step, sigma, seed, ids, draw, t)
     tensors = (x.detach(), gradient.detach(), origin.detach())
     moved: Tensor = torch.ops.equifast.signed_step(
@@ -325,7 +326,7 @@ def color_jitter(images: Tensor, parameters: Tensor) -> Tensor:
     with respect to ``images``, and refuses ``parameters`` that require a gradient. On CUDA it is the reference.
     """
     _checks.color_jitter(images, parameters)
-    if images.device.type == "cuda" or not _native(images):
+    if images.device.type == "cuda" or not native(images):
         return reference.color_jitter(images, parameters)
     arguments = (images, _constant("parameters", parameters, "color_jitter"))
     result: Tensor
@@ -556,7 +557,7 @@ class _ColorJitter(torch.autograd.Function):
 
 
 def _on_cpu(filters: Tensor) -> bool:
-    return filters.device.type != "cuda" and _native(filters)
+    return filters.device.type != "cuda" and native(filters)
 
 
 class _TurnFilters(torch.autograd.Function):

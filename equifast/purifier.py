@@ -707,7 +707,7 @@ class Defended(DefendedModel):
         if bool(mask.all()):
             return self._purified(x, ids, draw)
         if own is None:
-            with evaluating(x, self.model):
+            with evaluating(x, self.model, lean=self._cheap is not None):
                 alone = self.predict(x[~mask])
         else:
             alone = own[~mask]
@@ -735,7 +735,7 @@ class Defended(DefendedModel):
         return self._predict(x, purified, ids, draw)
 
     def _predict(self, x: Tensor, purified: Tensor, ids: Tensor | None, draw: int) -> Tensor:
-        with evaluating(x, self.model):
+        with evaluating(x, self.model, lean=self._cheap is not None):
             if isinstance(self.purifier, Purifier) and self.purifier.average:
                 return average(self.predict, purified, self.purifier.average, self.purifier.seed, ids, draw)
             return self.predict(purified)

@@ -69,13 +69,19 @@ def test_mim_by_its_formula() -> None:
         momentum = 0.7 * momentum + gradient / gradient.abs().mean((1, 2, 3), keepdim=True)
         adversarial = adversarial + 1 / 255 * momentum.sign()
         adversarial = adversarial.clamp(x - 2 / 255, x + 2 / 255).clamp(0, 1)
-    actual = attacks.MIM(model, eps=2 / 255, steps=3, momentum=0.7)(x, y)
+    actual = attacks.MIM(model, eps=2 / 255, step_size=1 / 255, steps=3, momentum=0.7)(x, y)
     assert ((actual - adversarial).abs() < 1e-6).float().mean() > 0.999  # a sign may turn by rounding
 
 
 def gradient_at(attack: attacks.Attack, x: Tensor, y: Tensor, t: int, sign: float = 1.0) -> Tensor:
     leaf = x.clone().requires_grad_()
     return torch.autograd.grad(sign * attack.step_loss(attack.model(leaf), y, t).sum(), leaf)[0]
+
+
+def test_mim_takes_longer_steps_by_itself() -> None:
+    model = cases.dense()
+    assert attacks.MIM(model, eps=2 / 255).ascent.step_size == pytest.approx(1 / 255)
+    assert attacks.MIM(model, eps=2 / 255, step_size=0.001).ascent.step_size == 0.001
 
 
 def test_ifgsm_takes_as_many_steps_as_published() -> None:

@@ -1,9 +1,14 @@
+from typing import Any
+
 import cases
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.overrides import _get_current_function_mode_stack
 
+from equifast import features, ops
+from equifast._folded import Folded
 from equifast.features import Features, evaluating, suggest
 
 
@@ -182,7 +187,7 @@ def test_evaluating_inside_evaluating() -> None:
         note()
         leaf = x.clone().requires_grad_()
         torch.autograd.grad(Noting.apply(leaf).sum(), leaf)
-    assert found == [["_Batchless", "_FrozenNorm"]] * 3
+    assert found == [["_Batchless", "_Lean"]] * 3
     assert _get_current_function_mode_stack() == []
 
 
@@ -193,3 +198,73 @@ def test_torch_func_goes_through_a_strided_convolution() -> None:
         actual = torch.func.grad(lambda images: model(images).sum())(x)
     leaf = x.clone().requires_grad_()
     torch.testing.assert_close(actual, torch.autograd.grad(model(leaf).sum(), leaf)[0])
+
+
+RESIZES = [{"size": (24, 31)}, {"size": [5, 4]}, {"size": 20}, {"scale_factor": 2}, {"scale_factor": (2.0, 0.5)}]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("settings", RESIZES, ids=str)
+def test_lean_resize_is_resize(settings: dict[str, Any], dtype: torch.dtype) -> None:
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = torch.rand(3, 5, 8, 10).to(dtype).contiguous(memory_format=layout).requires_grad_()
+        expected = functional.interpolate(x, mode="bilinear", **settings)
+        with ops.use("native"):
+            actual = features._resized(x, mode="bilinear", **settings)
+        assert actual is not None
+        torch.testing.assert_close(actual, expected)
+        upstream = torch.rand_like(expected)
+        ours, theirs = (torch.autograd.grad(y, x, upstream)[0] for y in (actual, expected))
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"size": (9, 9), "align_corners": True},
+        {"size": (3, 3), "antialias": True},
+        {"scale_factor": 1.3},
+        {"size": (9, 9), "mode": "bicubic"},
+        {"size": (9, 9), "mode": "nearest"},
+    ],
+    ids=str,
+)
+def test_other_resizes_are_left_to_pytorch(settings: dict[str, Any]) -> None:
+    x = cases.images(2, 8, 10)
+    settings = {"mode": "bilinear", **settings}
+    assert features._resized(x, **settings) is None
+    expected = functional.interpolate(x, **settings)
+    with evaluating(x, nn.Identity(), lean=True):
+        assert torch.equal(functional.interpolate(x, **settings), expected)
+
+
+def test_a_resize_that_cannot_be_is_refused_by_pytorch() -> None:
+    x = cases.images(2, 8, 10)
+    for size in ((0, 4), (4,), (4, 4, 4)):
+        with evaluating(x, nn.Identity(), lean=True), pytest.raises((ValueError, RuntimeError)):
+            functional.interpolate(x, size=size, mode="bilinear")
+
+
+def test_weights_of_a_folded_copy_are_lowered_once() -> None:
+    torch.manual_seed(0)
+    model, x = normed().float().eval().requires_grad_(False), cases.images(3, 16, 16)
+    copy = Folded(model)(x, lambda net, images: net(images))
+    assert copy is not model
+    weight = next(module for module in copy.modules() if isinstance(module, nn.Conv2d)).weight
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        expected = copy(x)
+        assert getattr(weight, features._KEPT) == {}
+        for _ in range(2):
+            with evaluating(x, copy, lean=True), torch.inference_mode():
+                actual = copy(x)
+        (kept,) = getattr(weight, features._KEPT).values()
+        with evaluating(x, copy, lean=True):
+            leaf = x.clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(copy(leaf).float().square().sum(), leaf)
+    assert torch.equal(actual, expected)
+    assert torch.equal(kept, weight.bfloat16())
+    assert features._lowered(weight, torch.bfloat16) is kept
+    assert gradient.isfinite().all()
+    assert gradient.any()
+    with evaluating(x, copy, lean=True):  # without autocast nothing is lowered
+        assert copy(x).dtype == torch.float32

@@ -25,7 +25,7 @@ class Strength:
 
     Args:
         eps: radius of the ball, in units of image values.
-        step_size: length of a step; a quarter of the radius where None.
+        step_size: length of a step; a quarter of the radius where None. FGSM, MIM and APGD have their own.
         steps: of every attack with gradients.
         eot: draws per step of attackers who take an expectation over the defense's randomness.
         queries: of the black box.
@@ -159,8 +159,8 @@ def known(strength: Strength) -> dict[str, Attacker]:
 
         return Attacker(f"BPDA, radius x {radius:g}", make, radius=radius)
 
-    apgd = s.settings()
-    del apgd["step_size"]
+    own_steps = s.settings()  # of attacks that choose their lengths
+    del own_steps["step_size"]
     found = [
         Attacker(
             "FGSM",
@@ -169,9 +169,10 @@ def known(strength: Strength) -> dict[str, Attacker]:
         ),
         *(
             Attacker(kind.__name__, plain(kind), knows=False)
-            for kind in (PGD, attacks.MIM, attacks.CW, attacks.Houdini, attacks.SegPGD, attacks.CosPGD)
+            for kind in (PGD, attacks.CW, attacks.Houdini, attacks.SegPGD, attacks.CosPGD)
         ),
-        Attacker("APGD", lambda model, defended: attacks.APGD(model, **apgd), knows=False),
+        Attacker("MIM", lambda model, defended: attacks.MIM(model, **own_steps), knows=False),
+        Attacker("APGD", lambda model, defended: attacks.APGD(model, **own_steps), knows=False),
         Attacker("through averaging", averaging, knows=False),
         Attacker("BPDA, one draw", knowing(draw=0)),
         Attacker("BPDA", knowing()),
