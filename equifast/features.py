@@ -328,8 +328,29 @@ def _pairwise(
     return convolved
 
 
-class _Batchless(TorchFunctionMode):
-    """Makes a convolution give an image the same bits whatever its batch, on the CPU.
+def _is_lowered(x: Tensor) -> bool:
+    """Whether a convolution of it on the CPU will be in 16 bits."""
+    return x.dtype.itemsize == 2 or (x.dtype == torch.float32 and torch.is_autocast_enabled("cpu"))
+
+
+# Positions of the input and of the stride are those of all six.
+_CONVOLUTIONS = frozenset(
+    (
+        torch.conv1d,
+        torch.conv2d,
+        torch.conv3d,
+        torch.conv_transpose1d,
+        torch.conv_transpose2d,
+        torch.conv_transpose3d,
+    )
+)
+# Above this size PyTorch takes the algorithm of several maps (20480 in its source) for a lone one too.
+_LARGE = 32768
+_HEAVY = 2**18
+
+
+def _batchless(func: Any, args: Any, kwargs: Any) -> Any:
+    """A convolution, on the CPU, that gives an image the same bits whatever its batch.
 
     Two things depend on the number of images otherwise. PyTorch sends float32 convolutions of a single small map to
     another algorithm than those of several: here they run as one of two. And oneDNN cuts the gradient of a strided
@@ -337,72 +358,76 @@ class _Batchless(TorchFunctionMode):
     convolution too where it is transposed, not in two dimensions, trained, traced or transformed). A lone image of
     large maps is left out, where a second copy would cost memory: its last bits may be others than in a batch.
     """
+    x, rest = args[0], args[1:]
+    stride = args[3] if len(args) > 3 else kwargs.get("stride", 1)
+    strided = stride not in (1, (1,), (1, 1), (1, 1, 1))
+    if strided and func is torch.conv2d and len(x) > 1:
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return func(*args, **kwargs)
+        if (convolved := _pairwise(*args, **kwargs)) is not None:
+            return convolved
+    if strided and (len(x) > 1 or x.numel() <= _HEAVY):
+        pairs = x.split(2)
+        results = [func(pair if len(pair) == 2 else torch.cat((pair, pair)), *rest, **kwargs) for pair in pairs]
+        return results[0][: len(x)] if len(pairs) == 1 else torch.cat(results)[: len(x)]
+    if len(x) == 1 and x.numel() <= _LARGE and not _is_lowered(x):
+        return func(torch.cat((x, x)), *rest, **kwargs)[:1]
+    return func(*args, **kwargs)
 
-    # positions of the input and of the stride are those of all six
-    _CONVOLUTIONS = frozenset(
-        (
-            torch.conv1d,
-            torch.conv2d,
-            torch.conv3d,
-            torch.conv_transpose1d,
-            torch.conv_transpose2d,
-            torch.conv_transpose3d,
-        )
-    )
-    # Above this size PyTorch takes the algorithm of several maps (20480 in its source) for a lone one too.
-    _LARGE = 32768
-    _HEAVY = 2**18
+
+def _with_kept_weight(args: Any) -> Any:
+    """The arguments of a convolution; its weight as autocast would make it, where that may be kept."""
+    if len(args) < 2 or not hasattr(args[1], _KEPT):
+        return args
+    kind = args[0].device.type
+    if not torch.is_autocast_enabled(kind) or args[0].dtype == torch.float64:
+        return args
+    return (args[0], _lowered(args[1], torch.get_autocast_dtype(kind)), *args[2:])
+
+
+class _Running(TorchFunctionMode):
+    """How some of a model's operations are run. Every operation goes through it, so it is one.
+
+    Args:
+        batchless: see :func:`_batchless`.
+        lean: for less, at the price of other last bits. Batch norm in eval mode is run as the affine map that it is:
+            where neither its statistics nor its weights need a gradient, the backward pass wants only the scale;
+            PyTorch's own operator keeps its whole input all the same, which is about half of what a network's graph
+            holds. Few channels are resized by the kernel that warps. Weights that are allowed to be kept in the dtype
+            of autocast are not made anew at each call.
+    """
+
+    def __init__(self, batchless: bool, lean: bool) -> None:
+        super().__init__()
+        self.batchless, self.lean = batchless, lean
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in self._CONVOLUTIONS and _batched(*args) and args[0].device.type == "cpu":
-            x, rest = args[0], args[1:]
-            stride = args[3] if len(args) > 3 else kwargs.get("stride", 1)
-            strided = stride not in (1, (1,), (1, 1), (1, 1, 1))
-            if strided and func is torch.conv2d and len(x) > 1:
-                if not (torch.is_grad_enabled() and x.requires_grad):
-                    return func(*args, **kwargs)
-                if (convolved := _pairwise(*args, **kwargs)) is not None:
-                    return convolved
-            if strided and (len(x) > 1 or x.numel() <= self._HEAVY):
-                pairs = x.split(2)
-                results = [func(pair if len(pair) == 2 else torch.cat((pair, pair)), *rest, **kwargs) for pair in pairs]
-                return results[0][: len(x)] if len(pairs) == 1 else torch.cat(results)[: len(x)]
-            if len(x) == 1 and x.numel() <= self._LARGE:
-                return func(torch.cat((x, x)), *rest, **kwargs)[:1]
+        if func in _CONVOLUTIONS:
+            if self.lean and func is torch.conv2d:
+                args = _with_kept_weight(args)
+            if self.batchless and _batched(*args) and args[0].device.type == "cpu":
+                return _batchless(func, args, kwargs)
+        elif self.lean:
+            found = None
+            if func is functional.batch_norm and torch.is_grad_enabled():
+                found = _affine(*args, **kwargs)
+            elif func is functional.interpolate:
+                found = _resized(*args, **kwargs)
+            if found is not None:
+                return found
         return func(*args, **kwargs)
 
 
-class _Lean(TorchFunctionMode):
-    """Runs some of a model's operations for less, at the price of other last bits.
-
-    Batch norm in eval mode is run as the affine map that it is: where neither its statistics nor its weights need a
-    gradient, the backward pass wants only the scale. PyTorch's own operator keeps its whole input all the same, which
-    is about half of what a network's graph holds. Few channels are resized by the kernel that warps. Weights that are
-    allowed to be kept in the dtype of autocast are not made anew at each call.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        found = None
-        if func is functional.batch_norm and torch.is_grad_enabled():
-            found = _affine(*args, **kwargs)
-        elif func is functional.interpolate:
-            found = _resized(*args, **kwargs)
-        elif func is torch.conv2d and len(args) > 1 and hasattr(args[1], _KEPT):
-            kind = args[0].device.type
-            if torch.is_autocast_enabled(kind) and args[0].dtype != torch.float64:
-                args = (args[0], _lowered(args[1], torch.get_autocast_dtype(kind)), *args[2:])
-        return func(*args, **kwargs) if found is None else found
-
-
-def _once(mode: type[TorchFunctionMode]) -> contextlib.AbstractContextManager[object]:
-    """A mode, unless it is at work here: every operation goes through all of them, and an attack runs a purifier.
+def _running(batchless: bool, lean: bool) -> contextlib.AbstractContextManager[object]:
+    """A mode for what no other does here: an attack runs a purifier.
 
     By PyTorch's own stack: a backward pass that was started inside a mode runs outside it.
     """
-    at_work = any(isinstance(other, mode) for other in _get_current_function_mode_stack())
-    return contextlib.nullcontext() if at_work else mode()
+    for other in _get_current_function_mode_stack():
+        if isinstance(other, _Running):
+            batchless, lean = batchless and not other.batchless, lean and not other.lean
+    return _Running(batchless, lean) if batchless or lean else contextlib.nullcontext()
 
 
 _LOCK = threading.Lock()
@@ -450,7 +475,6 @@ def evaluating(x: Tensor, *models: Model, lean: bool = False) -> Iterator[None]:
         if parameter is not None and parameter.device != x.device:
             raise ValueError(f"x is on {x.device}, the model on {parameter.device}; they must be on one device")
     held: list[tuple[int, str]] = []
-    modes = contextlib.ExitStack()
     try:
         with _LOCK:
             for model in known:
@@ -458,11 +482,7 @@ def evaluating(x: Tensor, *models: Model, lean: bool = False) -> Iterator[None]:
                     _hold(module, "training", held)
                 for parameter in model.parameters():
                     _hold(parameter, "requires_grad", held)
-        with modes:
-            if lean:
-                modes.enter_context(_once(_Lean))
-            if x.device.type == "cpu":
-                modes.enter_context(_once(_Batchless))
+        with _running(x.device.type == "cpu", lean):
             yield
     finally:
         with _LOCK:

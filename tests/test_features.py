@@ -187,8 +187,16 @@ def test_evaluating_inside_evaluating() -> None:
         note()
         leaf = x.clone().requires_grad_()
         torch.autograd.grad(Noting.apply(leaf).sum(), leaf)
-    assert found == [["_Batchless", "_Lean"]] * 3
+    assert found == [["_Running"]] * 3
     assert _get_current_function_mode_stack() == []
+
+
+def test_evaluating_leanly_inside_evaluating() -> None:
+    """Only what is missing comes on top."""
+    model, x = cases.dense().eval(), cases.images(2)
+    with evaluating(x, model), evaluating(x, model, lean=True), evaluating(x, model):
+        flags = [(mode.batchless, mode.lean) for mode in _get_current_function_mode_stack()]  # type: ignore[attr-defined]
+    assert flags == [(True, False), (False, True)]
 
 
 def test_torch_func_goes_through_a_strided_convolution() -> None:
