@@ -140,6 +140,8 @@ class Folded:
         self._keep = (keep,) if isinstance(keep, str) else tuple(keep or ())
         self._forget()
 
+    _FEW = 4096  # numbers of a tensor
+
     def _forget(self) -> None:
         self._version: str | None = None
         self._copy: nn.Module | None = None
@@ -165,7 +167,8 @@ class Folded:
             return self._model
         with self._lock:
             try:
-                version = self._fingerprint()
+                with torch._C.DisableTorchFunction():  # this is not the model, and modes see every call
+                    version = self._fingerprint()
             except Exception:  # tensors that have no values to look at, such as sparse ones
                 return self._model
             if version != self._version:
@@ -184,13 +187,16 @@ class Folded:
         tensors = list(chain(self._model.parameters(), self._model.buffers()))
         places = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
         # fused optimizers and .data change values alone
-        sums = [self._checksum(t.detach()) for t in tensors if t.is_floating_point()]
-        values = [torch.stack(group).tolist() for group in _by_device(sums)]
-        return repr((modules, places, values))
+        values = [t.detach().flatten() for t in tensors if t.is_floating_point()]
+        few = [t for t in values if t.numel() <= self._FEW]  # whose sums would take no time, and calls do
+        many = [t for t in values if t.numel() > self._FEW]
+        together = [torch.cat(group) for group in _alike_in(few, lambda t: (t.device, t.dtype))]
+        sums = [self._checksum(flat) for flat in (*together, *many)]
+        found = [torch.stack(group).tolist() for group in _alike_in(sums, lambda t: t.device)]
+        return repr((modules, places, found))
 
-    def _checksum(self, values: Tensor) -> Tensor:
+    def _checksum(self, flat: Tensor) -> Tensor:
         """Another number, as a rule, for other values, signs and orders."""
-        flat = values.flatten()
         flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
         probe = self._probes.get(flat.device)
         if probe is None or len(probe) < len(flat):
@@ -267,10 +273,10 @@ def _alike(actual: Tensor | None, expected: Tensor | None, tolerance: float) -> 
     return actual.shape == expected.shape and bool((actual - expected).abs().max() <= tolerance * expected.abs().max())
 
 
-def _by_device(tensors: Iterable[Tensor]) -> Iterable[list[Tensor]]:
-    groups: dict[torch.device, list[Tensor]] = {}
+def _alike_in(tensors: Iterable[Tensor], key: Callable[[Tensor], object]) -> Iterable[list[Tensor]]:
+    groups: dict[object, list[Tensor]] = {}
     for tensor in tensors:
-        groups.setdefault(tensor.device, []).append(tensor)
+        groups.setdefault(key(tensor), []).append(tensor)
     return groups.values()
 
 
