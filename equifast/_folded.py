@@ -167,7 +167,8 @@ class Folded:
             return self._model
         with self._lock:
             try:
-                with torch._C.DisableTorchFunction():  # this is not the model, and modes see every call
+                # this is not the model: modes would see every call, and a caller's autocast round
+                with torch._C.DisableTorchFunction(), torch.autocast(x.device.type, enabled=False):
                     version = self._fingerprint()
             except Exception:  # tensors that have no values to look at, such as sparse ones
                 return self._model
@@ -187,16 +188,18 @@ class Folded:
         tensors = list(chain(self._model.parameters(), self._model.buffers()))
         places = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
         # fused optimizers and .data change values alone
-        values = [t.detach().flatten() for t in tensors if t.is_floating_point()]
-        few = [t for t in values if t.numel() <= self._FEW]  # whose sums would take no time, and calls do
-        many = [t for t in values if t.numel() > self._FEW]
-        together = [torch.cat(group) for group in _alike_in(few, lambda t: (t.device, t.dtype))]
-        sums = [self._checksum(flat) for flat in (*together, *many)]
+        values = [t.detach() for t in tensors if t.is_floating_point()]
+        few = [t for t in values if t.numel() <= self._FEW and t.device.type == "cpu"]  # less to read than to call
+        several = [torch.cat([t.flatten() for t in group]) for group in _alike_in(few, lambda t: t.dtype)]
+        read = [hash(flat.view(torch.uint8).numpy().tobytes()) for flat in several]
+        many = [t for t in values if t.numel() > self._FEW or t.device.type != "cpu"]
+        sums = [self._checksum(t) for t in many]
         found = [torch.stack(group).tolist() for group in _alike_in(sums, lambda t: t.device)]
-        return repr((modules, places, found))
+        return repr((modules, places, read, found))
 
-    def _checksum(self, flat: Tensor) -> Tensor:
+    def _checksum(self, values: Tensor) -> Tensor:
         """Another number, as a rule, for other values, signs and orders."""
+        flat = values.flatten()
         flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
         probe = self._probes.get(flat.device)
         if probe is None or len(probe) < len(flat):

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import math
 import threading
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -241,16 +242,24 @@ def keep_lowered(weight: Tensor) -> None:
 def _lowered(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """A weight in another dtype, kept where that is allowed."""
     kept: dict[torch.dtype, Tensor] | None = getattr(weight, _KEPT, None)
-    if kept is None or weight.requires_grad or torch.compiler.is_compiling():
+    if kept is None or weight.requires_grad or _untouchable():
         return weight.to(dtype)
     if dtype not in kept:
         with torch.inference_mode(False), torch.no_grad():
-            kept[dtype] = weight.to(dtype)
+            lowered = weight.to(dtype)
+        if type(lowered) is not Tensor:  # of a tracer
+            return lowered
+        kept[dtype] = lowered
     return kept[dtype]
 
 
-# Above so many channels PyTorch's own operator is as fast, where they are a pixel's neighbors.
-_FEW = 24
+def _untouchable() -> bool:
+    """Whether somebody but autograd looks on, who wants the operations that the model asked for."""
+    return torch.compiler.is_compiling() or _checks.transformed()
+
+
+# Above so many channels PyTorch's own operator is as fast; the latter where those of a pixel are neighbors in memory.
+_FEW, _FEW_INTERLEAVED = 24, 16
 
 
 def _resized(
@@ -264,22 +273,32 @@ def _resized(
 ) -> Tensor | None:
     """``functional.interpolate``, called alike, of few channels on the CPU by the kernel that warps; else None.
 
-    A resize without corners aligned is a warp by the identity, and so takes a fifth of the time.
+    A resize without corners aligned is a warp by the identity, and so takes a fraction of the time.
     """
     if mode != "bilinear" or align_corners or antialias:
         return None
     if not isinstance(x, Tensor) or x.dim() != 4 or x.device.type != "cpu" or not 0 < x.shape[1] <= _FEW:
         return None
-    if torch.compiler.is_compiling() or not ops.native(x) or x.numel() == 0:
+    # models may rely on the layout that PyTorch's operator keeps; in float32 it is as fast in this one
+    interleaved = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    if interleaved and (x.dtype.itemsize > 2 or x.shape[1] > _FEW_INTERLEAVED):
         return None
-    given = size if size is not None else scale_factor
-    pair = tuple(given) if isinstance(given, Sequence) else (given, given)
+    if _untouchable() or not ops.native(x) or x.numel() == 0:
+        return None
+    if (size is None) == (scale_factor is None) or (size is not None and recompute_scale_factor):
+        return None
+    given = scale_factor if size is None else size
+    pair = tuple(given) if isinstance(given, list | tuple) else (given, given)
+    kinds = (int, float) if size is None else (int,)
+    if len(pair) != 2 or not all(type(each) in kinds and math.isfinite(each) for each in pair):
+        return None
     if size is None:  # where it gives whole sizes, so that it is their ratio
-        pair = tuple(side * factor for side, factor in zip(x.shape[2:], pair, strict=False) if factor is not None)
-    if len(pair) != 2 or any(side != int(side) or side < 1 for side in pair):
+        pair = tuple(side * factor for side, factor in zip(x.shape[2:], pair, strict=True))
+    if any(side != int(side) or side < 1 for side in pair):
         return None
     theta = torch.eye(2, 3, dtype=torch.float64).expand(1, len(x), 2, 3).contiguous()
-    return ops.warp_sampled(x.contiguous(), theta, [(int(pair[0]), int(pair[1]))])[0]
+    resized = ops.warp_sampled(x.contiguous(), theta, [(int(pair[0]), int(pair[1]))])[0]
+    return resized.contiguous(memory_format=torch.channels_last) if interleaved else resized
 
 
 class _PairwiseBackward(torch.autograd.Function):
@@ -377,7 +396,7 @@ def _batchless(func: Any, args: Any, kwargs: Any) -> Any:
 
 def _with_kept_weight(args: Any) -> Any:
     """The arguments of a convolution; its weight as autocast would make it, where that may be kept."""
-    if len(args) < 2 or not hasattr(args[1], _KEPT):
+    if len(args) < 2 or not hasattr(args[1], _KEPT) or _untouchable():
         return args
     kind = args[0].device.type
     if not torch.is_autocast_enabled(kind) or args[0].dtype == torch.float64:

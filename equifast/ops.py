@@ -337,9 +337,11 @@ def color_jitter(images: Tensor, parameters: Tensor) -> Tensor:
 def turn_filters(filters: Tensor, order: Tensor) -> Tensor:
     """Filters with their weights in each of several orders; see :func:`equifast.reference.turn_filters`.
 
-    Differentiable any number of times; sums of derivatives go over the group in its order, on every device.
+    Differentiable any number of times, where each order is a permutation; sums of derivatives go over the group in its
+    order, on every device.
     """
     _checks.turn_filters(filters, order)
+    order = order.contiguous()
     result: Tensor
     if _checks.transformed():
         result = reference.turn_filters(filters, order)
@@ -557,7 +559,7 @@ class _ColorJitter(torch.autograd.Function):
 
 
 def _on_cpu(filters: Tensor) -> bool:
-    return filters.device.type != "cuda" and native(filters)
+    return filters.device.type == "cpu" and native(filters)
 
 
 class _TurnFilters(torch.autograd.Function):
@@ -582,7 +584,8 @@ class _TurnFiltersAdjoint(torch.autograd.Function):
             return total
         # reads in the other order: to add at the places of an index takes several times as long, in any order
         pairs = zip(turned.unbind(1), order.argsort(1), strict=True)
-        return functools.reduce(torch.add, (each.gather(2, places.expand(each.shape)) for each, places in pairs))
+        total = turned.new_zeros(turned.shape[0], *turned.shape[2:])
+        return functools.reduce(torch.add, (each.gather(2, places.expand(each.shape)) for each, places in pairs), total)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:

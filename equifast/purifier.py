@@ -736,8 +736,9 @@ class Defended(DefendedModel):
 
     def _predict(self, x: Tensor, purified: Tensor, ids: Tensor | None, draw: int) -> Tensor:
         with evaluating(x, self.model, lean=self._cheap is not None):
-            # one for the image and its views: what it looks for is the same
-            predict = self.predict if self._cheap is None or self.predictor is not None else self._cheap.on(purified)
+            own = type(self).predict is DefendedModel.predict and self.predictor is None
+            # one for the image and its views, as it looks at the weights each time
+            predict = self._cheap.on(purified) if own and self._cheap is not None else self.predict
             if isinstance(self.purifier, Purifier) and self.purifier.average:
                 return average(predict, purified, self.purifier.average, self.purifier.seed, ids, draw)
             return predict(purified)

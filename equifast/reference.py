@@ -1,4 +1,4 @@
-"""The four operators in plain PyTorch: the definition that every kernel is held to.
+"""The five operators in plain PyTorch: the definition that every kernel is held to.
 
 Any float dtype and device, differentiable twice (``warp`` with respect to ``theta`` too). Geometry is computed in
 float64 whatever the dtype of the images, similarities are accumulated in float32 or better.

@@ -7,12 +7,13 @@ import types
 import warnings
 from collections.abc import Callable
 
+import cases
 import pytest
 import torch
 from torch import Tensor, nn
 
 import equifast
-from equifast._folded import pairs
+from equifast._folded import Folded, pairs
 
 
 def norm(channels: int) -> nn.BatchNorm2d:
@@ -394,3 +395,23 @@ def test_a_model_that_cannot_be_copied() -> None:
     model.generator = (number for number in range(3))
     x = torch.rand(1, 3, 12, 14)
     assert equifast.purify(model, x).shape == x.shape
+
+
+@pytest.mark.parametrize("value", [float("nan"), -float("inf"), 1e5])
+def test_a_buffer_that_drowns_sums_hides_no_change(value: float) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)).eval().requires_grad_(False)
+    model.register_buffer("mask", torch.full((8, 8), value))
+    folded, x = Folded(model), cases.images(2)
+
+    def run(net: nn.Module, images: Tensor) -> Tensor:
+        return net(images)
+
+    assert folded(x, run) is not model
+    for change in (
+        lambda: model[2].bias.data.add_(1e-3),
+        lambda: model[1].weight.data.mul_(-3),
+        lambda: model[0].weight.data.mul_(1.01),
+    ):
+        change()
+        torch.testing.assert_close(folded(x, run)(x), model(x), atol=1e-5, rtol=1e-5)

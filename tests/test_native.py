@@ -678,6 +678,13 @@ def test_turn_filters_refuses_what_does_not_fit() -> None:
         ops.turn_filters(filters, order[:, :8])
     with pytest.raises(TypeError, match=r"order has dtype torch\.int32; it must be int64"):
         ops.turn_filters(filters, order.int())
+    for name in ("native", "reference"):  # no element, and an order that lies otherwise in memory
+        with ops.use(name):
+            leaf = filters.clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(ops.turn_filters(leaf, order[:0]).sum(), leaf)
+            assert not gradient.any()
+            across = order.T.contiguous().T
+            assert torch.equal(ops.turn_filters(filters, across), reference.turn_filters(filters, order))
     library = torch.ops.equifast
     turned = library.turn_filters(filters, order)
     for call in (

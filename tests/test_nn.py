@@ -319,7 +319,8 @@ NETWORKS = [
     (lambda: ResNet18(width=0.125, invariant=False), P4M, 32, 3, False),
     (lambda: ResNet18(group=None, width=0.125), P4M, 32, 3, False),
     *(
-        ((lambda first=first: Hybrid(first, width=0.25)), P4, 32, 3, False)
+        ((lambda first=first, released=released: Hybrid(first, width=0.25, released=released)), P4, 32, 3, False)
+        for released in (False, True)
         for first in ("baseline", "parallel", "rotation-and-scale", "weighted", "cascaded")
     ),
 ]
