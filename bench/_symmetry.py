@@ -20,13 +20,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
 
-from equifast.evaluate import difference
+from equifast.evaluate import difference, open_data
 from equifast.evaluate.metrics import average
 from equifast.train import Recipe, train
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of trainings, results, tables and plots.")]
 Seeds = Annotated[int, typer.Option(help="Trainings of each network, with seeds 0, 1, ...")]
-Kind = Annotated[str, typer.Option(help="digits (of scikit-learn, 28x28, no download) or cifar10.")]
+Kind = Annotated[
+    str,
+    typer.Option(
+        help="digits (of scikit-learn, 28x28, no download), cifar10, or files: --data has train and test, folders of "
+        "classes or .npz, of square images of one size."
+    ),
+]
 
 # of the digits' 1797: a test set that never changes
 _DIGITS_TEST = 500
@@ -44,6 +50,10 @@ class Split:
     def channels(self) -> int:
         return self.x.shape[1]
 
+    @property
+    def classes(self) -> int:
+        return int(torch.cat([self.train.tensors[1], self.y]).max()) + 1
+
 
 def open_split(kind: str, data: Path, train_images: int | None = None, images: int | None = None) -> Split:
     """The digits enlarged to 20x20 and centered in 28x28, or CIFAR-10; the first so many test images."""
@@ -57,10 +67,27 @@ def open_split(kind: str, data: Path, train_images: int | None = None, images: i
         learned, other = (x[rest], y[rest]), (x[test], y[test])
     elif kind == "cifar10":
         learned, other = load_cifar(data, "train", train_images), load_cifar(data, "test", images)
+    elif kind == "files":
+        learned, other = _from_files(data, "train", train_images), _from_files(data, "test", images)
+        if learned[0].shape[1:] != other[0].shape[1:]:
+            raise typer.BadParameter(
+                f"{data} has training images {tuple(learned[0].shape)}, test ones {tuple(other[0].shape)}"
+            )
     else:
-        raise typer.BadParameter(f"data is {kind!r}; it must be digits or cifar10")
+        raise typer.BadParameter(f"kind is {kind!r}; it must be digits, cifar10 or files")
     count = slice(train_images)
     return Split(TensorDataset(learned[0][count], learned[1][count]), other[0][:images], other[1][:images])
+
+
+def _from_files(data: Path, part: str, images: int | None) -> tuple[Tensor, Tensor]:
+    arrays = data / f"{part}.npz"
+    found = list(open_data(arrays if arrays.exists() else data / part, images))  # type: ignore[arg-type]
+    sizes = {tuple(image.shape[1:]) for image, _ in found}
+    if len(sizes) > 1 or any(height != width for height, width in sizes) or found[0][1].dim():
+        raise typer.BadParameter(
+            f"{data / part} has sizes {sorted(sizes)[:3]}; images must be square, of one size and one class each"
+        )
+    return torch.stack([image for image, _ in found]), torch.stack([label for _, label in found])
 
 
 class Kept:

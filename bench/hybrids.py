@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import typer
 from _data import DATA
-from _symmetry import Kept, Output, Seeds, Split, bars, open_split, table
+from _symmetry import Kept, Kind, Output, Seeds, Split, bars, open_split, table
 from _write import write_json
 from torch import Tensor, nn
 from torch.nn import functional
@@ -112,6 +112,7 @@ def measure(
 
 def main(
     output: Output,
+    kind: Kind = "cifar10",
     data: Path = DATA,
     seeds: Seeds = 3,
     epochs: int = 20,
@@ -129,12 +130,14 @@ def main(
     keep_freed_memory()
     settings = {k: v for k, v in locals().items() if k not in ("output", "data")}
     kept = Kept(output, {**settings, "severity": SEVERITY, "steps": STEPS, "CLEVER": CLEVER})
-    split = open_split("cifar10", data, train_images, images)
+    split = open_split(kind, data, train_images, images)
     corrupted = {name: corrupt(split.x[:corrupted_images], name, SEVERITY) for name in CORRUPTIONS}
     results: dict[str, list[dict[str, Any]]] = {}
     for seed in range(seeds):
         for name, recipe in recipes(eps, as_released).items():
-            build = functools.partial(Hybrid, name.split(",")[0], width=width, released=name.endswith(OWN))
+            build = functools.partial(
+                Hybrid, name.split(",")[0], classes=split.classes, width=width, released=name.endswith(OWN)
+            )
             model = kept.trained(name, build, split.train, recipe, seed, epochs=epochs, batch=batch, rate=rate)
             compute = functools.partial(measure, model, split, corrupted, eps, scores, as_released)
             results.setdefault(name, []).append(kept.measured(name, seed, compute))
@@ -142,7 +145,7 @@ def main(
     pairs += [(name, name.removesuffix(OWN)) for name in results if name.endswith(OWN)]
     columns = FAIR + (AS_RELEASED if as_released else ())
     title = (
-        f"CIFAR-10: {len(split.y)} test images ({corrupted_images} corrupted), {seeds} trainings, eps {255 * eps:g}/255"
+        f"{kind}: {len(split.y)} test images ({corrupted_images} corrupted), {seeds} trainings, eps {255 * eps:g}/255"
     )
     written = table(title, results, columns, pairs)
     written["CLEVER, l2"] = {}

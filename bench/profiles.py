@@ -32,6 +32,7 @@ from equifast.train import Recipe, rotate_and_shift
 DEGREES = tuple(range(0, 181, 15))
 RADII = {"digits": (0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3), "cifar10": (0, 1 / 255, 2 / 255, 4 / 255, 8 / 255)}
 TRAINED_AGAINST = {"digits": (0.05, 0.1, 0.15), "cifar10": (2 / 255, 4 / 255, 8 / 255)}
+RADII["files"], TRAINED_AGAINST["files"] = RADII["cifar10"], TRAINED_AGAINST["cifar10"]
 ROTATIONS = (0, 60, 120, 180)
 FIRST = "StdCNN, rotations to 0"
 
@@ -88,12 +89,12 @@ def main(
     settings = {k: v for k, v in locals().items() if k not in ("output", "data")}
     kept = Kept(output, {**settings, "degrees": DEGREES, "eps": RADII[kind], "trained against": TRAINED_AGAINST[kind]})
     split = open_split(kind, data, train_images, images)
-    channels, size = split.channels, split.x.shape[-1]
+    channels, size, classes = split.channels, split.x.shape[-1], split.classes
     results: dict[str, list[dict[str, Any]]] = {}
     ordinary: nn.Module | None = None
     for seed in range(seeds):
         for name, (network, recipe) in recipes(kind).items():
-            build = functools.partial({"StdCNN": StdCNN, "GCNN": GCNN}[network], channels, size=size)
+            build = functools.partial({"StdCNN": StdCNN, "GCNN": GCNN}[network], channels, classes, size=size)
             if recipe.adversary is not None:
                 build = functools.partial(copied, ordinary)
             model = kept.trained(name, build, split.train, recipe, seed, epochs=epochs, batch=batch, rate=rate)

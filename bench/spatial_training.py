@@ -36,8 +36,8 @@ PAIRS = (
 
 
 def recipes(kind: str, k: int) -> dict[str, Recipe]:
-    """By row; on CIFAR-10 all with crops and mirror images."""
-    augment = crop_and_flip if kind == "cifar10" else None
+    """By row; but on digits all with crops and mirror images."""
+    augment = None if kind == "digits" else crop_and_flip
     worst = functools.partial(attacks.Spatial, search="worst-of-k", k=k)
     make = functools.partial(Recipe, augment=augment)
     return {
@@ -52,12 +52,12 @@ def recipes(kind: str, k: int) -> dict[str, Recipe]:
     }
 
 
-def network(kind: str, name: str) -> nn.Module:
+def network(kind: str, classes: int, name: str) -> nn.Module:
     """The plain network of a data set, or its group network."""
     group = name.startswith("group")
     if kind == "digits":
         return GCNN() if group else StdCNN()
-    return ResNet18(width=0.25) if group else CifarResNet(20)
+    return ResNet18(classes=classes, width=0.25) if group else CifarResNet(20, classes)
 
 
 def measure(model: nn.Module, split: Split, order: list[int] | None) -> dict[str, list[bool]]:
@@ -89,7 +89,7 @@ def main(
     # a seed after the other, so that what is there early is of all rows
     for seed in range(seeds):
         for name, recipe in recipes(kind, k).items():
-            build = functools.partial(network, kind, name)
+            build = functools.partial(network, kind, split.classes, name)
             model = kept.trained(name, build, split.train, recipe, seed, epochs=epochs, batch=batch, rate=rate)
             found = kept.measured(name, seed, functools.partial(measure, model, split, None))
             results.setdefault(name, []).append(found)

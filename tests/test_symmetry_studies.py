@@ -5,8 +5,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
@@ -61,6 +63,27 @@ def test_digits() -> None:
     assert not split.x[..., :4, :].any()  # the border that turns and shifts may use
     learned = {image.numpy().tobytes() for image in split.train.tensors[0]}
     assert sum(image.numpy().tobytes() in learned for image in split.x) < 5  # but for digits that are there twice
+
+
+def test_a_study_of_image_files(tmp_path: Path) -> None:
+    """Class folders and arrays; three classes."""
+    rng, data = np.random.default_rng(0), tmp_path / "data"
+    for number in range(12):
+        folder = data / "train" / "abc"[number % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    test = {"images": rng.integers(0, 256, (5, 32, 32, 3), dtype=np.uint8), "labels": np.array([0, 1, 2, 1, 0])}
+    np.savez(data / "test.npz", **test)
+    split = open_split("files", data)
+    assert split.x.shape == (5, 3, 32, 32)
+    assert split.classes == 3
+    assert len(split.train) == 12
+    hybrids.main(tmp_path / "study", kind="files", data=data, seeds=1, epochs=1, batch=4, width=0.125, images=4,
+                 corrupted_images=2, scores=1, train_images=8, as_released=False)  # fmt: skip
+    assert set(json.loads((tmp_path / "study" / "table.json").read_text())["table"]) == set(hybrids.NETWORKS)
+    np.savez(data / "test.npz", images=test["images"][:, :8], labels=test["labels"])
+    with pytest.raises(typer.BadParameter, match="images must be square"):
+        open_split("files", data)
 
 
 def test_the_cut_of_the_released_code() -> None:
