@@ -158,9 +158,9 @@ def main(
         known = nearest >= 0
         written["CLEVER, l2"][name] = {
             "images that are right": len(every),
-            "mean": float(every.mean()),
-            "standard error": float(every.std() / len(every) ** 0.5),
-            "nearest adversarial image, mean": float(nearest[known].mean()),
+            "mean": float(every.mean()) if len(every) else None,
+            "standard error": float(every.std() / len(every) ** 0.5) if len(every) > 1 else None,
+            "nearest adversarial image, mean": float(nearest[known].mean()) if known.any() else None,
             "violations": int((known & (every > nearest)).sum()),
             "warnings": rows[0]["CLEVER, warnings"],
         }
