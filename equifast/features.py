@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
@@ -255,7 +256,8 @@ def _lowered(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _untouchable() -> bool:
     """Whether somebody but autograd looks on, who wants the operations that the model asked for."""
-    return torch.compiler.is_compiling() or _checks.transformed()
+    forward_mode = forward_ad._current_level >= 0  # of which the kernels know nothing
+    return torch.compiler.is_compiling() or _checks.transformed() or forward_mode
 
 
 # Above so many channels PyTorch's own operator is as fast; the latter where those of a pixel are neighbors in memory.

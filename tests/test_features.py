@@ -4,6 +4,7 @@ import cases
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.overrides import _get_current_function_mode_stack
 
@@ -303,3 +304,13 @@ def test_kept_weights_and_torch_func() -> None:
         (expected,) = torch.autograd.grad(copy(leaf).float().sum(), leaf)
     assert all(kept)
     torch.testing.assert_close(gradient, expected, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # forward mode's own
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_forward_mode_goes_through_a_lean_resize() -> None:
+    x, tangent = cases.images(2, 8, 10), torch.rand(2, 3, 8, 10)
+    with evaluating(x, nn.Identity(), lean=True), forward_ad.dual_level():
+        resized = functional.interpolate(forward_ad.make_dual(x, tangent), size=(5, 7), mode="bilinear")
+        found = forward_ad.unpack_dual(resized).tangent
+    torch.testing.assert_close(found, functional.interpolate(tangent, size=(5, 7), mode="bilinear"))
