@@ -81,7 +81,11 @@ def open_split(kind: str, data: Path, train_images: int | None = None, images: i
 
 def _from_files(data: Path, part: str, images: int | None) -> tuple[Tensor, Tensor]:
     arrays = data / f"{part}.npz"
-    found = list(open_data(arrays if arrays.exists() else data / part, images))  # type: ignore[arg-type]
+    try:
+        opened = open_data(arrays if arrays.exists() else data / part, images)
+        found = [opened[i] for i in range(len(opened))]
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from None
     sizes = {tuple(image.shape[1:]) for image, _ in found}
     if len(sizes) > 1 or any(height != width for height, width in sizes) or found[0][1].dim():
         raise typer.BadParameter(

@@ -129,8 +129,12 @@ def main(
     """Train, attack, and write table.json and table.png."""
     keep_freed_memory()
     settings = {k: v for k, v in locals().items() if k not in ("output", "data")}
-    kept = Kept(output, {**settings, "severity": SEVERITY, "steps": STEPS, "CLEVER": CLEVER})
     split = open_split(kind, data, train_images, images)
+    if split.channels != 3 or split.x.shape[-1] < 32:
+        raise typer.BadParameter(
+            f"kind {kind} has images {tuple(split.x.shape[1:])}; corruptions take 3 channels of 32x32"
+        )
+    kept = Kept(output, {**settings, "severity": SEVERITY, "steps": STEPS, "CLEVER": CLEVER})
     corrupted = {name: corrupt(split.x[:corrupted_images], name, SEVERITY) for name in CORRUPTIONS}
     results: dict[str, list[dict[str, Any]]] = {}
     for seed in range(seeds):

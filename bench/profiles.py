@@ -87,8 +87,8 @@ def main(
     """Train, measure, and write table.json and four plots."""
     keep_freed_memory()
     settings = {k: v for k, v in locals().items() if k not in ("output", "data")}
-    kept = Kept(output, {**settings, "degrees": DEGREES, "eps": RADII[kind], "trained against": TRAINED_AGAINST[kind]})
     split = open_split(kind, data, train_images, images)
+    kept = Kept(output, {**settings, "degrees": DEGREES, "eps": RADII[kind], "trained against": TRAINED_AGAINST[kind]})
     channels, size, classes = split.channels, split.x.shape[-1], split.classes
     results: dict[str, list[dict[str, Any]]] = {}
     ordinary: nn.Module | None = None

@@ -83,8 +83,8 @@ def main(
     """Train, attack, and write table.json and table.png."""
     keep_freed_memory()
     settings = {k: v for k, v in locals().items() if k not in ("output", "data")}
-    kept = Kept(output, {**settings, "grid": Grid()})
     split = open_split(kind, data, train_images, images)
+    kept = Kept(output, {**settings, "grid": Grid()})
     results = {}
     # a seed after the other, so that what is there early is of all rows
     for seed in range(seeds):

@@ -84,6 +84,20 @@ def test_a_study_of_image_files(tmp_path: Path) -> None:
     np.savez(data / "test.npz", images=test["images"][:, :8], labels=test["labels"])
     with pytest.raises(typer.BadParameter, match="images must be square"):
         open_split("files", data)
+    with pytest.raises(typer.BadParameter, match="nowhere"):
+        open_split("files", tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("study", [hybrids, profiles, spatial_training])
+def test_studies_refuse_a_kind_that_is_not_theirs(study: Any, tmp_path: Path) -> None:
+    with pytest.raises(typer.BadParameter, match="kind is 'mnist'; it must be digits, cifar10 or files"):
+        study.main(tmp_path / "study", kind="mnist")
+    assert not (tmp_path / "study").exists()
+
+
+def test_the_first_layer_wants_colors(tmp_path: Path) -> None:
+    with pytest.raises(typer.BadParameter, match=r"kind digits has images \(1, 28, 28\)"):
+        hybrids.main(tmp_path, kind="digits")
 
 
 def test_the_cut_of_the_released_code() -> None:

@@ -321,7 +321,7 @@ class Hybrid(nn.Module):
     What follows the first is plain, so that the network as a whole commutes with nothing. By default it is the same in
     all: 32-32-64-64-128-128-256-256-256 channels, 2x2 maxima after convolutions 1, 2, 4, 6 and 8, then the largest over
     positions and one linear layer, as in the baseline that was released. There the others have widths, depths and
-    places of the maxima of their own (``released=True``), and the weighted one computes 30 times as much; so compared,
+    places of the maxima of their own (``released=True``), and the weighted one takes 30 times as long; so compared,
     networks differ in more than symmetry. Here batch norm and a rectifier follow every convolution; the released
     branches over rotations have no batch norm, and some no rectifier.
 
