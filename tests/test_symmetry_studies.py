@@ -65,7 +65,7 @@ def test_digits() -> None:
     assert sum(image.numpy().tobytes() in learned for image in split.x) < 5  # but for digits that are there twice
 
 
-def test_a_study_of_image_files(tmp_path: Path) -> None:
+def test_a_study_of_image_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Class folders and arrays; three classes."""
     rng, data = np.random.default_rng(0), tmp_path / "data"
     for number in range(12):
@@ -78,9 +78,12 @@ def test_a_study_of_image_files(tmp_path: Path) -> None:
     assert split.x.shape == (5, 3, 32, 32)
     assert split.classes == 3
     assert len(split.train) == 12
+    monkeypatch.setattr(hybrids, "NETWORKS", ("baseline", "cascaded"))
+    monkeypatch.setattr(hybrids, "STEPS", {"PGD": 2, "CWL2": 3})
+    monkeypatch.setattr(hybrids, "CLEVER", {"blocks": 3, "samples": 4})
     hybrids.main(tmp_path / "study", kind="files", data=data, seeds=1, epochs=1, batch=4, width=0.125, images=4,
                  corrupted_images=2, scores=1, train_images=8, as_released=False)  # fmt: skip
-    assert set(json.loads((tmp_path / "study" / "table.json").read_text())["table"]) == set(hybrids.NETWORKS)
+    assert set(json.loads((tmp_path / "study" / "table.json").read_text())["table"]) == {"baseline", "cascaded"}
     np.savez(data / "test.npz", images=test["images"][:, :8], labels=test["labels"])
     with pytest.raises(typer.BadParameter, match="images must be square"):
         open_split("files", data)
