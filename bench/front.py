@@ -153,6 +153,7 @@ def steps(count: int = 4, of: float = 0.5, **settings: Any) -> Candidate:
 def two(**settings: Any) -> Candidate:
     """Two steps of half the radius, from a random corner, over all five views of `fast`."""
     plain = {"steps": 2, "relative_step": 0.5, "views_per_step": "all", "followed": "all", "view_gradient": 0.15}
+    plain["momentum"] = 1.0
     return purify, plain | settings
 
 
@@ -182,8 +183,14 @@ CANDIDATES: dict[str, Candidate] = {
         {"steps": 2, "relative_step": 0.5, "views_per_step": "all", "followed": 1},
     ),
     "fast, all followed": (purify, {"followed": "all"}),
-    "fast, view gradient 0.2": (purify, {"view_gradient": 0.2}),
-    "fast, view gradient 0.4": (purify, {"view_gradient": 0.4}),
+    "fast, momentum 1, view gradient 0.3": (purify, {"momentum": 1.0, "view_gradient": 0.3}),  # was `fast` before
+    "fast, no momentum": (purify, {"momentum": 0}),
+    "fast, momentum 0.3": (purify, {"momentum": 0.3}),
+    "fast, momentum 0.7": (purify, {"momentum": 0.7}),
+    "fast, view gradient 0.25": (purify, {"view_gradient": 0.25}),
+    "fast, view gradient 0.3": (purify, {"view_gradient": 0.3}),
+    "fast, 5 steps of 0.24, momentum 0.8": (purify, {"steps": 5, "relative_step": 0.24, "momentum": 0.8}),
+    "fast, 6 steps of 0.2": (purify, {"steps": 6, "relative_step": 0.2}),
     "fast, steps of 0.3": (purify, {"relative_step": 0.3}),
     "fast, one prediction": (purify, {"average": False}),
     "fast, then flip and enlarged less": (purify, {"average": (views.Flip(), *SETS["enlarged less"])}),

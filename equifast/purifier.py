@@ -86,9 +86,9 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             noise=False,
             views=fast(),
             views_per_step=3,
-            momentum=1.0,
+            momentum=0.5,
             average=(Flip(),),
-            view_gradient=0.3,
+            view_gradient=0.2,
             followed=1,
         ),
         "strong": Preset(
@@ -706,6 +706,8 @@ class Defended(DefendedModel):
             raise ValueError(f"detector predicts {got} for images {_checks.shape(x)}; it must be bool, one for each")
         if bool(mask.all()):
             return self._purified(x, ids, draw)
+        if own is not None and not bool(mask.any()):
+            return own
         if own is None:
             with evaluating(x, self.model, lean=self._cheap is not None):
                 alone = self.predict(x[~mask])
