@@ -152,8 +152,8 @@ def steps(count: int = 4, of: float = 0.5, **settings: Any) -> Candidate:
 
 def two(**settings: Any) -> Candidate:
     """Two steps of half the radius, from a random corner, over all five views of `fast`."""
-    plain = {"steps": 2, "relative_step": 0.5, "views_per_step": "all", "followed": "all", "view_gradient": 0.15}
-    plain["momentum"] = 1.0
+    plain = {"steps": 2, "relative_step": 0.5, "views_per_step": "all", "followed": "all"}
+    plain |= {"momentum": 1.0, "view_gradient": 0.15}
     return purify, plain | settings
 
 
@@ -178,10 +178,8 @@ CANDIDATES: dict[str, Candidate] = {
     "fast": (purify, {}),
     "strong": (purify, {"preset": "strong"}),
     "fast, five views": (purify, {"views_per_step": "all", "followed": 1}),
-    "fast, two steps of 1/2, five views": (
-        purify,
-        {"steps": 2, "relative_step": 0.5, "views_per_step": "all", "followed": 1},
-    ),
+    "3 steps of 0.4, five views, one followed": two(steps=3, relative_step=0.4, followed=1, view_gradient=0.3),
+    "2 steps of 1/2, five views, one followed": two(followed=1, view_gradient=0.3),
     "fast, all followed": (purify, {"followed": "all"}),
     "fast, momentum 1, view gradient 0.3": (purify, {"momentum": 1.0, "view_gradient": 0.3}),  # was `fast` before
     "fast, no momentum": (purify, {"momentum": 0}),
