@@ -152,8 +152,14 @@ def steps(count: int = 4, of: float = 0.5, **settings: Any) -> Candidate:
 
 def two(**settings: Any) -> Candidate:
     """Two steps of half the radius, from a random corner, over all five views of `fast`."""
-    plain = {"steps": 2, "relative_step": 0.5, "views_per_step": "all", "followed": "all"}
-    plain |= {"momentum": 1.0, "view_gradient": 0.15}
+    plain = {
+        "steps": 2,
+        "relative_step": 0.5,
+        "momentum": 1.0,
+        "views_per_step": "all",
+        "followed": "all",
+        "view_gradient": 0.15,
+    }
     return purify, plain | settings
 
 
@@ -491,7 +497,12 @@ def measure(
             row["worst"] = worst([cell for column, cell in row.items() if column != "clean"])
             cells[name] = row
             found[name] = {column: figure(study, cell) for column, cell in row.items()}
-            for other, reference in (("none", "none"), ("averaging", RIVAL), (CHEAPEST, CHEAPEST)):
+            for other, reference in (
+                ("none", "none"),
+                ("averaging", RIVAL),
+                (CHEAPEST, CHEAPEST),
+                ("published", YARDSTICK),
+            ):
                 against = cells.get(reference, {})
                 found[name][f"minus {other}"] = {
                     column: paired(study, cell, against[column]) for column, cell in row.items() if column in against
@@ -507,6 +518,9 @@ def measure(
                 _merge(output, key, {"candidates": found, "settings": settings})
             line = ", ".join(f"{column} {e['value']:.1f} ± {e['error']:.1f}" for column, e in _figures(found[name]))
             console.print(f"{name}: {line}")
+            if apart := found[name]["minus published"]:
+                line = ", ".join(f"{column} {e['value']:+.1f} ± {e['error']:.1f}" for column, e in apart.items())
+                console.print(f"{name} minus published: {line}")
     table = Table(title=f"{key}: {study.figure}, {len(study.images)} images, ± standard error; differences are paired")
     columns = [
         c

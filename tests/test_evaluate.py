@@ -650,7 +650,7 @@ def test_killed_at_any_moment(folder: Path) -> None:
         after = path.read_bytes()
         assert after.startswith(before[: before.rfind(b"\n") + 1])
         kills += not ended
-        if ended or kills == 4:
+        if ended or kills == 6:
             break
     assert kills >= 2
     done = CliRunner().invoke(app, arguments)

@@ -78,12 +78,11 @@ def test_a_study_of_image_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert split.x.shape == (5, 3, 32, 32)
     assert split.classes == 3
     assert len(split.train) == 12
-    monkeypatch.setattr(hybrids, "NETWORKS", ("baseline", "cascaded"))
     monkeypatch.setattr(hybrids, "STEPS", {"PGD": 2, "CWL2": 3})
     monkeypatch.setattr(hybrids, "CLEVER", {"blocks": 3, "samples": 4})
     hybrids.main(tmp_path / "study", kind="files", data=data, seeds=1, epochs=1, batch=4, width=0.125, images=4,
                  corrupted_images=2, scores=1, train_images=8, as_released=False)  # fmt: skip
-    assert set(json.loads((tmp_path / "study" / "table.json").read_text())["table"]) == {"baseline", "cascaded"}
+    assert set(json.loads((tmp_path / "study" / "table.json").read_text())["table"]) == set(hybrids.NETWORKS)
     np.savez(data / "test.npz", images=test["images"][:, :8], labels=test["labels"])
     with pytest.raises(typer.BadParameter, match="images must be square"):
         open_split("files", data)
