@@ -56,6 +56,7 @@ class Study:
 
     `judge` takes logits and labels of a batch to a result per image, (N, ...); `estimate` takes such results to the
     figure of the table. `slow_images` is the number of images on which the row `paper` is attacked by BPDA.
+    `prediction_dtype` is that of defended models' predictions (`DefendedModel`).
     """
 
     name: str
@@ -76,11 +77,14 @@ class Study:
     features: str | None = None
     stand_in: bool = False
     attack_dtype: str = "float32"
+    prediction_dtype: str = "float32"
 
     def settings(self) -> dict[str, object]:
         """What determines the results, as values that JSON can hold."""
         left_out = ("model", "images", "labels", "judge", "estimate")
         chosen = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in left_out}
+        if self.prediction_dtype == "float32":  # as all were before there was a choice
+            del chosen["prediction_dtype"]
         return chosen | {"images": len(self.images), "defense_seed": DEFENSE_SEED, "attack_seed": ATTACK_SEED}
 
 

@@ -4,10 +4,10 @@
 
 One step of a preset on images of the CamVid study's size (240x176) with its network, beside the passes of the network
 alone: forward and backward of the same rendered views, with gradients of the same shape; of views that are targets
-forward alone. What the step takes longer is views, similarity and the sign step. Where features are the logits
-before they are enlarged to the image (`head`), the network alone does not enlarge them either. Steps and
-passes take turns in one process, figures are medians; the weights do not matter to the time and are
-random. Freed memory is kept (`equifast.keep_freed_memory`), for all alike.
+forward alone. What the step takes longer is views, similarity, momentum and the sign step. Where features are the
+logits before they are enlarged to the image (`head`), the network alone does not enlarge them either. Steps and passes
+take turns in one process, figures are medians; the weights do not matter to the time and are random.
+Freed memory is kept (`equifast.keep_freed_memory`), for all alike.
 """
 
 import statistics
@@ -25,6 +25,7 @@ from rich.table import Table
 
 import equifast
 from equifast import ops
+from equifast.balls import Step
 
 
 def seconds(task: Callable[[], object]) -> float:
@@ -41,24 +42,26 @@ def measure(preset: str, features: str | None, images: int, height: int, width: 
     purifier = equifast.Purifier(model, features, preset)
     given = torch.rand(images, 3, height, width)
     with purifier._objective(given, None, 0, purifier.views_per_step) as (x, objective, seed, ids):
+        sampled = objective.sample(x, 0, purifier.views_per_step)
+        followed = [True, *(view.followed and purifier.view_gradient > 0 for view in sampled)]
         with torch.no_grad():
-            rendered = [x, *objective.render(x, objective.sample(x, 0, purifier.views_per_step))]
+            rendered = [x, *objective.render(x, sampled)]
             upstream = [torch.rand_like(objective.features(image)) for image in rendered]
 
         def network() -> None:
-            for i, (image, gradient) in enumerate(zip(rendered, upstream, strict=True)):
+            for image, gradient, both in zip(rendered, upstream, followed, strict=True):
                 leaf = image.detach()
-                if i == 0 or purifier.view_gradient > 0:
+                if both:
                     torch.autograd.grad(objective.features(leaf.requires_grad_()), leaf, gradient)
                 else:
                     with torch.no_grad():
                         objective.features(leaf)
 
+        momentum, size = torch.zeros_like(x), purifier.ascent.step_size
+
         def step() -> None:
-            gradient = objective.gradient(x, 0)[1]
-            purifier.ascent.ball.step(
-                x, gradient, x, size=purifier.ascent.step_size, sigma=0.0, seed=seed, ids=ids, draw=0, t=0
-            )
+            place: Step = {"size": size, "sigma": 0.0, "seed": seed, "ids": ids, "draw": 0, "t": 0}
+            purifier.ascent.move(objective, x, momentum, x, 0, place)
 
         def on(backend: str) -> float:
             with ops.use(backend):

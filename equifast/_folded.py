@@ -179,6 +179,11 @@ class Folded:
             return self._model if self._copy is None else self._copy
 
     @property
+    def version(self) -> str | None:
+        """What the model was like at the last use, its values included; None before."""
+        return self._version
+
+    @property
     def made(self) -> bool:
         """Whether there is a copy."""
         return self._copy is not None

@@ -80,7 +80,7 @@ class Ascent:
         if self.steps * self.restarts > rng.MAX_STEP:
             raise ValueError(f"steps times restarts is {self.steps * self.restarts}; it must be at most {rng.MAX_STEP}")
 
-    def _accumulated(self, gradient: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor]:
+    def accumulated(self, gradient: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor]:
         """What a step follows, and the accumulated gradient after it."""
         if self.momentum is None:
             return gradient, momentum
@@ -95,7 +95,7 @@ class Ascent:
 
         No number is taken of a tensor's values where the ball and the objective take none.
         """
-        gradient, momentum = self._accumulated(objective.gradient(x, t)[1], momentum)
+        gradient, momentum = self.accumulated(objective.gradient(x, t)[1], momentum)
         return self.ball.step(x, gradient, origin, **how), momentum
 
     def __call__(
@@ -184,7 +184,7 @@ class Ascent:
                 if schedule is not None:
                     x = schedule.step(x, value, gradient, t)
                 else:
-                    gradient, momentum = self._accumulated(gradient, momentum)
+                    gradient, momentum = self.accumulated(gradient, momentum)
                     x = self.ball.step(x, gradient, origin, **place(first, t))
                 if visit is not None:
                     visit(x)
@@ -282,7 +282,7 @@ class _Unrolled(torch.autograd.Function):
         ascent, slope, t, place = ctx.rest
         with torch.enable_grad():
             x, momentum, origin = (tensor.detach().requires_grad_() for tensor in ctx.saved_tensors)
-            gradient, following = ascent._accumulated(slope(x, t), momentum)
+            gradient, following = ascent.accumulated(slope(x, t), momentum)
             moved = ascent.ball.relaxed_step(x, gradient, origin, **place)
             outputs, given = [moved], [upstream]
             if following.grad_fn is not None:

@@ -392,6 +392,8 @@ class CosPGD(Attack):
 class APGD(Attack):
     """Auto-PGD (Croce and Hein 2020): step sizes of each image that halve where progress stalls, and no parameters.
 
+    Progress is that of what a run climbs; points of several runs are compared by :meth:`loss`.
+
     Args:
         objective: ``"ce"``, cross-entropy; ``"dlr"``, the difference of logits ratio; ``"targeted-dlr"``, which in each
             restart aims at another class, the next in the order in which the model has them on the given image. Of
@@ -437,7 +439,7 @@ class APGD(Attack):
         def loss(logits: Tensor, y: Tensor, *_: Tensor) -> Tensor:
             return self.loss(logits, y)
 
-        return TaskLoss(predict, loss, (y, index, order), ids, self._draws, climbed)
+        return TaskLoss(predict, loss, (y, index, order), ids, self._draws, climbed, tells_climbed=True)
 
 
 class Watching(Protocol):

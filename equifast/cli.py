@@ -274,6 +274,8 @@ def detect(
             (output / "overlays").mkdir(parents=True, exist_ok=True)
             chosen.save(output / "detector.json")
             lines, failed = _scored(chosen, targets, output, _device(device), progress)
+            if not lines:
+                raise ValueError(f"none of {failed} images can be read, {str(targets[0][0])!r} the first")
         kept = {"threshold": chosen.threshold, "interval": chosen.interval, "images": lines}
         _write(output / "scores.json", json.dumps(kept, indent=2) + "\n")
     except (ValueError, TypeError, RuntimeError, OSError) as error:
@@ -424,6 +426,7 @@ def evaluate(
     images: Annotated[int | None, typer.Option(min=1, help="How many images, evenly over the data.")] = None,
     size: Annotated[str | None, typer.Option(help="Height and width that image files are resized to.")] = None,
     eps: Annotated[str, typer.Option(help="Radius of the attacks, as 4/255.")] = "4/255",
+    norm: Annotated[str, typer.Option(help="In which the radius of the attacks is: linf or l2.")] = "linf",
     purify_eps: Annotated[str, typer.Option(help="Radius of the defenses, as 6/255.")] = "6/255",
     steps: Annotated[int, typer.Option(min=1, help="Steps of the attacks.")] = 20,
     eot: Annotated[int, typer.Option(min=1, help="Draws per step of attackers with an expectation.")] = 20,
@@ -455,7 +458,10 @@ def evaluate(
             images = min(8, len(open_data(data, None, shape)))
         chosen = open_data(data, images, shape)
         targeted = target is not None
-        strength = Strength(eps=_fraction(eps), steps=steps, eot=eot, queries=queries, seed=seed + 1, targeted=targeted)
+        if norm not in ("linf", "l2"):
+            raise ValueError(f"norm is {norm!r}; it must be 'linf' or 'l2'")
+        how: dict[str, Any] = {"steps": steps, "eot": eot, "queries": queries, "seed": seed + 1}
+        strength = Strength(eps=_fraction(eps), norm=norm, targeted=targeted, **how)
         strength = strength.quick if quick else strength
         everyone = known(strength)
         wanted = attack or ("PGD", "through averaging", "BPDA")
@@ -499,7 +505,7 @@ def evaluate(
         votes = votes if votes is not None else 0 if protocol is None else 5
         settings: dict[str, Any] = {"target": target, "votes": votes, "batch": batch, "arguments": arguments}
         score = None if sweep is None else sweep.score
-        evaluation = Evaluation(network, chosen, attackers, rows, eps=strength.eps, score=score, **settings)
+        evaluation = Evaluation(network, chosen, attackers, rows, eps=strength.eps, norm=norm, score=score, **settings)
         with _progress() as progress:
             task = progress.add_task("starting", total=1.0)
             report = evaluation.run(
@@ -593,21 +599,39 @@ def _report_detection(study: str, detection: Detection, output: Path) -> None:
     _print(tables, (), "")
 
 
+_SEPARATION = {
+    "auroc": "area under the characteristic",
+    "aupr": "average precision",
+    "fpr95": "clean images above the threshold that 95% of the others reach",
+}
+
+
+def _separation_tables(
+    report: DetectionReport, rows: Mapping[str, str], of: str
+) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Tables of the three figures, of rows by their headings."""
+    names = list(report.scores)
+    return [
+        (
+            f"{what} in %, {of}",
+            ["", *names],
+            [[head, *(str(getattr(report.separations[n][kind], key)) for n in names)] for head, kind in rows.items()],
+        )
+        for key, what in _SEPARATION.items()
+    ]
+
+
 def _detection_tables(study: str, report: DetectionReport) -> list[tuple[str, list[str], list[list[str]]]]:
     names, kinds = list(report.scores), list(report.groups)
     first = names[0]
     of = f"{report.images} images (95% by bootstrap)"
     if study == "corruptions":
         means = report.means()
-        rows = [
-            [kind.rsplit(" ", 1)[0], *(f"{report.separations[n][kind].auroc.value:.1f}" for n in names)]
-            for kind in kinds
-            if kind.endswith(" 3")
-        ]
+        chosen = [kind for kind in kinds if kind.endswith(" 3")]
         groups = list(dict.fromkeys(group for group in report.groups.values() if group))
-        rows += [[f"mean, {group}", *(str(means[n][group]) for n in names)] for group in groups]
-        return [(f"area under the characteristic in %, severity 3, {of}", ["", *names], rows)]
-    areas = [[kind, *(str(report.separations[n][kind].auroc) for n in names)] for kind in kinds]
+        found = _separation_tables(report, {kind.rsplit(" ", 1)[0]: kind for kind in chosen}, f"severity 3, {of}")
+        found[0][2].extend([f"mean, {group}", *(str(means[n][group]) for n in names)] for group in groups)
+        return found
     rates = [[kind, *(f"{report.flagged(n, kind).value:.1f}" for n in names)] for kind in (CLEAN, *kinds)]
     damage = [
         [kind, *(str(report.damage(n, kind)) for n in (names if report.groups.get(kind) == "evading" else [first]))]
@@ -616,7 +640,7 @@ def _detection_tables(study: str, report: DetectionReport) -> list[tuple[str, li
     ]
     times = [["ms per image", *(f"{1e3 * report.seconds[n]:.1f}" for n in names)]]
     tables = [
-        (f"area under the characteristic in %, {of}", ["", *names], areas),
+        *_separation_tables(report, dict(zip(kinds, kinds, strict=True)), of),
         ("images flagged at the threshold, in %", ["", *names], rates + times),
     ]
     if len(damage) > 1:
@@ -726,7 +750,8 @@ def _defended(
         return Defended(network, Purifier(network, features, name, eps, seed))
     if name == "detect":
         detector = heads.fitted(DETECTORS["deviation"](network, features, layers, seed), "deviation")
-        return Defended(network, Purifier(network, features, "fast", eps, seed), detector=detector)
+        # in the arithmetic of the detector, whose passes give the predictions of what is not suspected
+        return Defended(network, Purifier(network, features, "fast", eps, seed), detector=detector, dtype="auto")
     raise ValueError(f"defense is {whole!r}; it must be one of {', '.join(DEFENSES)}")
 
 
@@ -754,7 +779,7 @@ def _cells(report: Report, costs: Mapping[str, Cost]) -> _Grid:
         for attack in attackers:
             column[attack] = str(row.get(attack, ""))
             if attack in report.aimed.get(defense, {}):
-                column[f"{attack}: target"] = str(report.estimate(report.aimed[defense][attack]))
+                column[f"{attack}: target"] = str(report.reached(defense, attack))
             if attack in report.purified.get(defense, {}):
                 column[f"{attack}: purified, %"] = f"{100 * report.purified[defense][attack].mean():.1f}"
             if attack in report.similarities.get(defense, {}):

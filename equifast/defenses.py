@@ -77,8 +77,8 @@ class Averaging(DefendedModel):
         """(N, 3, H, W) -> mean logits, (N, C) or (N, C, h, w)."""
         x = _checks.images("x", x, channels=3)
         _checks.integer("draw", draw, 0, rng.MAX_DRAW)
-        with evaluating(x, self.model):
-            return average(self.predict, x, self.views, self.seed, ids, draw)
+        with evaluating(x, self.model, lean=self._cheap is not None):
+            return average(self._predictor(x), x, self.views, self.seed, ids, draw)
 
 
 class _Other(Purifier):

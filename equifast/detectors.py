@@ -52,6 +52,10 @@ class Detector:
         """What decides the score beside the model's weights, as values that JSON can hold."""
         raise NotImplementedError
 
+    def _state(self) -> object:
+        """What changes, as a rule, when :meth:`_origin` does, and takes less time to tell."""
+        return stamp(self.model)
+
     def _origin(self) -> dict[str, Any]:
         """Whose threshold it is."""
         weights = fingerprint(tensors_of(self.model))
@@ -121,7 +125,11 @@ class Detector:
 
     def _seen(self, x: Tensor) -> Tensor:
         """What :meth:`fit` keeps of clean images, (N, ...)."""
-        return self.score(x)
+        before, self._fitted = self._fitted, None  # of what it was fitted on before, nothing counts
+        try:
+            return self.score(x)
+        finally:
+            self._fitted = before
 
     def _learn(self, seen: Tensor) -> tuple[dict[str, Any], Tensor]:
         """What a detector learns of clean images beside the threshold, and their scores (n,)."""
@@ -131,7 +139,7 @@ class Detector:
         """Fit on what was seen of clean images; their scores (n,), in the order of the images."""
         learned, scores = self._learn(seen)
         found = {**self._origin(), **_threshold(scores, rate, confidence), **learned}
-        self._fitted, self._stamp = found, stamp(self.model)
+        self._fitted, self._stamp = found, self._state()
         return scores
 
     def _known(self, key: str) -> Any:
@@ -140,12 +148,14 @@ class Detector:
         return self._fitted[key]
 
     def _check_weights(self) -> None:
-        """ValueError where the model is not any more as it was when the threshold was found."""
-        now = stamp(self.model)
-        if now != self._stamp:
-            known, weights = self._known("model"), fingerprint(tensors_of(self.model))
-            if weights != known:
-                raise ValueError(f"model has weights {weights!r}, the threshold is for {known!r}; call fit again")
+        """ValueError where the model is not any more as it was when the threshold was found; none before that."""
+        now = self._state()
+        if self._fitted is not None and now != self._stamp:
+            for key, value in json.loads(json.dumps(self._origin())).items():
+                known = json.loads(json.dumps(self._fitted[key]))
+                if value != known:
+                    what = "weights" if key == "model" else key
+                    raise ValueError(f"model has {what} {value!r}, the threshold is for {known!r}; call fit again")
             self._stamp = now
 
     @property
@@ -170,8 +180,9 @@ class Detector:
         An image whose score is NaN is.
         """
         threshold = self.threshold
+        scores = self.score(x, ids, draw)
         self._check_weights()
-        return ~(self.score(x, ids, draw).double() <= threshold)
+        return ~(scores.double() <= threshold)
 
     def examine(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> tuple[Tensor, Tensor | None]:
         """What :meth:`predict` gives, and the model's output on the images where it was computed for that; no graph.
@@ -246,8 +257,11 @@ class Detector:
             if found[key] != value:
                 what = "weights" if key == "model" else key
                 raise ValueError(f"{path} is of a model or detector with {what} {found[key]!r}; it must be {value!r}")
-        self._fitted, self._stamp = found, stamp(self.model)  # whose fingerprint is that of the file
+        self._take(found, self._state())  # whose fingerprint is that of the file
         return self
+
+    def _take(self, fitted: dict[str, Any], state: object) -> None:
+        self._fitted, self._stamp = fitted, state
 
 
 def own_ids(x: Tensor) -> Tensor:
@@ -309,9 +323,15 @@ class Similarity(Detector):
             settings["head"] = fingerprint(tensors_of(head))
         return settings
 
+    def _state(self) -> object:
+        head, folded = getattr(self.purifier, "head", None), self.purifier._folded
+        return super()._state(), folded and folded.version, stamp(head) if isinstance(head, nn.Module) else None
+
     def score(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
         x = _checks.images("x", x, channels=3)
-        return 1 - self.purifier.score(x, own_ids(x) if ids is None else ids, draw)
+        found = 1 - self.purifier.score(x, own_ids(x) if ids is None else ids, draw)
+        self._check_weights()
+        return found
 
     @contextlib.contextmanager
     def _scores(self, x: Tensor, ids: Tensor | None, draw: int) -> Iterator[Objective]:
@@ -455,6 +475,9 @@ class _OfViews(Detector):
         named = [where if where is None or isinstance(where, str) else "a function" for where in found]
         return {"views": [repr(view) for view in self.views], "features": named, "seed": self.seed, "dtype": self.dtype}
 
+    def _state(self) -> object:
+        return super()._state(), self._folded and self._folded.version
+
     def _modules(self) -> list[nn.Module]:
         """The Modules that a function is, or is a method of."""
         return [self.model, *(module for each in self._features for module in each.modules())]
@@ -511,16 +534,18 @@ class _OfViews(Detector):
         if len(x) == 0:
             return x.new_zeros(0)
         with torch.no_grad(), evaluating(x, *self._modules(), lean=True):
-            return self._judge(self._measured(x, numbers, draw))
+            found = self._judge(self._measured(x, numbers, draw))
+        self._check_weights()
+        return found
 
     def examine(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> tuple[Tensor, Tensor | None]:
         x, numbers = self._checked(x, ids, draw)
         threshold, own = self.threshold, list[Tensor]()
-        self._check_weights()
         if len(x) == 0:
             return self.predict(x), None
         with torch.no_grad(), evaluating(x, *self._modules(), lean=True):
             scores = self._judge(self._measured(x, numbers, draw, own=own))
+        self._check_weights()
         return ~(scores.double() <= threshold), torch.cat(own).to(x.dtype)
 
     @contextlib.contextmanager
@@ -810,14 +835,13 @@ class Combined(Detector):
             "units": units.tolist(),
         }
         self._fitted = {**self._origin(), **_threshold(scores, rate, confidence), **learned}
-        self._stamp = stamp(self.model)
+        self._stamp = self._state()
         return scores
 
-    def load(self, path: str | Path) -> Self:
-        super().load(path)
-        for detector, part in zip(self.detectors, self._known("parts"), strict=True):
-            detector._fitted, detector._stamp = part, self._stamp
-        return self
+    def _take(self, fitted: dict[str, Any], state: object) -> None:
+        super()._take(fitted, state)
+        for detector, part in zip(self.detectors, fitted["parts"], strict=True):
+            detector._take(part, detector._state())
 
     @contextlib.contextmanager
     def _scores(self, x: Tensor, ids: Tensor | None, draw: int) -> Iterator[Objective]:

@@ -210,6 +210,17 @@ def _batched(*args: Any) -> bool:
     return isinstance(x, Tensor) and isinstance(weight, Tensor) and x.dim() == weight.dim()
 
 
+# More rows are hardly images, but positions of them, and a product for each would take its time.
+_ROWS = 1024
+
+
+def _is_batch(x: Any, *_: Any) -> bool:
+    """Whether the first argument of a linear layer is several images on the CPU."""
+    if not isinstance(x, Tensor) or x.dim() < 2 or x.device.type != "cpu" or not x.is_floating_point():
+        return False
+    return 1 < len(x) <= _ROWS and not torch.compiler.is_compiling() and not _checks.transformed()
+
+
 def _affine(
     x: Tensor,
     mean: Tensor | None,
@@ -396,6 +407,18 @@ def _batchless(func: Any, args: Any, kwargs: Any) -> Any:
     return func(*args, **kwargs)
 
 
+def _rowwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A linear layer, on the CPU, that gives an image the same bits whatever its batch.
+
+    The rounding of a product of matrices depends on the number of rows, so that each image has its own.
+    """
+    if torch.is_autocast_enabled("cpu") and x.dtype.itemsize <= 4:  # once, and not for every image
+        lowered = torch.get_autocast_dtype("cpu")
+        x, weight = x.to(lowered), _lowered(weight, lowered)
+        bias = None if bias is None else bias.to(lowered)
+    return torch.cat([functional.linear(image, weight, bias) for image in x.split(1)])
+
+
 def _with_kept_weight(args: Any) -> Any:
     """The arguments of a convolution; its weight as autocast would make it, where that may be kept."""
     if len(args) < 2 or not hasattr(args[1], _KEPT) or _untouchable():
@@ -424,6 +447,8 @@ class _Running(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is functional.linear and self.batchless and _is_batch(*args):
+            return _rowwise(*args, **kwargs)
         if func in _CONVOLUTIONS:
             if self.lean and func is torch.conv2d:
                 args = _with_kept_weight(args)

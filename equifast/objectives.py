@@ -636,22 +636,32 @@ def in_frame(maps: Tensor, view: Sampled, size: tuple[int, int]) -> tuple[Tensor
     return ops.warp(maps, inverse, [size])[0], ops.warp(ones, inverse, [size])[0] > 0.5
 
 
-def average_predictions(predict: Callable[[Tensor], Tensor], x: Tensor, sampled: Sequence[Sampled]) -> Tensor:
+def average_predictions(
+    predict: Callable[[Tensor], Tensor], x: Tensor, sampled: Sequence[Sampled], together: int = 0
+) -> Tensor:
     """The mean of a model's predictions over the image and its views, those of views warped back (differentiable).
 
     Args:
         predict: images (N, 3, H, W) -> logits (N, C), or dense ones (N, C, h, w).
         x: (N, 3, H, W).
         sampled: the views.
+        together: as in :class:`Agreement`.
 
     Returns:
         Mean logits in the shape of ``predict(x)``; at each position over the image and the views that see it.
     """
-    first = predict(x.clone())  # models may work in place, and the views are of the image
+    images, found = [x, *rendered(x, sampled)], dict[int, Tensor]()
+    for batch in batched(len(x), [image.shape[2:] for image in images], together):
+        # models may work in place, and the views are of the image
+        joined = torch.cat([images[i] for i in batch]) if len(batch) > 1 else images[batch[0]].clone()
+        found.update(zip(batch, predict(joined).chunk(len(batch)), strict=True))
+    # in an order that does not depend on N, as sums round
+    first, *others = (found[i] for i in range(len(images)))
     if first.dim() != 4:
-        return (first + sum(predict(image) for image in rendered(x, sampled))) / (1 + len(sampled))
+        return (first + sum(others)) / len(images)
     total, count = first, torch.ones_like(first[:, :1])
-    for prediction, overlap in warped_back(predict, x, sampled, (first.shape[2], first.shape[3])):
+    for logits, view in zip(others, sampled, strict=True):
+        prediction, overlap = in_frame(logits, view, (first.shape[2], first.shape[3]))
         total, count = total + prediction, count + overlap
     return total / count
 
@@ -770,6 +780,8 @@ class TaskLoss:
         ids: (N,) ids of the images.
         draws: ``t -> `` the draws that step ``t`` averages over.
         climbed: ``(logits, t, *labels) -> (N,)``, what step ``t`` climbs instead, where that is not the loss.
+        tells_climbed: whether the value of a step is that of what it climbs, for steps that depend on whether it rises.
+            Points are compared by the loss, for one more pass each.
     """
 
     def __init__(
@@ -780,9 +792,10 @@ class TaskLoss:
         ids: Tensor,
         draws: Callable[[int], Sequence[int]],
         climbed: Callable[..., Tensor] | None = None,
+        tells_climbed: bool = False,
     ) -> None:
         self._predict, self._loss, self._labels, self._ids, self._draws = predict, loss, labels, ids, draws
-        self._climbed = climbed
+        self._climbed, self._tells_climbed = climbed, tells_climbed
 
     def only(self, rows: Tensor | slice) -> "TaskLoss":
         """The same for some of the images, ``rows`` a mask (N,) or a slice."""
@@ -792,8 +805,8 @@ class TaskLoss:
 
     @property
     def fixed(self) -> bool:
-        """Whether what is attacked has no randomness: every step has the same draws."""
-        return self._draws(0) == self._draws(1)
+        """Whether every step has the same objective: no randomness in what is attacked, and the loss for a value."""
+        return not self._tells_climbed and self._draws(0) == self._draws(1)
 
     def value(self, x: Tensor, t: int = 0) -> Tensor:
         """(N,): the loss at the draws of a step, the first where none is given."""
@@ -818,7 +831,8 @@ class TaskLoss:
                     found = found + _differentiate(climbed.sum(), [leaf])[0]
                     count += 1
                 total = total + found / (count * len(draws))
-            values = values + value.detach() / len(draws)
+            told = climbed if self._tells_climbed else value
+            values = values + told.detach() / len(draws)
         return values, total
 
 

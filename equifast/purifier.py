@@ -611,6 +611,11 @@ class DefendedModel(nn.Module):
             return self.predictor(x)
         return output(self.model(x)) if self._cheap is None else self._cheap.on(x)(x)
 
+    def _predictor(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """:meth:`predict` for several batches: one, as it looks at the weights each time."""
+        own = type(self).predict is DefendedModel.predict and self.predictor is None
+        return self._cheap.on(x) if own and self._cheap is not None else self.predict
+
 
 class Defended(DefendedModel):
     """A model that predicts from the purified image: ``predict(purifier(x))``.
@@ -692,8 +697,9 @@ class Defended(DefendedModel):
                 else:
                     mask, own = examine(x.detach(), ids=ids, draw=draw)
             same = getattr(self.detector, "model", None) is self.model
-            if not same or getattr(self.detector, "dtype", None) != self.dtype or self._followed(x):
-                own = None  # of another network, in other arithmetic, or without the graph that is wanted
+            plain = type(self).predict is DefendedModel.predict and self.predictor is None
+            if not (same and plain) or getattr(self.detector, "dtype", None) != self.dtype or self._followed(x):
+                own = None  # not what this would predict, in other arithmetic, or without the graph that is wanted
             logits = self._by_branch(x, ids, draw, mask, own)
             self.suspected, suspected = mask, int(mask.sum())
         self.seen, self.purified = self.seen + len(x), self.purified + suspected
@@ -738,9 +744,7 @@ class Defended(DefendedModel):
 
     def _predict(self, x: Tensor, purified: Tensor, ids: Tensor | None, draw: int) -> Tensor:
         with evaluating(x, self.model, lean=self._cheap is not None):
-            own = type(self).predict is DefendedModel.predict and self.predictor is None
-            # one for the image and its views, as it looks at the weights each time
-            predict = self._cheap.on(purified) if own and self._cheap is not None else self.predict
+            predict = self._predictor(purified)
             if isinstance(self.purifier, Purifier) and self.purifier.average:
                 return average(predict, purified, self.purifier.average, self.purifier.seed, ids, draw)
             return predict(purified)
@@ -757,6 +761,12 @@ def average(
     """The mean of predictions over an image and views drawn for it (see ``average_predictions``)."""
     numbers = _checks.ids(ids, len(x), x.device)
     drawn = rng.fresh_seed() if seed is None else seed
-    # the last step's number: the ascent before it drew its views from the first ones
-    sampled = sample(chosen, (x.shape[2], x.shape[3]), seed=drawn, ids=numbers, draw=draw, step=rng.MAX_STEP)
-    return average_predictions(predict, x, sampled)
+
+    def of(rows: slice) -> Tensor:
+        # the last step's number: the ascent before it drew its views from the first ones
+        place: dict[str, Any] = {"seed": drawn, "ids": numbers[rows], "draw": draw, "step": rng.MAX_STEP}
+        return average_predictions(predict, x[rows], sample(chosen, (x.shape[2], x.shape[3]), **place), together(x))
+
+    if len(x) == 0 or (torch.is_grad_enabled() and x.requires_grad):  # a graph holds all of them anyway
+        return of(slice(None))
+    return torch.cat([of(rows) for rows in chunks(x)])

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cases
@@ -407,6 +408,9 @@ def test_detect(detector: str, tmp_path: Path, spec: str) -> None:
 def test_what_detect_refuses(tmp_path: Path, spec: str) -> None:
     clean = write_data(tmp_path / "clean", 4, seed=5) / "images"
     (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.png").write_text("no image")
+    many = write_data(tmp_path / "many", 20, seed=6) / "images"
     out = tmp_path / "out"
     for arguments, sentence in (
         ((tmp_path / "empty",), "no PNG, JPEG or WebP file in"),
@@ -416,6 +420,8 @@ def test_what_detect_refuses(tmp_path: Path, spec: str) -> None:
             "detector is 'magic'; it must be one of similarity, variance, error, deviation",
         ),
         ((clean, "--fit", tmp_path / "model.py"), "is no JSON"),
+        ((tmp_path / "broken", "--fit", many), "none of 1 images can be read"),
+        ((tmp_path / "broken", "--fit", many, "--features", "body"), "none of 1 images can be read"),
     ):
         given = ["detect", *arguments[:1], "-o", out, "--model", spec, "--fit", clean, *arguments[1:]]
         done = CliRunner().invoke(app, [str(a) for a in given])
@@ -439,6 +445,13 @@ def test_a_score_of_nan_comes_first(tmp_path: Path) -> None:
     lines, failed = _scored(detector, found, tmp_path, torch.device("cpu"), Progress(disable=True))
     assert [Path(line["image"]).name for line in lines] == ["1.png", "2.png", "0.png"]
     assert (lines[0]["score"], lines[0]["flagged"], failed) == (None, True, 0)
+
+
+def test_scores_of_nan_are_the_most_anomalous_in_histograms() -> None:
+    scores = {"a": {"clean": np.array([0.1, 0.2, math.nan]), "PGD": np.array([0.3, 0.4, math.nan])}}
+    figure = plots.histograms(SimpleNamespace(scores=scores, thresholds={"a": 0.25}))  # type: ignore[arg-type]
+    bars = [patch.get_xy() for patch in figure.axes[0].patches]
+    assert all(bar[:, 0].max() >= 0.39 for bar in bars)  # NaN is in the last bin, of both
 
 
 def test_an_overlay() -> None:

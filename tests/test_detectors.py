@@ -389,9 +389,45 @@ def test_weights_that_changed_are_noticed() -> None:
     detector.predict(x)
     with torch.no_grad():
         model.head.bias.add_(1)
-    for use in (detector.predict, detector.examine, lambda x: detector.objective(x).__enter__()):
+    uses = (detector.predict, detector.examine, detector.score, lambda x: detector.objective(x).__enter__())
+    for use in uses:
         with pytest.raises(ValueError, match=r"model has weights '\w+', the threshold is for '\w+'; call fit again"):
             use(x)
+    detector.fit(clean()).predict(x)
+
+
+@pytest.mark.parametrize("name", ["deviation", "variance", "similarity"])
+def test_weights_that_changed_without_a_trace_are_noticed(name: str) -> None:
+    """As those of a moving average that is swapped in."""
+    detector = DETECTORS[name](cases.dense()).fit(clean())
+    x = cases.images()
+    before = detector.predict(x)
+    detector.model.head.bias.data.add_(1)  # type: ignore[union-attr, operator]
+    for use in (detector.score, detector.predict):
+        with pytest.raises(ValueError, match="call fit again"):
+            use(x)
+    detector.model.head.bias.data.sub_(1)  # type: ignore[union-attr, operator]
+    detector.fit(clean())
+    assert torch.equal(detector.predict(x), before)
+
+
+def test_a_head_that_is_trained_again_is_noticed() -> None:
+    purifier = defenses.Rotation(cases.dense()).fit(clean(8), epochs=2)
+    detector, x = Similarity(purifier).fit(clean()), cases.images()
+    detector.predict(x)
+    purifier.fit(clean(8), epochs=3)
+    with pytest.raises(ValueError, match=r"model has settings .* call fit again"):
+        detector.predict(x)
+
+
+def test_several_of_several_are_saved_and_loaded(tmp_path: Path) -> None:
+    def make() -> Combined:
+        model = cases.dense()
+        return Combined([Combined([Deviation(model), OutputVariance(model)]), Similarity(Purifier(model))])
+
+    made, x = make().fit(clean(40), false_positive_rate=0.1), torch.cat(clean(6, seed=4))
+    made.save(tmp_path / "a.json")
+    assert torch.equal(make().load(tmp_path / "a.json").score(x), made.score(x))
 
 
 def test_what_a_state_dict_leaves_out_is_part_of_the_fingerprint(tmp_path: Path) -> None:
@@ -475,6 +511,19 @@ def test_a_detector_of_another_network_or_dtype_does_not_predict() -> None:
         assert not mask.all()
         with torch.no_grad():
             assert torch.equal(defended(x)[~mask], model(x[~mask]))
+
+
+def test_a_prediction_of_ones_own_is_that_of_what_is_not_suspected_too() -> None:
+    class Doubled(Defended):
+        def predict(self, x: Tensor) -> Tensor:
+            return 2 * super().predict(x)
+
+    model, x = cases.dense().eval(), torch.cat(clean(4))
+    detector = Deviation(model, dtype="float32").fit(clean(40), false_positive_rate=0.1)
+    mask = detector.predict(x)
+    assert not mask.all()
+    with torch.no_grad():
+        assert torch.equal(Doubled(model, Purifier(model), detector=detector)(x)[~mask], 2 * model(x[~mask]))
 
 
 def test_saved_and_loaded(detector: Detector, tmp_path: Path) -> None:

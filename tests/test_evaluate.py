@@ -36,6 +36,7 @@ from equifast.evaluate import (
     worst_accuracy,
     worst_iou,
 )
+from equifast.evaluate.records import Records
 
 MODEL = cases.dense().eval()
 EPS = 4 / 255
@@ -107,13 +108,34 @@ def test_figures_are_those_of_the_attacks_by_hand(tmp_path: Path) -> None:
     assert document["rows"]["none"]["PGD"]["value"] == table["none"]["PGD"].value
 
 
-def test_order_and_batches_leave_the_records_as_they_are(tmp_path: Path) -> None:
-    made = evaluation()
-    report = made.run(tmp_path / "a")
-    shuffled = evaluation(Subset(scenes(), [3, 1, 5, 0, 2, 4]), batch=3).run(tmp_path / "b")
-    assert records(tmp_path / "a") == records(tmp_path / "b")
-    assert report.table() == shuffled.table()
-    # and they go on in each other's folder
+@pytest.mark.parametrize("model", [MODEL, cases.classifier().eval()])
+def test_order_and_batches_leave_the_records_as_they_are(tmp_path: Path, model: nn.Module) -> None:
+    def made(order: list[int], batch: int) -> Evaluation:
+        rows = {
+            "fast": Defended(model, Purifier(model, None if model is MODEL else "features", steps=1)),
+            "averaging": defenses.Averaging(model),
+        }
+        score = Purifier(model, None if model is MODEL else "features")
+        settings: dict[str, Any] = {"eps": EPS, "votes": 3, "score": score, "batch": batch}
+        return Evaluation(model, Subset(scenes(model=model), order), [PGD, KNOWING], rows, **settings)
+
+    def everything(folder: Path) -> dict[tuple[str, str, str], Any]:
+        lines = map(json.loads, (folder / "records.jsonl").read_text().splitlines())
+        passing = ("seconds", "attack_seconds", "index")
+        return {
+            (line["image"], line["defense"], line["attack"]): {k: v for k, v in line.items() if k not in passing}
+            for line in lines
+        }
+
+    report = made(list(range(6)), 2).run(tmp_path / "a")
+    shuffled = made([3, 1, 5, 0, 2, 4], 3).run(tmp_path / "b")
+    single = made([5, 4, 3, 2, 1, 0], 1).run(tmp_path / "c")
+    assert everything(tmp_path / "a") == everything(tmp_path / "b") == everything(tmp_path / "c")
+    assert report.table() == shuffled.table() == single.table()
+
+
+def test_another_order_goes_on_in_the_same_folder(tmp_path: Path) -> None:
+    report = evaluation().run(tmp_path / "a")
     again = evaluation(Subset(scenes(), [5, 4, 3, 2, 1, 0]), batch=5).run(tmp_path / "a")
     assert again.table() == report.table()
 
@@ -144,8 +166,10 @@ def test_half_a_line_is_written_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "what"),
     [
-        ({"data": scenes(5)}, "data"),
-        ({"eps": 5 / 255}, "eps"),
+        ({"data": scenes(5)}, r"data \(6 images, now 5\)"),
+        ({"data": TensorDataset(*(part.flip(3 - k) for k, part in enumerate(scenes().tensors)))}, "now as many others"),
+        ({"eps": 5 / 255}, r"eps \(0.0156\d*, now 0.0196\d*\)"),
+        ({"norm": "l2"}, "norm"),
         ({"arguments": {"size": 3}}, "size"),
         ({"attackers": [Attacker("PGD", lambda model, defended: attacks.PGD(model, steps=3), False)]}, "attacker"),
         ({"defenses": {"fast": Defended(MODEL, Purifier(MODEL, steps=2))}}, "defense fast"),
@@ -198,10 +222,34 @@ def test_a_full_disk_leaves_what_was_written(tmp_path: Path, monkeypatch: pytest
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", sync)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"No space left on device; what .*records.jsonl had is kept"):
         evaluation().run(tmp_path)
     assert len(records(tmp_path)) >= 10
     assert evaluation().run(tmp_path).table() == evaluation().run(tmp_path / "other").table()
+
+
+def test_a_disk_that_takes_half_a_line(tmp_path: Path) -> None:
+    whole = Records(tmp_path, {"data": {}, "attackers": {}, "defenses": {}})
+    lines = [{"image": str(i), "defense": "none", "attack": "clean", "result": {}} for i in range(3)]
+    with whole:
+        whole.add(iter(lines[:2]))
+
+        class Short:
+            def __init__(self, file: Any) -> None:
+                self.file = file
+
+            def write(self, content: bytes) -> int:
+                return int(self.file.write(content[:20]))
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(self.file, name)
+
+        whole._file = Short(whole._file)  # type: ignore[assignment]
+        with pytest.raises(OSError, match=r"records.jsonl took 20 of \d+ bytes: the disk is full"):
+            whole.add(iter(lines[2:]))
+    assert set(Records(tmp_path, {"data": {}, "attackers": {}, "defenses": {}}).results) == {
+        (str(i), "none", "clean") for i in range(2)
+    }
 
 
 class Liar(nn.Module):
@@ -268,7 +316,7 @@ def test_classes(tmp_path: Path) -> None:
     assert report.figure == "accuracy in %"
     for columns in report.results.values():
         assert columns["clean"].shape == (5,)
-        worst = np.stack([columns["PGD"], columns["strong"]]).min(0)
+        worst = np.stack([columns["clean"], columns["PGD"], columns["strong"]]).min(0)
         assert np.array_equal(report.worst(next(d for d, c in report.results.items() if c is columns)), worst)
     assert report.table()["fast"]["worst"] == accuracy(report.worst("fast"))
 
@@ -308,7 +356,16 @@ def test_the_adaptive_protocol(tmp_path: Path) -> None:
     table = report.table()
     everyone = {"clean", "worst", *(attacker.name for attacker in adaptive(strength))} - {"Adaptive, evading"}
     assert set(table["fast"]) == everyone
-    of_purifiers = {"BPDA, trajectory", "BPDA, one step", "unrolled", "unrolled, margin", "Adaptive"}
+    of_purifiers = {
+        *(
+            "BPDA, trajectory",
+            "BPDA, one step",
+            "unrolled",
+            "unrolled, margin",
+            "unrolled, one draw, margin",
+            "Adaptive",
+        )
+    }
     assert everyone - set(table["random"]) == of_purifiers
     largest = max(report.radius, key=lambda name: report.radius[name])
     assert largest not in report.attacks("fast")
@@ -320,9 +377,44 @@ def test_the_adaptive_protocol(tmp_path: Path) -> None:
     assert (ascent.steps, ascent.start, ascent.noise) == (1, "corner", False)
     assert known(strength)["BPDA, one step"].make(MODEL, Defended(MODEL, Purifier(MODEL, steps=1))) is None
     names = set(known(strength))
-    assert {"PGD", "MIM", "CW", "Houdini", "SegPGD", "CosPGD", "APGD", "FGSM"} <= names
+    assert {"PGD", "MIM", "CW", "Houdini", "SegPGD", "CosPGD", "APGD", "FGSM", "IFGSM"} <= names
+    assert {"APGD, DLR", "APGD, targeted DLR"} <= names
     assert strength.quick.eps == EPS
     assert strength.quick.eot == 4
+
+
+@pytest.mark.parametrize("model", [MODEL, cases.classifier().eval()])
+def test_the_protocol_in_euclidean_balls(tmp_path: Path, model: nn.Module) -> None:
+    """Every attacker but the black box stays in the ball, and all of it is used."""
+    strength = Strength(eps=0.5, norm="l2", steps=2, eot=1, weights=(1.0,), dtype="float32")
+    where = None if model is MODEL else "features"
+    rows = {"fast": Defended(model, Purifier(model, where, steps=2))}
+    data = scenes(2, model, size=(12, 16))
+    made = Evaluation(model, data, adaptive(strength), rows, eps=0.5, norm="l2", batch=2)
+    report = made.run(tmp_path)
+    assert not any(name.startswith("Square") for name in report.results["fast"])
+    assert {"BPDA", "unrolled, margin", "BPDA, radius x 16"} <= set(report.results["fast"])
+    again = made.again(0, "fast", "BPDA")
+    moved = (again["attacked"] - again["image"]).norm()
+    assert 0.3 < float(moved) <= 0.5 + 1e-5
+    wide = [Attacker("wide", lambda model, defended: attacks.PGD(model, eps=0.6, step_size=0.3, steps=4, norm="l2"))]
+    with pytest.raises(ValueError, match="wide leaves its ball: it moves an image by"):
+        Evaluation(model, data, wide, rows, eps=0.5, norm="l2").run(tmp_path / "b")
+
+
+@pytest.mark.parametrize("name", sorted(known(Strength())))
+def test_every_attacker_by_name(name: str) -> None:
+    """Each stays in its ball on a model of five classes."""
+    strength = Strength(eps=EPS, steps=2, eot=2, queries=3, weights=(1.0,), dtype="float32")
+    attacker = known(strength).get(name) or known(strength)[name.replace("20", "2").replace("500", "3")]
+    attack = attacker.make(MODEL, Defended(MODEL, Purifier(MODEL, steps=2)))
+    if name == "Adaptive, evading":
+        assert attack is None
+        return
+    assert attack is not None
+    x, y = scenes(2, size=(12, 16)).tensors
+    moved = (attack(x, y, None) - x).abs().amax()
+    assert 0 < moved <= attacker.radius * EPS + 1e-6
 
 
 def test_a_black_box_that_sees_more_is_a_warning() -> None:
@@ -357,13 +449,17 @@ def report_of(**columns: Any) -> Any:
 def test_signs_of_masked_gradients() -> None:
     right = np.arange(20) < 10
     assert not report_of().warnings()
-    rising, falling = np.tile([1.0, 2.0], (20, 1)), np.tile([2.0, 1.0], (20, 1))
+    rising, falling = np.tile([1.0, 2.0], (20, 1, 1)), np.tile([2.0, 1.0], (20, 1, 1))
     assert not report_of(losses={"a": {"PGD": rising}}).warnings()
     assert report_of(losses={"a": {"PGD": falling}}).warnings() == [
         "a: the loss of PGD does not rise with its steps on 20 images"
     ]
-    few = np.where(np.arange(20)[:, None] < 9, falling, rising)
+    few = np.where(np.arange(20)[:, None, None] < 9, falling, rising)
     assert not report_of(losses={"a": {"PGD": few}}).warnings()
+    # runs of their own: that a later one begins higher is no rise
+    runs = np.concatenate([falling, falling + 5], 1)
+    assert len(report_of(losses={"a": {"Adaptive": runs}}).warnings()) == 1
+    assert not report_of(losses={"a": {"Adaptive": np.concatenate([falling, rising, rising], 1)}}).warnings()
     stuck = (np.arange(20) < 7).astype(int)  # 5 of them are still right, the others have been turned
     assert report_of(no_gradient={"a": {"PGD": stuck}}).warnings() == [
         "a: PGD has steps without any gradient on 5 images that are right"
@@ -446,18 +542,15 @@ def test_a_target(tmp_path: Path, model: nn.Module) -> None:
     rows = {"none": Defended(model, lambda x, ids=None, draw=0: x.detach())}
     data = scenes(4, model)
     report = Evaluation(model, data, attackers, rows, eps=0.2, target=3).run(tmp_path)
-    clean, attacked = (report.estimate(report.aimed["none"][name]).value for name in ("clean", "PGD"))
+    clean, attacked = (report.reached("none", name).value for name in ("clean", "PGD"))
     assert attacked > clean
     assert report.document()["rows"]["none"]["PGD"]["target"]["value"] == attacked
     with torch.no_grad():
         predicted = model(data.tensors[0]).argmax(1)
     if dense:
         counts = data.tensors[1] != 255
-        right = (predicted[counts] == 3).sum() / counts.sum()
-        others = len(set(predicted[counts].tolist()) | {3})
-        assert clean == pytest.approx(
-            100 * float(right) / others, abs=0.01
-        )  # the IoU of classes that are no target is 0
+        hit = (predicted[counts] == 3).sum()  # wherever it is, the target is what was wanted there
+        assert clean == pytest.approx(100 * float(hit / counts.sum()), abs=0.01)
     else:
         assert clean == pytest.approx(100 * float((predicted == 3).float().mean()))
     with pytest.raises(ValueError, match="target is 7; the model has 5 classes"):
@@ -553,11 +646,16 @@ def test_data_from_files(folder: Path) -> None:
 def test_data_that_are_refused(folder: Path) -> None:
     np.savez(folder / "half.npz", images=np.zeros((1, 4, 4, 3)), labels=np.zeros(1))
     np.savez(folder / "other.npz", x=np.zeros(1))
+    pixels = np.zeros((2, 4, 4, 3), np.uint8)
+    np.savez(folder / "float.npz", images=pixels, labels=np.full(2, 1.7))
+    np.savez(folder / "flat.npz", images=pixels, labels=np.zeros((2, 4), np.int64))
     (folder / "empty").mkdir()
     (folder / "dense" / "labels" / "3.png").unlink()
     for path, settings, sentence in (
         ("half.npz", {}, "must have as many, uint8"),
         ("other.npz", {}, "has x; it must have images and labels"),
+        ("float.npz", {}, r"has labels \(2,\) of float64; they must be integers, \(N,\) or \(N, H, W\)"),
+        ("flat.npz", {}, r"has labels \(2, 4\) of int64; they must be integers"),
         ("dense", {}, "3.png is not there; every image must have a file of labels"),
         ("empty", {}, "has no images"),
         ("absent", {}, "is neither a folder nor an .npz file"),

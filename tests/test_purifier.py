@@ -516,7 +516,7 @@ def test_momentum_beyond_the_range_of_half_precision() -> None:
     ascent = Ascent(ball=Linf(0.1), steps=1, step_size=0.01, momentum=1.0)
     gradient = torch.full((1, 3, 360, 480), 1e-7, dtype=torch.float16)
     gradient[0, 0, 0, 0] = 10
-    followed, _ = ascent._accumulated(gradient, torch.zeros(1, 3, 360, 480))
+    followed, _ = ascent.accumulated(gradient, torch.zeros(1, 3, 360, 480))
     assert followed.isfinite().all()
     assert (followed.sign() == gradient.sign()).all()
 

@@ -45,6 +45,10 @@ class Arrays(Dataset[Item]):
                 f"{path} has images {pixels.shape} of {pixels.dtype} and {len(labels)} labels; "
                 "it must have as many, uint8 (N, H, W, 3)"
             )
+        if labels.dtype.kind not in "iu" or labels.ndim not in (1, 3):
+            raise ValueError(
+                f"{path} has labels {labels.shape} of {labels.dtype}; they must be integers, (N,) or (N, H, W)"
+            )
         rows = _pick(len(labels), images, str(path))
         self._pixels, self._labels = pixels[rows], labels[rows].astype(np.int64)
 

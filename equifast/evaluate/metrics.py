@@ -20,6 +20,7 @@ __all__ = [
     "Separation",
     "accuracy",
     "average",
+    "class_iou",
     "confusion",
     "difference",
     "mean_auroc",
@@ -118,6 +119,23 @@ def mean_iou(confusions: Array, resamples: int = 1000) -> Estimate:
         resamples: bootstrap samples of the images.
     """
     return _estimate(lambda index: _iou(confusions[index].sum(-3)), len(confusions), resamples)
+
+
+def class_iou(confusions: Array, index: int, resamples: int = 1000) -> Estimate:
+    """The IoU of one class from the totals of a data set; 0 where it occurs nowhere.
+
+    Args:
+        confusions: (N, C, C), of each image.
+        index: the class.
+        resamples: bootstrap samples of the images.
+    """
+    hit = confusions[:, index, index]
+    union = confusions[:, index].sum(-1) + confusions[:, :, index].sum(-1) - hit
+
+    def figure(chosen: Array) -> Array:
+        return np.asarray(hit[chosen].sum(-1) / np.maximum(union[chosen].sum(-1), 1))
+
+    return _estimate(figure, len(confusions), resamples)
 
 
 def average(values: Array, resamples: int = 1000) -> Estimate:

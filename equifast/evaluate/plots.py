@@ -273,9 +273,10 @@ def histograms(report: DetectionReport) -> Figure:
     names = list(report.scores)
     figure = _figure(9, 2.2 * len(names))
     for axis, name in zip(figure.subplots(len(names), 1, squeeze=False).flat, names, strict=True):
-        columns = {kind: np.nan_to_num(scores) for kind, scores in report.scores[name].items()}
+        columns = {kind: np.nan_to_num(scores, nan=np.inf) for kind, scores in report.scores[name].items()}
         together = np.concatenate(list(columns.values()))
-        bins = np.linspace(float(together.min()), float(np.quantile(together, 0.98)), 40)
+        finite = together[np.isfinite(together)] if np.isfinite(together).any() else np.zeros(1)
+        bins = np.linspace(float(finite.min()), max(float(np.quantile(finite, 0.98)), float(finite.min()) + 1e-9), 40)
         for kind, scores in columns.items():
             filled = kind == CLEAN
             axis.hist(

@@ -1,8 +1,10 @@
 """Attackers who know a defense: the adaptive protocol."""
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -32,8 +34,9 @@ class Strength:
         weights: of the similarity in :class:`equifast.attacks.Adaptive`.
         last: steps of the ascent that the unrolled gradient goes through.
         seed: of the attacks.
-        dtype: of the attacks' gradients.
+        dtype: of the attacks, as in :class:`equifast.attacks.Attack`.
         targeted: whether they aim at what they are given as labels.
+        norm: of the ball, ``"linf"`` or ``"l2"``, in which there is no black box.
     """
 
     eps: float = 4 / 255
@@ -46,12 +49,13 @@ class Strength:
     seed: int = 1
     dtype: str = "auto"
     targeted: bool = False
+    norm: str = "linf"
 
     def settings(self, **changed: Any) -> dict[str, Any]:
         """Of an iterated attack."""
         size = self.eps / 4 if self.step_size is None else self.step_size
         chosen = {"eps": self.eps, "step_size": size, "steps": self.steps, "seed": self.seed, "dtype": self.dtype}
-        return {**chosen, "targeted": self.targeted, **changed}
+        return {**chosen, "norm": self.norm, "targeted": self.targeted, **changed}
 
     def patient(self, **changed: Any) -> dict[str, Any]:
         """Of an attack that has a threshold to stay below: more and smaller steps, from the image, the best one kept.
@@ -65,7 +69,8 @@ class Strength:
     def times(self, radius: float) -> "Strength":
         """The same in a ball of another radius, with steps as much longer."""
         size = None if self.step_size is None else self.step_size * radius
-        return replace(self, eps=min(1.0, self.eps * radius), step_size=size)
+        most = 1.0 if self.norm == "linf" else math.inf
+        return replace(self, eps=min(most, self.eps * radius), step_size=size)
 
     @property
     def quick(self) -> "Strength":
@@ -101,8 +106,8 @@ def known(strength: Strength) -> dict[str, Attacker]:
         """Of those without a defense (bench/attack_strength.py)."""
         return attacks.CW(model, confidence=5.0, **s.settings(**changed))
 
-    def margin(model: nn.Module, defended: DefendedModel) -> Attacked:
-        return BPDA(strongest(model), defended)
+    def margin(draw: int | None = None) -> Callable[[nn.Module, DefendedModel], Attacked]:
+        return lambda model, defended: BPDA(strongest(model), defended, draw=draw)
 
     def trajectory(model: nn.Module, defended: DefendedModel) -> Attacked | None:
         if _purifier(defended) is None or _detector(defended) is not None:
@@ -130,9 +135,12 @@ def known(strength: Strength) -> dict[str, Attacker]:
         followed = through(model, defended)
         return None if followed is None else BPDA(PGD(model, **s.settings(dtype="float32")), followed)
 
-    def unrolled_margin(model: nn.Module, defended: DefendedModel) -> Attacked | None:
-        followed = through(model, defended)
-        return None if followed is None else BPDA(strongest(model, dtype="float32"), followed)
+    def unrolled_margin(draw: int | None = None) -> Callable[[nn.Module, DefendedModel], Attacked | None]:
+        def make(model: nn.Module, defended: DefendedModel) -> Attacked | None:
+            followed = through(model, defended)
+            return None if followed is None else BPDA(strongest(model, dtype="float32"), followed, draw=draw)
+
+        return make
 
     def both(model: nn.Module, defended: DefendedModel) -> Attacked | None:
         purifier = _purifier(defended)
@@ -150,8 +158,11 @@ def known(strength: Strength) -> dict[str, Attacker]:
     def averaging(model: nn.Module, defended: DefendedModel) -> Attacked:
         return BPDA(PGD(model, **s.settings()), Averaging(model))
 
-    def square(model: nn.Module, defended: DefendedModel) -> Attacked:
-        return BPDA(attacks.Square(model, eps=s.eps, steps=s.queries, seed=s.seed, targeted=s.targeted), defended)
+    def square(model: nn.Module, defended: DefendedModel) -> Attacked | None:
+        if s.norm != "linf":
+            return None
+        how: dict[str, Any] = {"steps": s.queries, "seed": s.seed, "targeted": s.targeted, "dtype": s.dtype}
+        return BPDA(attacks.Square(model, eps=s.eps, **how), defended)
 
     def larger(radius: float) -> Attacker:
         def make(model: nn.Module, defended: DefendedModel) -> Attacked:
@@ -159,29 +170,43 @@ def known(strength: Strength) -> dict[str, Attacker]:
 
         return Attacker(f"BPDA, radius x {radius:g}", make, radius=radius)
 
+    def tuned(model: nn.Module, _: DefendedModel, **how: Any) -> Attacked:
+        return attacks.APGD(model, **own_steps, **how)
+
     own_steps = s.settings()  # of attacks that choose their lengths
     del own_steps["step_size"]
     found = [
         Attacker(
             "FGSM",
-            lambda model, defended: attacks.FGSM(model, eps=s.eps, seed=s.seed, targeted=s.targeted),
+            lambda model, defended: attacks.FGSM(model, eps=s.eps, norm=s.norm, seed=s.seed, targeted=s.targeted),
             knows=False,
         ),
         *(
             Attacker(kind.__name__, plain(kind), knows=False)
             for kind in (PGD, attacks.CW, attacks.Houdini, attacks.SegPGD, attacks.CosPGD)
         ),
+        Attacker("IFGSM", lambda model, defended: attacks.IFGSM(model, **own_steps), knows=False),
         Attacker("MIM", lambda model, defended: attacks.MIM(model, **own_steps), knows=False),
-        Attacker("APGD", lambda model, defended: attacks.APGD(model, **own_steps), knows=False),
+        *(
+            Attacker(name, partial(tuned, objective=objective, restarts=restarts), knows=False)
+            for name, objective, restarts in (
+                ("APGD", "ce", 1),
+                ("APGD, DLR", "dlr", 1),
+                ("APGD, targeted DLR", "targeted-dlr", 3),
+            )
+            if objective == "ce" or not s.targeted
+        ),
         Attacker("through averaging", averaging, knows=False),
         Attacker("BPDA, one draw", knowing(draw=0)),
         Attacker("BPDA", knowing()),
         Attacker(f"BPDA, {s.eot} draws", knowing(s.eot)),
-        Attacker("BPDA, margin", margin),
+        Attacker("BPDA, margin", margin()),
+        Attacker("BPDA, one draw, margin", margin(draw=0)),
         Attacker("BPDA, trajectory", trajectory),
         Attacker("BPDA, one step", shorter),
         Attacker("unrolled", unrolled),
-        Attacker("unrolled, margin", unrolled_margin),
+        Attacker("unrolled, margin", unrolled_margin()),
+        Attacker("unrolled, one draw, margin", unrolled_margin(draw=0)),
         Attacker("Adaptive", both),
         Attacker("Adaptive, evading", overlooked),
         Attacker(f"Square, {s.queries} queries", square),
@@ -194,19 +219,22 @@ def adaptive(strength: Strength) -> list[Attacker]:
     """The attackers of the adaptive protocol, from one who knows nothing to those who know all but the next draw.
 
     PGD on the model, whose points every defense is tested on; the attack through averaging over views; BPDA that knows
-    the defender's draw; BPDA with another draw at each step, with expectation, on the margin, and along the
-    trajectory; through a purifier of one step, transferred; unrolled through the last steps, on cross-entropy and on
-    the margin; the paper's adaptive attack; the same evading the detector, where there is one; and random search. Then
-    BPDA at other radii: in larger balls it is no part of the worst case, and must leave nothing in the end.
+    the defender's draw; BPDA with another draw at each step, with expectation, on the margin (also at the defender's
+    draw), and along the trajectory; through a purifier of one step, transferred; unrolled through the last steps, on
+    cross-entropy and on the margin (also at that draw); the paper's adaptive attack; the same evading the detector,
+    where there is one; and random search. Then BPDA at other radii: in larger balls it is no part of the worst case,
+    and must leave nothing in the end.
     """
     everyone = known(strength)
     names = (
         *("PGD", "through averaging", "BPDA, one draw", "BPDA", f"BPDA, {strength.eot} draws", "BPDA, margin"),
         *(
+            "BPDA, one draw, margin",
             "BPDA, trajectory",
             "BPDA, one step",
             "unrolled",
             "unrolled, margin",
+            "unrolled, one draw, margin",
             "Adaptive",
             "Adaptive, evading",
             f"Square, {strength.queries} queries",

@@ -98,10 +98,18 @@ def judged(prediction: Tensor, y: Tensor, classes: int, ignore_index: int = 255)
 
 
 class Clock:
-    """Tells how long the rest takes, from what each cell took so far; one not yet seen costs as the mean of others."""
+    """Tells how long the rest takes, from what each cell took so far.
 
-    def __init__(self, missing: dict[tuple[str, str], int], progress: Advance | None) -> None:
-        self._missing, self._progress = dict(missing), progress
+    One not yet seen costs, by its ``effort``, as much as those that were, of its own row where there are any.
+    """
+
+    def __init__(
+        self,
+        missing: dict[tuple[str, str], int],
+        progress: Advance | None,
+        effort: Mapping[tuple[str, str], float] | None = None,
+    ) -> None:
+        self._missing, self._progress, self._effort = dict(missing), progress, effort or {}
         self._spent: dict[tuple[str, str], tuple[float, int]] = {}
 
     def done(self, cell: tuple[str, str], images: int, seconds: float) -> None:
@@ -112,9 +120,12 @@ class Clock:
             return
         spent = sum(seconds for seconds, _ in self._spent.values())
         each = {c: seconds / count for c, (seconds, count) in self._spent.items()}
-        unknown = sum(each.values()) / len(each)
-        rest = sum(each.get(c, unknown) * count for c, count in self._missing.items())
+        rest = sum((each[c] if c in each else self._guess(c, each)) * count for c, count in self._missing.items())
         self._progress(" / ".join(cell), spent, spent + rest)
+
+    def _guess(self, cell: tuple[str, str], each: Mapping[tuple[str, str], float]) -> float:
+        seen = [c for c in each if c[0] == cell[0]] or list(each)
+        return sum(each[c] for c in seen) * self._effort.get(cell, 1.0) / sum(self._effort.get(c, 1.0) for c in seen)
 
 
 class Records:
@@ -152,7 +163,11 @@ class Records:
         if path.exists():
             was = json.loads(path.read_text())
             keys = dict.fromkeys((*now, *was))
-            changed = [key for key in keys if key not in ("attackers", "defenses") and was.get(key) != now.get(key)]
+            changed = [
+                f"{key}{_apart(was.get(key), now.get(key))}"
+                for key in keys
+                if key not in ("attackers", "defenses") and was.get(key) != now.get(key)
+            ]
             for kind in ("attackers", "defenses"):
                 changed += [
                     f"{kind[:-1]} {name}"
@@ -178,12 +193,25 @@ class Records:
     def add(self, lines: Iterator[dict[str, Any]]) -> None:
         found = list(lines)
         content = "".join(json.dumps(line) + "\n" for line in found).encode()
-        written = self._file.write(content)  # one append
+        try:
+            written = self._file.write(content)  # one append
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror}; what {self._path} had is kept") from error
         if written != len(content):
             raise OSError(f"{self._path} took {written} of {len(content)} bytes: the disk is full")
-        os.fsync(self._file.fileno())
         for line in found:
             self.results[line["image"], line["defense"], line["attack"]] = line
+
+
+def _apart(was: Any, now: Any) -> str:
+    """In what two values of a setting differ, as far as it can be said in a few words."""
+    if isinstance(was, dict) and isinstance(now, dict) and set(was) == set(now) == {"images", "digest"}:
+        before, after = was["images"], now["images"]
+        return f" ({before} images, now {after})" if before != after else f" ({before} images, now as many others)"
+    if isinstance(was, dict | list) or isinstance(now, dict | list):
+        return ""
+    return f" ({was!r}, now {now!r})"
 
 
 def as_array(result: Mapping[str, Any]) -> Array:

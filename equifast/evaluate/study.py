@@ -16,9 +16,9 @@ from torch.utils.data import Dataset
 
 from equifast import __version__, _checks, ops, rng
 from equifast._fingerprint import fingerprint, tensors_of
-from equifast.attacks import BPDA, Attack
+from equifast.attacks import BPDA, Adaptive, Attack
 from equifast.detectors import Detector
-from equifast.evaluate.metrics import Estimate, accuracy, average, difference, mean_iou
+from equifast.evaluate.metrics import Estimate, accuracy, average, class_iou, difference, mean_iou
 from equifast.evaluate.records import (
     CLEAN,
     Advance,
@@ -116,7 +116,8 @@ class Evaluation:
         attackers: the columns; ``clean`` images are always there.
         defenses: the rows, models that predict: :class:`equifast.Defended`, :class:`equifast.defenses.Averaging`, or
             whatever takes ``(x, ids, draw)``.
-        eps: the radius that no attack may leave, in the largest norm; None for attacks in another.
+        eps: the radius that no attack may leave; None for attacks that have none.
+        norm: in which that is, ``"linf"`` or ``"l2"``.
         target: the class that attackers aim at, who are targeted then; None for the true labels, which they flee.
         votes: draws of each defense that vote on every image, label by label, beside the single one that counts; 0 for
             no vote.
@@ -138,6 +139,7 @@ class Evaluation:
         defenses: Mapping[str, DefendedModel],
         *,
         eps: float | None,
+        norm: str = "linf",
         target: int | None = None,
         votes: int = 0,
         score: Purifier | None = None,
@@ -153,6 +155,7 @@ class Evaluation:
         if not defenses:
             raise ValueError("defenses is empty; there must be at least one")
         self.eps = None if eps is None else _checks.number("eps", eps, above=0)
+        self.norm = _checks.choice("norm", norm, ("linf", "l2"))
         self.target = None if target is None else _checks.integer("target", target, 0, 2**31)
         self.score = score
         self.votes = _checks.integer("votes", votes, 0, 1000)
@@ -168,6 +171,7 @@ class Evaluation:
             "backend": str(ops.choose(self._device)),
             "model": describe(model),
             "eps": eps,
+            **({} if norm == "linf" else {"norm": norm}),
             "target": target,
             "votes": votes,
             "score": describe(score),
@@ -191,7 +195,7 @@ class Evaluation:
         cells = self._cells()
         with Records(folder, self._manifest(cells)) as records:
             missing = self._missing(cells, records)
-            clock = Clock(missing, progress)
+            clock = Clock(missing, progress, {cell: _effort(attack) for cell, attack in cells.items()})
             for batch in batches(self.images, self.batch):
                 self._run(batch, cells, records, clock)
             return Report(self, cells, records.results)
@@ -310,14 +314,17 @@ class Evaluation:
         if not isinstance(attack, Attack | BPDA):
             return attack(x, y, ids), [{} for _ in x]
         losses, stuck = [[] for _ in x], [0] * len(x)  # type: list[list[float]], list[int]
+        steps, begun = _steps(attack), 0
 
         def watch(t: int, value: Tensor, gradient: Tensor) -> None:
+            nonlocal begun
+            begun = len(losses[0]) if t % steps == 0 else begun  # a run of its own
             for row, (loss, none) in enumerate(
                 zip(value.tolist(), (gradient == 0).flatten(1).all(1).tolist(), strict=True)
             ):
                 losses[row].append(float(f"{loss:.5g}"))
                 # a margin that is won has none either, and has risen before
-                stuck[row] += none and losses[row][-1] <= losses[row][0]
+                stuck[row] += none and losses[row][-1] <= losses[row][begun]
 
         x = attack(x, y, ids, watch=watch)
         return x, [{"losses": a, "no_gradient": b} if a else {} for a, b in zip(losses, stuck, strict=True)]
@@ -329,9 +336,12 @@ class Evaluation:
             raise ValueError(f"{name} gives images with values that are NaN or infinite")
         if float(x.min()) < 0 or float(x.max()) > 1:
             raise ValueError(f"{name} leaves [0, 1]: values from {float(x.min()):g} to {float(x.max()):g}")
-        moved = float((x - clean).abs().max())
-        if self.eps is not None and moved > radius * self.eps + 1e-6:
-            raise ValueError(f"{name} leaves its ball: it moves a value by {moved:g}, and may by {radius * self.eps:g}")
+        change, what = (x - clean).double(), "a value"
+        moved = float(change.abs().max())
+        if self.norm == "l2":
+            moved, what = float(change.flatten(1).norm(dim=1).max()), "an image"
+        if self.eps is not None and moved > radius * self.eps * (1 + 1e-6) + 1e-6:
+            raise ValueError(f"{name} leaves its ball: it moves {what} by {moved:g}, and may by {radius * self.eps:g}")
 
     def _logits(self, defended: DefendedModel, x: Tensor, y: Tensor, ids: Tensor, draw: int = 0) -> Tensor:
         with evaluating(x, self.model), torch.no_grad():
@@ -377,7 +387,7 @@ class Report:
     ``results[defense][attack]`` are (N,) bool or (N, C, C) confusion matrices of each image, in the order of the
     images' digests; ``voted`` the same of the majority of draws, where they vote; ``aimed``, where there is a target,
     with the target in place of the true labels. ``worst`` of a defense takes, image by image, the attack that leaves
-    fewest labels right; of dense labels the attacks that make the mean IoU least
+    fewest labels right, or the image as it is; of dense labels the attacks that make the mean IoU least
     (:func:`equifast.evaluate.worst_iou`).
     """
 
@@ -397,7 +407,7 @@ class Report:
         self.aimed: dict[str, dict[str, Array]] = {}
         self.seconds: dict[str, dict[str, tuple[float, float]]] = {}
         self.similarities: dict[str, dict[str, Array]] = {}
-        self.losses: dict[str, dict[str, Array]] = {}  # (N, steps)
+        self.losses: dict[str, dict[str, Array]] = {}  # (N, runs, steps)
         self.no_gradient: dict[str, dict[str, Array]] = {}  # (N,) steps
         self.probabilities: dict[str, bool] = {}
         self.purified: dict[str, dict[str, Array]] = {}  # (N,) bool, of defenses that purify what a detector suspects
@@ -411,7 +421,9 @@ class Report:
                 aimed = [as_aimed(result, self.target) for result in results]
                 self.aimed.setdefault(defense, {})[attack] = np.stack(aimed)
             if all("losses" in line for line in lines):
-                self.losses.setdefault(defense, {})[attack] = np.array([line["losses"] for line in lines])
+                steps = _steps(cells[defense, attack])
+                losses = np.array([line["losses"] for line in lines])
+                self.losses.setdefault(defense, {})[attack] = losses.reshape(len(lines), -1, steps)
                 self.no_gradient.setdefault(defense, {})[attack] = np.array([line["no_gradient"] for line in lines])
             if evaluation.score is not None:
                 self.similarities.setdefault(defense, {})[attack] = np.array([line["similarity"] for line in lines])
@@ -427,6 +439,12 @@ class Report:
         """The figure of results and its standard error."""
         return mean_iou(results) if self.dense else accuracy(results)
 
+    def reached(self, defense: str, attack: str) -> Estimate:
+        """How much of the labels that count is the target: accuracy, or the IoU of that class alone, and the error."""
+        assert self.target is not None
+        results = self.aimed[defense][attack]
+        return class_iou(results, self.target) if self.dense else accuracy(results)
+
     def similarity(self, defense: str, attack: str) -> Estimate:
         """The mean similarity of the images that a defense predicts from, times 100, where it was recorded."""
         return average(self.similarities[defense][attack])
@@ -436,15 +454,18 @@ class Report:
         return [attack for attack in self.results[defense] if 0 < self.radius[attack] <= 1]
 
     def worst(self, defense: str, voted: bool = False) -> Array:
-        """The results of a defense under the worst of its attackers, image by image."""
+        """The results of a defense under the worst of its attackers, image by image; the image itself is one of them.
+
+        It lies in the ball of every attack, and a random defense may be right under all of these and wrong without.
+        """
         results = (self.voted if voted else self.results)[defense]
-        stacked = np.stack([results[attack] for attack in self.attacks(defense) or [CLEAN]])
+        stacked = np.stack([results[attack] for attack in (CLEAN, *self.attacks(defense))])
         worst: Array = stacked[self._worst(stacked), np.arange(stacked.shape[1])]
         return worst
 
     def worst_attacks(self, defense: str) -> list[str]:
         """Which attack that is, of each image."""
-        names = self.attacks(defense) or [CLEAN]
+        names = [CLEAN, *self.attacks(defense)]
         stacked = np.stack([self.results[defense][attack] for attack in names])
         return [names[int(i)] for i in self._worst(stacked)]
 
@@ -504,9 +525,10 @@ class Report:
                 if seeing and estimate.value < min(e.value for e in seeing) - estimate.standard_error:
                     found.append(f"{defense}: {name}, a black box, does more damage than every attacker with gradients")
             for name, losses in self.losses.get(defense, {}).items():
-                still = int((losses[:, -1] <= losses[:, 0]).sum())
-                if losses.shape[1] > 1 and 2 * still > len(losses):
-                    found.append(f"{defense}: the loss of {name} does not rise with its steps on {still} images")
+                still = losses[:, :, -1] <= losses[:, :, 0]  # run by run, of restarts or weights
+                images = int((2 * still.sum(1) > still.shape[1]).sum())
+                if losses.shape[2] > 1 and 2 * images > len(losses):
+                    found.append(f"{defense}: the loss of {name} does not rise with its steps on {images} images")
             for name, steps in self.no_gradient.get(defense, {}).items():
                 # where nothing is left to turn, a margin has none
                 stuck = int(((steps > 0) & (_right(self.results[defense][name]) >= 0.5)).sum())
@@ -532,13 +554,13 @@ class Report:
                 if attack in self.voted.get(defense, {}):
                     cell["vote"] = _values(self.estimate(self.voted[defense][attack]))
                 if attack in self.aimed.get(defense, {}):
-                    cell["target"] = _values(self.estimate(self.aimed[defense][attack]))
+                    cell["target"] = _values(self.reached(defense, attack))
                 if attack in self.similarities.get(defense, {}):
                     cell["similarity"] = _values(self.similarity(defense, attack))
                 if attack in self.purified.get(defense, {}):
                     cell["purified"] = _values(accuracy(self.purified[defense][attack]))
                 if attack in self.losses.get(defense, {}):
-                    mean = self.losses[defense][attack].mean(0)
+                    mean = self.losses[defense][attack].mean(0).flatten()
                     cell["loss"] = [float(f"{value:.5g}") for value in mean]
                 rows.setdefault(defense, {})[attack] = cell
         kept = {"figure": self.figure, "images": self.images, "votes": self.votes, "target": self.target}
@@ -548,6 +570,26 @@ class Report:
             document["against"] = against
             document["differences"] = {d: {a: _values(e) for a, e in row.items()} for d, row in apart.items()}
         return document
+
+
+def _own(attack: object) -> object:
+    """The attack that one who knows makes of a defense."""
+    return attack._attack if isinstance(attack, BPDA) else attack
+
+
+def _steps(attack: object) -> int:
+    """Of one run."""
+    own = _own(attack)
+    return max(1, own.ascent.steps) if isinstance(own, Attack) else 1
+
+
+def _effort(attack: object) -> float:
+    """About how many passes an attack makes of what it attacks: what its time is guessed by until it is seen."""
+    own = _own(attack)
+    if not isinstance(own, Attack):
+        return 1.0
+    passes = len(own.weights) if isinstance(own, Adaptive) else 1
+    return 1.0 + passes * own.total_steps * (own.eot or 1)
 
 
 def _values(estimate: Estimate) -> dict[str, Any]:

@@ -26,7 +26,7 @@ class Profile:
     Args:
         seconds: of each of ``PARTS``, medians over rounds. ``views`` is drawing and rendering them, and the way back;
             ``forward`` and ``backward`` are the network, and the log-probabilities of its output where a purifier
-            compares these; ``other`` is what lies between.
+            compares these; ``step`` is momentum, the step and the projection; ``other`` is what lies between.
         passes: how many forward and backward passes of the image, by area, a step makes of each image; forward passes
             alone count half.
         folded: whether a folded copy of the model runs.
@@ -130,11 +130,13 @@ def profile_step(purifier: Purifier, x: Tensor, rounds: int = 5) -> Profile:
         assert isinstance(timed, _Timed)
         ascent = purifier.ascent
         sigma = (ascent.steps - 1) / ascent.steps if ascent.noise else 0.0
+        momentum = torch.zeros_like(images, dtype=torch.promote_types(images.dtype, torch.float32))
         for _ in range(rounds + 1):
             timed.clock, timed.area = _Clock(x.device), 0
             timed.clock.note("begin")
             gradient = timed.gradient(images, 0)[1]
             timed.clock.note("step")
+            gradient, momentum = ascent.accumulated(gradient, momentum)
             size = ascent.step_size
             ascent.ball.step(images, gradient, images, size=size, sigma=sigma, seed=seed, ids=ids, draw=0, t=0)
             timed.clock.note("stepped")
