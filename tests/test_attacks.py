@@ -1,5 +1,6 @@
 import dataclasses
 import math
+from collections.abc import Callable
 
 import cases
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from equifast import Defended, Purifier, attacks, defenses, reference, views
+from equifast import Defended, Purifier, attacks, defenses, reference, rng, views
 from equifast.evaluate import confusion
 from equifast.objectives import cross_entropy
 from equifast.purifier import DefendedModel
@@ -167,12 +168,16 @@ def test_auto_pgd_halves_where_the_paper_says() -> None:
     assert sorted(_checkpoints(5, 0.22, 0.03, 0.06))[:2] == [2, 3]
 
 
-def auto_pgd(model: nn.Module, x: Tensor, y: Tensor, start: Tensor, eps: float, steps: int) -> Tensor:
-    """Of one image, as the paper writes it: cross-entropy, the largest norm."""
+def auto_pgd(
+    loss: Callable[[Tensor], Tensor], x: Tensor, start: Tensor, eps: float, steps: int
+) -> tuple[Tensor, list[Tensor]]:
+    """Of one image, as the paper writes it, in the largest norm: the best point, and all that were visited."""
+    visited: list[Tensor] = []
 
     def at(z: Tensor) -> tuple[float, Tensor]:
+        visited.append(z)
         leaf = z.clone().requires_grad_()
-        value = nn.functional.cross_entropy(model(leaf), y)
+        value = loss(leaf)
         return float(value.detach()), torch.autograd.grad(value, leaf)[0]
 
     def project(z: Tensor) -> Tensor:
@@ -202,7 +207,7 @@ def auto_pgd(model: nn.Module, x: Tensor, y: Tensor, start: Tensor, eps: float, 
         points[k] = current
         points.append(ahead)
     f, _ = at(points[-1])
-    return points[-1] if f > best else best_x
+    return points[-1] if f > best else best_x, visited
 
 
 def test_auto_pgd_step_by_step() -> None:
@@ -212,8 +217,37 @@ def test_auto_pgd_step_by_step() -> None:
     assert attack.ascent.step_size == 0.1
     found = attack(x, y)
     for i in range(5):
-        expected = auto_pgd(model, x[i : i + 1], y[i : i + 1], x[i : i + 1], 0.05, 30)
+        image, label = x[i : i + 1], y[i : i + 1]
+        expected, _ = auto_pgd(lambda z, y=label: nn.functional.cross_entropy(model(z), y), image, image, 0.05, 30)
         torch.testing.assert_close(found[i : i + 1], expected)
+
+
+def test_auto_pgd_at_a_class_step_by_step() -> None:
+    """Its steps halve by the ratio that it climbs; points compare by that of whatever class is next."""
+    model, x = cases.classifier().eval().double(), cases.images(5).double()
+    y = labels(model, x)
+    attack = attacks.APGD(model, objective="targeted-dlr", restarts=2, steps=30, eps=0.05, start="uniform")
+    told: list[Tensor] = []
+    found = attack(x, y, watch=lambda t, value, gradient: told.append(value))
+    for i in range(5):
+        image, label = x[i : i + 1], y[i : i + 1]
+        order = [int(c) for c in model(image).detach()[0].argsort(descending=True) if int(c) != int(label)]
+        points: list[Tensor] = []
+        for run, aim in enumerate(order[:2]):
+
+            def ratio(z: Tensor, aim: int = aim, own: int = int(label)) -> Tensor:
+                (logits,) = model(z)
+                top = logits.topk(4).values
+                return (logits[aim] - logits[own]) / (top[0] - (top[2] + top[3]) / 2)  # type: ignore[no-any-return]
+
+            ball, where = attack.ascent.ball, {"seed": 0, "ids": torch.zeros(1, dtype=torch.int64), "draw": 0}
+            start = ball.start(image, "uniform", **where, step=run, stream=rng.Stream.START.of(1))
+            _, visited = auto_pgd(ratio, image, start, 0.05, 30)
+            points += visited
+            values = torch.stack([ratio(z).detach() for z in visited[:-1]])
+            torch.testing.assert_close(torch.stack(told)[30 * run : 30 * (run + 1), i].double(), values)
+        best = max(points, key=lambda z, y=label: float(attack.loss(model(z).detach(), y)))
+        torch.testing.assert_close(found[i : i + 1], best)
 
 
 def test_targeted_ratio_aims_at_another_class_in_every_restart() -> None:

@@ -1,5 +1,7 @@
 """Attack libraries that know nothing of equifast attack its models unmodified."""
 
+from typing import Any
+
 import cases
 import pytest
 import torch
@@ -79,9 +81,28 @@ def test_art(model: torch.nn.Module, name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_our_pgd_is_as_strong_as_theirs() -> None:
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ((attacks.PGD, {"step_size": 1 / 255}), ("PGD", {"alpha": 1 / 255})),
+        ((attacks.MIM, {}), ("MIFGSM", {"alpha": 1 / 255})),
+        ((attacks.APGD, {}), ("APGD", {})),
+        ((attacks.APGD, {"objective": "dlr"}), ("APGD", {"loss": "dlr"})),
+        ((attacks.APGD, {"objective": "targeted-dlr", "restarts": 3}), ("APGDT", {"n_classes": 5})),
+    ],
+)
+def test_ours_turn_as_many_as_theirs(ours: tuple[Any, dict[str, Any]], theirs: tuple[str, dict[str, Any]]) -> None:
+    """Or one point less, of images of which a good part can be turned and a good part cannot."""
     torchattacks = pytest.importorskip("torchattacks", exc_type=ImportError)
-    torch.manual_seed(0)
-    theirs = torchattacks.PGD(MODEL, eps=8 / 255, alpha=2 / 255, steps=20)(X, Y)
-    ours = attacks.PGD(MODEL, eps=8 / 255, step_size=2 / 255, steps=20)(X, Y)
-    assert drop(MODEL, ours) > 0.98 * drop(MODEL, theirs)
+    x, settings = cases.images(200, 16, 16), {"eps": 4 / 255, "steps": 20}
+    with torch.no_grad():
+        y = MODEL(x).argmax(1)
+        torch.manual_seed(0)
+        with torch.enable_grad():
+            found = (
+                ours[0](MODEL, **settings, **ours[1])(x, y),
+                getattr(torchattacks, theirs[0])(MODEL, **settings, **theirs[1])(x, y),
+            )
+        mine, other = (100 * float((MODEL(images).argmax(1) != y).float().mean()) for images in found)
+    assert 40 < other < 90
+    assert mine >= other - 1
