@@ -1,6 +1,7 @@
 """Runs CMake. CMakeLists.txt says what is compiled, pyproject.toml everything else about the package."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +18,12 @@ class CMakeBuild(build_ext):
     def run(self) -> None:
         build = Path(self.build_temp).resolve()
         package = ROOT / "equifast" if self.inplace else Path(self.build_lib).resolve() / "equifast"
-        # An isolated build has its own cmake and pybind11, in another folder each time: no cache from before.
-        configure = ["cmake", "--fresh", "-S", ROOT, "-B", build, "-G", "Ninja", "-DEQUIFAST_TESTS=OFF"]
+        # An isolated build has its own cmake and pybind11, in another folder each time: nothing that was found before
+        # holds. What was compiled does, where its command is the same: that of the kernels, which know no torch.
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
+        for found in build.glob("CMakeFiles/[0-9]*"):
+            shutil.rmtree(found)
+        configure = ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", "-DEQUIFAST_TESTS=OFF"]
         self._cmake(*configure, f"-DPython_EXECUTABLE={sys.executable}")
         self._cmake("cmake", "--build", build)
         self._cmake("cmake", "--install", build, "--prefix", package)

@@ -416,7 +416,11 @@ def evaluate(
     ] = None,
     layer: Layers = None,
     detector: Annotated[
-        list[str] | None, typer.Option(help="Which detectors such a study has; all of them where not given.")
+        list[str] | None,
+        typer.Option(
+            help="Which detectors such a study has, all of them where not given; or the one of the defense detect, "
+            "deviation where not given."
+        ),
     ] = None,
     foreign: Annotated[
         list[Path] | None, typer.Option(help="Data that the model does not know, for --study ood; any number.")
@@ -487,16 +491,17 @@ def evaluate(
                 str(study), Detection(network, chosen, detectors, anomalies, batch=batch, arguments=told), output
             )
             return
-        if detector or foreign:
-            name = "detector" if detector else "foreign"
-            raise ValueError(f"{name} is given; it is for a study of detectors, one of {', '.join(DETECTION)}")
+        guards = detector or ["deviation"]
+        if foreign or (detector and ("detect" not in (defense or ()) or len(detector) > 1)):
+            name, where = ("foreign", "") if foreign else ("detector", "the defense 'detect', which has one, or for ")
+            raise ValueError(f"{name} is given; it is for {where}a study of detectors, one of {', '.join(DETECTION)}")
         sweep = _sweep(study, defense, Make(network, features, preset, radius, seed))
         if sweep is not None:
             rows = dict(sweep.defenses)
         else:
             heads = _Heads(output, fit, clean, fit_images, shape, _device(device), chosen)
             rows = {
-                name: _defended(name, network, features, layer or (), radius, seed, heads)
+                name: _defended(name, network, features, layer or (), radius, seed, heads, guards[0])
                 for name in defense or ("none", "averaging" if protocol is None else "averaging-16", "fast")
             }
         if against is not None and against not in rows:
@@ -728,6 +733,7 @@ def _defended(
     eps: float,
     seed: int,
     heads: _Heads,
+    guard: str,
 ) -> DefendedModel:
     whole = name
     name, own, where = name.partition("@")
@@ -749,7 +755,7 @@ def _defended(
     if name in PRESETS:
         return Defended(network, Purifier(network, features, name, eps, seed))
     if name == "detect":
-        detector = heads.fitted(DETECTORS["deviation"](network, features, layers, seed), "deviation")
+        detector = _detectors(network, features, layers, seed, heads, [guard])[guard]
         # in the arithmetic of the detector, whose passes give the predictions of what is not suspected
         return Defended(network, Purifier(network, features, "fast", eps, seed), detector=detector, dtype="auto")
     raise ValueError(f"defense is {whole!r}; it must be one of {', '.join(DEFENSES)}")

@@ -142,7 +142,7 @@ def test_a_study_records_what_detectors_say(tmp_path: Path) -> None:
             assert np.array_equal(again.scores[name][kind], scores)
     for changed in ({"data": scenes(5)}, {"detectors": {"variance": OutputVariance(MODEL, seed=1).fit([images(40)])}}):
         other: dict[str, Any] = {"model": MODEL, "data": data, "detectors": made, "anomalies": kinds, **changed}
-        with pytest.raises(ValueError, match=r"holds results of another (data|defense variance); choose another"):
+        with pytest.raises(ValueError, match=r"holds results of another (data \(6 images, now 5\)|defense variance); choose"):
             Detection(**other).run(tmp_path / "a")
     with pytest.raises(ValueError, match=r"holds results of another .*kind"):
         Evaluation(MODEL, data, [], {"none": Defended(MODEL, Purifier(MODEL))}, eps=None).run(tmp_path / "a")
@@ -358,12 +358,22 @@ def test_a_model_that_purifies_what_it_suspects_from_the_command_line(tmp_path: 
     assert rows["detect"]["PGD"]["purified"]["value"] == 100 * sum(guarded) / 2
     assert "PGD: purified, %" in (tmp_path / "out" / "table.md").read_text()
     assert all("purified" not in line for line in lines if line["defense"] == "none")
-    for option in ("--detector", "--foreign"):
-        done = CliRunner().invoke(app, [str(a) for a in (*fixed, option, "variance")])
+    fixed[3] = tmp_path / "other"
+    done = CliRunner().invoke(app, [str(a) for a in (*fixed, *rest, "--detector", "variance")])
+    assert done.exit_code == 0, done.output
+    study = json.loads((tmp_path / "other" / "study.json").read_text())
+    assert study["defenses"]["detect"]["detector"]["detector"] == "OutputVariance"
+    for wrong, sentence in (
+        (("--foreign", "variance"), "foreign is given; it is for a study of detectors, one of detection"),
+        (
+            ("--detector", "variance", "--detector", "deviation"),
+            "detector is given; it is for the defense 'detect', which has one, or for a study of detectors",
+        ),
+        (("--detector", "magic"), "detector is 'magic'; it must be one of similarity"),
+    ):
+        done = CliRunner().invoke(app, [str(a) for a in (*fixed, *wrong, "--clean", clean)])
         assert done.exit_code == 2
-        assert f"{option[2:]} is given; it is for a study of detectors, one of detection" in done.output.replace(
-            "\n", " "
-        )
+        assert sentence in done.output.replace("\n", " ")
 
 
 @pytest.mark.parametrize("detector", ["similarity", "error", "deviation"])
