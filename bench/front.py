@@ -499,7 +499,7 @@ def measure(
             if margin:
                 victims |= {f"{c}, margin": v + MARGIN for c, v in victims.items() if v and c != "own views"}
             row = {column: runner.cell(name, victim) for column, victim in victims.items()}
-            row["worst"] = worst([cell for column, cell in row.items() if column != "clean"])
+            row["worst"] = worst(list(row.values()))  # the image itself lies in the ball too
             cells[name] = row
             found[name] = {column: figure(study, cell) for column, cell in row.items()}
             for other, reference in (
