@@ -142,7 +142,8 @@ def test_a_study_records_what_detectors_say(tmp_path: Path) -> None:
             assert np.array_equal(again.scores[name][kind], scores)
     for changed in ({"data": scenes(5)}, {"detectors": {"variance": OutputVariance(MODEL, seed=1).fit([images(40)])}}):
         other: dict[str, Any] = {"model": MODEL, "data": data, "detectors": made, "anomalies": kinds, **changed}
-        with pytest.raises(ValueError, match=r"holds results of another (data \(6 images, now 5\)|defense variance); choose"):
+        what = r"(data \(6 images, now 5\)|defense variance)"
+        with pytest.raises(ValueError, match=f"holds results of another {what}; choose another"):
             Detection(**other).run(tmp_path / "a")
     with pytest.raises(ValueError, match=r"holds results of another .*kind"):
         Evaluation(MODEL, data, [], {"none": Defended(MODEL, Purifier(MODEL))}, eps=None).run(tmp_path / "a")
