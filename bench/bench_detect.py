@@ -68,9 +68,9 @@ def main(
         "variance, mirror image": OutputVariance(model),
     }
     deviation = Deviation(model).fit(x.split(4))
-    suspects = max(1, images // 20)
-    highest = deviation.score(x, ids).sort(descending=True).values[: suspects + 1]
-    deviation._fitted |= {"threshold": float(highest[-2:].double().mean())}  # type: ignore[operator]
+    scores, few = deviation.score(x, ids), max(1, images // 20)  # its own rate is of images that it has not seen
+    rates = (rank / (images + 1) for rank in range(1, images))
+    deviation = next(at for at in map(deviation.at, rates) if int((scores > at.threshold).sum()) >= few)
     guarded = equifast.Defended(model, always["auto"].purifier, detector=deviation, dtype="auto")
 
     def predict(defended: nn.Module, given: Tensor) -> None:

@@ -214,7 +214,7 @@ def _batched(*args: Any) -> bool:
 _ROWS = 1024
 
 
-def _is_batch(x: Any, *_: Any) -> bool:
+def _is_batch(x: Any = None, *_: Any) -> bool:
     """Whether the first argument of a linear layer is several images on the CPU."""
     if not isinstance(x, Tensor) or x.dim() < 2 or x.device.type != "cpu" or not x.is_floating_point():
         return False

@@ -32,6 +32,7 @@ __all__ = [
     "cross_entropy",
     "disagreement",
     "distances",
+    "in_batches",
     "in_frame",
     "label_index",
     "label_mean",
@@ -77,6 +78,18 @@ def batched(n: int, sizes: Sequence[tuple[int, ...]], together: int) -> list[lis
         most = max(1, together // max(1, n * math.prod(size)))
         found += [members[i : i + most] for i in range(0, len(members), most)]
     return found
+
+
+def in_batches(run: Callable[[Tensor], Tensor], images: Sequence[Tensor], together: int) -> list[Tensor]:
+    """What a model, which may work in place, gives for several images (N, C, h, w), those of one size :func:`batched`.
+
+    In the order of the images, which does not depend on N: sums over them round alike.
+    """
+    found: dict[int, Tensor] = {}
+    for batch in batched(len(images[0]), [image.shape[2:] for image in images], together):
+        joined = images[batch[0]].clone() if len(batch) == 1 else torch.cat([images[i] for i in batch])
+        found.update(zip(batch, run(joined).chunk(len(batch)), strict=True))
+    return [found[i] for i in range(len(images))]
 
 
 def number_of_pairs(pairing: str, views: int) -> int:
@@ -283,11 +296,7 @@ class Agreement:
 
     def features_of(self, images: Sequence[Tensor]) -> list[Tensor]:
         """F of several images (N, 3, h, w), or views, one after the other but for :meth:`batches`."""
-        found: dict[int, Tensor] = {}
-        for batch in self.batches(len(images[0]), [image.shape[2:] for image in images]):
-            parts = self.joined([images[i] for i in batch]).chunk(len(batch))
-            found.update(zip(batch, parts, strict=True))
-        return [found[i] for i in range(len(images))]
+        return in_batches(self.features, images, self.together)
 
     def sample(self, x: Tensor, t: int, count: int | None) -> list[Sampled]:
         """The views of step ``t``."""
@@ -650,15 +659,9 @@ def average_predictions(
     Returns:
         Mean logits in the shape of ``predict(x)``; at each position over the image and the views that see it.
     """
-    images, found = [x, *rendered(x, sampled)], dict[int, Tensor]()
-    for batch in batched(len(x), [image.shape[2:] for image in images], together):
-        # models may work in place, and the views are of the image
-        joined = torch.cat([images[i] for i in batch]) if len(batch) > 1 else images[batch[0]].clone()
-        found.update(zip(batch, predict(joined).chunk(len(batch)), strict=True))
-    # in an order that does not depend on N, as sums round
-    first, *others = (found[i] for i in range(len(images)))
+    first, *others = in_batches(predict, [x, *rendered(x, sampled)], together)
     if first.dim() != 4:
-        return (first + sum(others)) / len(images)
+        return (first + sum(others)) / (1 + len(others))
     total, count = first, torch.ones_like(first[:, :1])
     for logits, view in zip(others, sampled, strict=True):
         prediction, overlap = in_frame(logits, view, (first.shape[2], first.shape[3]))

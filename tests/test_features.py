@@ -315,3 +315,32 @@ def test_forward_mode_goes_through_a_lean_resize() -> None:
         resized = functional.interpolate(forward_ad.make_dual(x, tangent), size=(5, 7), mode="bilinear")
         found = forward_ad.unpack_dual(resized).tangent
     torch.testing.assert_close(found, functional.interpolate(tangent, size=(5, 7), mode="bilinear"))
+
+
+@pytest.mark.parametrize("lowered", [False, True])
+@pytest.mark.parametrize("shape", [(7, 37), (7, 5, 37)])
+def test_a_linear_layer_gives_an_image_the_same_bits_in_any_batch(shape: tuple[int, ...], lowered: bool) -> None:
+    """And those gradients, and however it is called."""
+
+    class Keywords(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return functional.linear(input=x, weight=self.weight, bias=self.bias)
+
+    generator = torch.Generator().manual_seed(0)
+    x, upstream = (torch.randn((*shape[:-1], n), generator=generator) for n in (37, 19))
+    layer = nn.Linear(37, 19)
+
+    def both(rows: slice, module: nn.Module) -> tuple[Tensor, Tensor]:
+        leaf = x[rows].clone().requires_grad_()
+        with evaluating(leaf, module), torch.autocast("cpu", torch.bfloat16, enabled=lowered):
+            y = module(leaf)
+        return y.detach(), torch.autograd.grad(y, leaf, upstream[rows].to(y.dtype))[0]
+
+    whole = both(slice(None), layer)
+    for size in (1, 2, 3):
+        parts = [both(slice(i, i + size), layer) for i in range(0, 7, size)]
+        for found, expected in zip(map(torch.cat, zip(*parts, strict=True)), whole, strict=True):
+            assert torch.equal(found, expected)
+    other = Keywords(37, 19)
+    other.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(both(slice(None), other), whole, rtol=0.02, atol=0.02)
