@@ -30,6 +30,16 @@ from equifast import views
 from equifast.detectors import Deviation, OutputVariance, Similarity
 
 
+class Chosen(Deviation):
+    """With a threshold that is given: its own suspects fewer of the images that it was fitted on."""
+
+    level = 0.0
+
+    @property
+    def threshold(self) -> float:
+        return self.level
+
+
 def published(model: nn.Module, x: Tensor) -> Tensor:
     """The scores of images, one after the other."""
     scores = []
@@ -67,10 +77,8 @@ def main(
         "variance, eight that do not enlarge": OutputVariance(model, small),
         "variance, mirror image": OutputVariance(model),
     }
-    deviation = Deviation(model).fit(x.split(4))
-    scores, few = deviation.score(x, ids), max(1, images // 20)  # its own rate is of images that it has not seen
-    rates = (rank / (images + 1) for rank in range(1, images))
-    deviation = next(at for at in map(deviation.at, rates) if int((scores > at.threshold).sum()) >= few)
+    deviation = Chosen(model).fit(x.split(4))
+    deviation.level = float(deviation.score(x, ids).sort(descending=True).values[images // 20])
     guarded = equifast.Defended(model, always["auto"].purifier, detector=deviation, dtype="auto")
 
     def predict(defended: nn.Module, given: Tensor) -> None:

@@ -471,7 +471,7 @@ def evaluate(
         wanted = attack or ("PGD", "through averaging", "BPDA")
         for name in wanted:
             if name not in everyone:
-                raise ValueError(f"attack is {name!r}; it must be one of {', '.join(everyone)}")
+                raise ValueError(f"attack is {name!r}; it must be one of {'; '.join(everyone)}")
         attackers = [everyone[name] for name in wanted] if protocol is None else adaptive(strength)
         if features is None:
             features = _find_features(network, chosen[0][0][None].to(_device(device)))

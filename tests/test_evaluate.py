@@ -701,7 +701,7 @@ def test_command(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
-        (("--attack", "nuke"), "attack is 'nuke'; it must be one of FGSM, PGD"),
+        (("--attack", "nuke"), "attack is 'nuke'; it must be one of FGSM; PGD"),
         (("--defense", "wall"), "defense is 'wall'; it must be one of none, random"),
         (("--protocol", "casual"), "protocol is 'casual'; it must be 'adaptive'"),
         (("--protocol", "adaptive", "--attack", "PGD"), "it brings its own"),
