@@ -36,7 +36,7 @@ Made = Callable[[Study, int, int], attacks.Attack]
 def _plain(kind: type[attacks.Attack], **settings: Any) -> Made:
     def make(study: Study, steps: int, queries: int) -> attacks.Attack:
         own = {"eps": study.eps, "steps": steps, "seed": ATTACK_SEED}
-        if kind not in (attacks.APGD, attacks.MIM):
+        if not issubclass(kind, (attacks.APGD, attacks.MIM)):
             own["step_size"] = study.step_size
         return kind(study.model, **{**own, **settings})
 
@@ -45,9 +45,7 @@ def _plain(kind: type[attacks.Attack], **settings: Any) -> Made:
 
 ATTACKS: dict[str, Made] = {
     "FGSM": lambda study, steps, queries: attacks.FGSM(study.model, eps=study.eps, seed=ATTACK_SEED),
-    "IFGSM": lambda study, steps, queries: attacks.IFGSM(
-        study.model, eps=study.eps, step_size=study.step_size, seed=ATTACK_SEED
-    ),
+    "IFGSM": _plain(attacks.IFGSM),
     "PGD": _plain(attacks.PGD),
     "MIM": _plain(attacks.MIM),
     "CW": _plain(attacks.CW),
@@ -136,7 +134,7 @@ def beside_torchattacks(study: Study, steps: int) -> dict[str, Any]:
             x = _attacked(attack, study, f"{name}, {label}")
             turned = torch.from_numpy(~_results(study, x)) & right
             rates.append(100 * float(turned.sum() / right.sum()))
-            moved = (x - study.images).flatten(1).norm(dim=1)[turned]
+            moved = (x.detach() - study.images).flatten(1).norm(dim=1)[turned]
             distances.append(float(moved.median()) if len(moved) else float("nan"))
         entries[name] = {"ours": rates[0], "theirs": rates[1], "median L2, ours": distances[0]}
         entries[name]["median L2, theirs"] = distances[1]

@@ -80,8 +80,9 @@ class Attack:
         norm: ``"linf"`` or ``"l2"``.
         targeted: whether ``y`` is what the model shall say, instead of what it shall not.
         start: ``"origin"``, ``"uniform"`` or ``"corner"``.
-        restarts: runs from random starts, of which each image keeps the one with the largest loss.
-        keep: ``"last"`` iterate or ``"best"`` by the loss.
+        restarts: runs from random starts, of which each image keeps the one with the largest loss; where images have
+            one label, of those that have turned it, if any has.
+        keep: ``"last"`` iterate or ``"best"``, by the same.
         momentum, adaptive: as in :class:`equifast.ascent.Ascent`.
         seed: 0..2**32-1, or None for a fresh one per call.
         ignore_index: the dense label that does not count.
@@ -246,21 +247,24 @@ class Attack:
                 f"logits have {logits.shape[1]} classes; {type(self).__name__} needs at least {self.least_classes}"
             )
 
-    def _objective(self, predict: Prediction, x: Tensor, y: Tensor, ids: Tensor) -> Objective:
-        """What the ascent climbs."""
+    def _objective(self, predict: Prediction, x: Tensor, y: Tensor, ids: Tensor, ranked: bool = False) -> Objective:
+        """What the ascent climbs; ranked, a label that is as the attack wants it counts before all losses."""
         sign = -1.0 if self.targeted else 1.0
+        ranked = ranked and y.dim() == 1 and (self.ascent.restarts > 1 or self.ascent.keep == "best")
 
         def loss(logits: Tensor, y: Tensor) -> Tensor:
-            return sign * self.loss(logits, y)
+            found = sign * self.loss(logits, y)
+            # no label that is given has a cross-entropy above the logarithm
+            return found + ((logits.argmax(1) == y) == self.targeted) * math.log(logits.shape[1]) if ranked else found
 
         def climbed(logits: Tensor, t: int, y: Tensor) -> Tensor:
             return sign * self.step_loss(logits, y, t % max(1, self.ascent.steps))
 
-        own = type(self).step_loss is not Attack.step_loss
-        return TaskLoss(predict, loss, (y,), ids, self._draws, climbed if own else None)
+        own = ranked or type(self).step_loss is not Attack.step_loss
+        return TaskLoss(predict, loss, (y,), ids, self._draws, climbed if own else None, tells_climbed=ranked)
 
     def _search(self, predict: Prediction, x: Tensor, y: Tensor, call: Call) -> Tensor:
-        return self._climb(self._objective(predict, x, y, call.ids), x, call, call.progress)
+        return self._climb(self._objective(predict, x, y, call.ids, ranked=True), x, call, call.progress)
 
     def _climb(self, objective: Objective, x: Tensor, call: Call, progress: Progress | None) -> Tensor:
         # a start of its own: not the corner from which a purifier of the same seed starts
@@ -398,7 +402,7 @@ class APGD(Attack):
         objective: ``"ce"``, cross-entropy; ``"dlr"``, the difference of logits ratio; ``"targeted-dlr"``, which in each
             restart aims at another class, the next in the order in which the model has them on the given image. Of
             several restarts each image keeps the one with the largest ratio. Ratios take at least three classes,
-            respectively four.
+            respectively four. Of dense labels a ratio counts up to 1, what it is where the label has come third.
     """
 
     def __init__(self, model: Callable[..., Any], *, objective: str = "ce", **settings: Any) -> None:
@@ -414,15 +418,20 @@ class APGD(Attack):
         self.ascent = dataclasses.replace(self.ascent, step_size=2 * self.ascent.ball.eps)
 
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:
-        """Cross-entropy, or the mean over the labels of their margin over the difference of first and third logit."""
+        """Cross-entropy, or the mean over the labels of their margin over the distance from first to third logit."""
         if self.objective == "ce":
             return super().loss(logits, y)
         top = logits.topk(3, 1).values
-        return self._mean(margins(logits, y, self.ignore_index) / (top[:, 0] - top[:, 2] + 1e-12), y)
+        return self._ratio(margins(logits, y, self.ignore_index), top[:, 0] - top[:, 2], y)
 
-    def _objective(self, predict: Prediction, x: Tensor, y: Tensor, ids: Tensor) -> Objective:
+    def _ratio(self, difference: Tensor, scale: Tensor, y: Tensor) -> Tensor:
+        ratio = difference / (scale + 1e-12)
+        # Of one label it ends with the attack. Of many, those that are lost would take over: it grows without bound
+        return self._mean(ratio if y.dim() == 1 else ratio.clamp(max=1.0), y)
+
+    def _objective(self, predict: Prediction, x: Tensor, y: Tensor, ids: Tensor, ranked: bool = False) -> Objective:
         if self.objective != "targeted-dlr":
-            return super()._objective(predict, x, y, ids)
+            return super()._objective(predict, x, y, ids, ranked)
         with torch.no_grad():
             *_, logits = predict(x.clone(), ids, self._draws(0)[0])
         index = label_index(y, self.ignore_index)
@@ -433,8 +442,7 @@ class APGD(Attack):
             rank = t // self.ascent.steps % others
             difference = logits.gather(1, order[:, rank : rank + 1]) - logits.gather(1, index)
             top = logits.topk(4, 1).values
-            scale = top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12
-            return self._mean(difference[:, 0] / scale, y)
+            return self._ratio(difference[:, 0], top[:, 0] - (top[:, 2] + top[:, 3]) / 2, y)
 
         def loss(logits: Tensor, y: Tensor, *_: Tensor) -> Tensor:
             return self.loss(logits, y)

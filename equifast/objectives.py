@@ -784,7 +784,7 @@ class TaskLoss:
         draws: ``t -> `` the draws that step ``t`` averages over.
         climbed: ``(logits, t, *labels) -> (N,)``, what step ``t`` climbs instead, where that is not the loss.
         tells_climbed: whether the value of a step is that of what it climbs, for steps that depend on whether it rises.
-            Points are compared by the loss, for one more pass each.
+            Points are then compared by the loss of the same pass, where draws do not change.
     """
 
     def __init__(
@@ -799,21 +799,28 @@ class TaskLoss:
     ) -> None:
         self._predict, self._loss, self._labels, self._ids, self._draws = predict, loss, labels, ids, draws
         self._climbed, self._tells_climbed = climbed, tells_climbed
+        self._latest: tuple[Tensor, Tensor] | None = None  # the point that a gradient was asked for, and its loss
 
     def only(self, rows: Tensor | slice) -> "TaskLoss":
         """The same for some of the images, ``rows`` a mask (N,) or a slice."""
         part = copy.copy(self)
-        part._labels, part._ids = tuple(y[rows] for y in self._labels), self._ids[rows]
+        part._labels, part._ids, part._latest = tuple(y[rows] for y in self._labels), self._ids[rows], None
         return part
 
     @property
     def fixed(self) -> bool:
         """Whether every step has the same objective: no randomness in what is attacked, and the loss for a value."""
-        return not self._tells_climbed and self._draws(0) == self._draws(1)
+        return not self._tells_climbed and self._steady
+
+    @property
+    def _steady(self) -> bool:
+        return self._draws(0) == self._draws(1)
 
     def value(self, x: Tensor, t: int = 0) -> Tensor:
         """(N,): the loss at the draws of a step, the first where none is given."""
         draws = self._draws(t)
+        if self._latest is not None and self._latest[0] is x:
+            return self._latest[1]
         with torch.no_grad():
             return torch.stack([self._last(x, draw) for draw in draws]).mean(0)
 
@@ -824,6 +831,7 @@ class TaskLoss:
     def gradient(self, x: Tensor, t: int) -> tuple[Tensor, Tensor]:
         draws = self._draws(t)
         values, total = torch.zeros(x.shape[0], device=x.device), torch.zeros_like(x)
+        losses = torch.zeros_like(values)
         for draw in draws:
             with torch.enable_grad():
                 leaf = _leaf(x)
@@ -835,7 +843,8 @@ class TaskLoss:
                     count += 1
                 total = total + found / (count * len(draws))
             told = climbed if self._tells_climbed else value
-            values = values + told.detach() / len(draws)
+            values, losses = values + told.detach() / len(draws), losses + value.detach() / len(draws)
+        self._latest = (x, losses) if self._steady else None
         return values, total
 
 

@@ -1,6 +1,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import cases
 import numpy as np
@@ -210,6 +211,37 @@ def auto_pgd(
     return points[-1] if f > best else best_x, visited
 
 
+class Passing(nn.Module):
+    """Class 0 is lost to class 1 half the way up, and not any more at the end, where its cross-entropy is largest."""
+
+    passes = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        s = 10 * (x.mean((1, 2, 3)) - 0.5)  # from -1 to 1 in the ball
+        return torch.stack([torch.zeros_like(s), 0.1 - 0.2 * s.square(), 1.9 * s - 2], 1)
+
+
+@pytest.mark.parametrize("draw", [None, 0])
+def test_a_point_that_turns_the_label_is_kept_before_one_of_larger_loss(draw: int | None) -> None:
+    model, x, y = Passing(), torch.full((2, 3, 4, 4), 0.4), torch.zeros(2, dtype=torch.int64)
+    settings: dict[str, Any] = {"eps": 0.2, "start": "origin", "steps": 20}
+    found, told = {}, list[Tensor]()
+    for keep in ("last", "best"):
+        attack: Any = attacks.PGD(model, keep=keep, step_size=0.01, **settings)
+        if draw is not None:
+            attack = attacks.BPDA(attack, lambda x, ids=None, draw=0: x, draw=draw)
+        told.clear()
+        found[keep] = attack(x, y, watch=lambda t, value, gradient: told.append(value))
+    assert model.passes == 20 + 21  # the loss of a point is that of the pass for its gradient
+    last, best = model(found["last"]), model(found["best"])
+    assert (last.argmax(1) == 0).all()
+    assert (best.argmax(1) == 1).all()
+    assert (cross_entropy(last, y) > cross_entropy(best, y)).all()
+    assert (torch.stack(told).diff(dim=0) > 0).all()
+    assert (told[-1] < cross_entropy(last, y)).all()
+
+
 def test_auto_pgd_step_by_step() -> None:
     model, x = cases.classifier().eval().double(), cases.images(5).double()
     y = labels(model, x)
@@ -248,6 +280,20 @@ def test_auto_pgd_at_a_class_step_by_step() -> None:
             torch.testing.assert_close(torch.stack(told)[30 * run : 30 * (run + 1), i].double(), values)
         best = max(points, key=lambda z, y=label: float(attack.loss(model(z).detach(), y)))
         torch.testing.assert_close(found[i : i + 1], best)
+
+
+def test_ratios_of_lost_labels_do_not_take_over() -> None:
+    """A label that has come third counts 1, without a gradient, however far below it is; a single one counts on."""
+    logits = torch.tensor([[3.0, 2.0, 1.0, 0.0], [2.0, 3.0, 0.0, 1.0], [1.0, 3.0, 2.5, 2.0], [0.0, 3.0, 2.9, 2.8]])
+    ratios = torch.tensor([-0.5, 0.5, 2.0, 15.0])  # of class 0: (largest other - own) / (first - third)
+    attack = attacks.APGD(cases.dense(), objective="dlr")
+    torch.testing.assert_close(attack.loss(logits, torch.zeros(4, dtype=torch.int64)), ratios)
+    pixels = logits.T.reshape(1, 4, 2, 2).requires_grad_()
+    loss = attack.loss(pixels, torch.zeros(1, 2, 2, dtype=torch.int64))
+    torch.testing.assert_close(loss, ratios.clamp(max=1).mean()[None])
+    loss.backward()
+    assert pixels.grad is not None
+    assert (pixels.grad.abs().sum(1).flatten() > 0).tolist() == [True, True, False, False]
 
 
 def test_targeted_ratio_aims_at_another_class_in_every_restart() -> None:

@@ -724,6 +724,7 @@ def test_killed_at_any_moment(folder: Path) -> None:
     whole = CliRunner().invoke(app, [str(folder / "whole") if a == str(folder / "out") else a for a in arguments])
     assert whole.exit_code == 0, whole.output
     chance, path, log, kills = random.Random(0), folder / "out" / "records.jsonl", folder / "log", 0
+    most = int(os.environ.get("EQUIFAST_KILLS", "6"))  # each starts Python anew
     # -P: the installed package, also where the suite is run from a source tree (which has no compiled module)
     python = [sys.executable, "-P", "-m", "equifast.cli"]
     while True:
@@ -733,16 +734,16 @@ def test_killed_at_any_moment(folder: Path) -> None:
         # once it writes
         while run.poll() is None and (not path.exists() or path.stat().st_size <= len(before)):
             time.sleep(0.005)
-        time.sleep(chance.uniform(0, 0.3))
+        time.sleep(chance.uniform(0, 1.8 / most))
         run.send_signal(signal.SIGKILL)
         assert run.wait() in (0, -signal.SIGKILL), log.read_text()
         ended = run.returncode == 0
         after = path.read_bytes()
         assert after.startswith(before[: before.rfind(b"\n") + 1])
         kills += not ended
-        if ended or kills == 6:
+        if ended or kills == most:
             break
-    assert kills >= 2
+    assert kills >= most / 3
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
     assert records(folder / "out") == records(folder / "whole")
