@@ -187,7 +187,8 @@ class Detector:
     def examine(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> tuple[Tensor, Tensor | None]:
         """What :meth:`predict` gives, and the model's output on the images where it was computed for that; no graph.
 
-        The output is that of the pass in which the detector looked at them, in its dtype; None where there was none.
+        The output is that of the pass in which the detector looked at them, in the dtype of the images and the caller's
+        to keep; None where there was none.
         """
         return self.predict(x, ids, draw), None
 
@@ -497,9 +498,9 @@ class _OfViews(Detector):
         draw: int,
         step: int = 0,
         how: Callable[..., Tensor] | None = None,
-        own: list[Tensor] | None = None,
+        own: Callable[[slice, Tensor], None] | None = None,
     ) -> Tensor:
-        """In a context in which the model is in eval mode; ``own`` is given the model's output on the images."""
+        """In a context in which the model is in eval mode; ``own`` is told the model's output, part by part."""
         features = self._features
         if self._folded is not None:
 
@@ -516,7 +517,7 @@ class _OfViews(Detector):
             sampled = sample(self.views, size, seed=self.seed, ids=ids[rows], draw=draw, step=step)
             parts.append((how or self._measure)(x[rows], run, sampled))
             if own is not None:
-                own.append(run.own)
+                own(rows, run.own)
         return torch.cat(parts)
 
     def _checked(self, x: Tensor, ids: Tensor | None, draw: int) -> tuple[Tensor, Tensor]:
@@ -540,13 +541,23 @@ class _OfViews(Detector):
 
     def examine(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> tuple[Tensor, Tensor | None]:
         x, numbers = self._checked(x, ids, draw)
-        threshold, own = self.threshold, list[Tensor]()
+        threshold, own = self.threshold, None
         if len(x) == 0:
             return self.predict(x), None
+
+        def keep(rows: slice, output: Tensor) -> None:
+            nonlocal own
+            if own is None:
+                last = output.dim() == 4 and output.is_contiguous(memory_format=torch.channels_last)
+                layout = torch.channels_last if last else torch.contiguous_format
+                shape = (len(x), *output.shape[1:])
+                own = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+            own[rows] = output
+
         with torch.no_grad(), evaluating(x, *self._modules(), lean=True):
-            scores = self._judge(self._measured(x, numbers, draw, own=own))
+            scores = self._judge(self._measured(x, numbers, draw, own=keep))
         self._check_weights()
-        return ~(scores.double() <= threshold), torch.cat(own).to(x.dtype)
+        return ~(scores.double() <= threshold), own
 
     @contextlib.contextmanager
     def _scores(self, x: Tensor, ids: Tensor | None, draw: int) -> Iterator[Objective]:

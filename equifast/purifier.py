@@ -715,11 +715,11 @@ class Defended(DefendedModel):
             return self._purified(x, ids, draw)
         if own is not None and not bool(mask.any()):
             return own
-        if own is None:
-            with evaluating(x, self.model, lean=self._cheap is not None):
-                alone = self.predict(x[~mask])
-        else:
-            alone = own[~mask]
+        if own is not None:
+            own[mask] = self._purified(x[mask], None if ids is None else ids[mask], draw).to(own.dtype)
+            return own
+        with evaluating(x, self.model, lean=self._cheap is not None):
+            alone = self.predict(x[~mask])
         if not bool(mask.any()):
             return alone
         chosen = self._purified(x[mask], None if ids is None else ids[mask], draw)
