@@ -292,9 +292,8 @@ def _resized(
         return None
     if not isinstance(x, Tensor) or x.dim() != 4 or x.device.type != "cpu" or not 0 < x.shape[1] <= _FEW:
         return None
-    # models may rely on the layout that PyTorch's operator keeps; in float32 it is as fast in this one
     interleaved = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    if interleaved and (x.dtype.itemsize > 2 or x.shape[1] > _FEW_INTERLEAVED):
+    if interleaved and x.shape[1] > _FEW_INTERLEAVED:
         return None
     if _untouchable() or not ops.native(x) or x.numel() == 0:
         return None
@@ -310,8 +309,8 @@ def _resized(
     if any(side != int(side) or side < 1 for side in pair):
         return None
     theta = torch.eye(2, 3, dtype=torch.float64).expand(1, len(x), 2, 3).contiguous()
-    resized = ops.warp_sampled(x.contiguous(), theta, [(int(pair[0]), int(pair[1]))])[0]
-    return resized.contiguous(memory_format=torch.channels_last) if interleaved else resized
+    # models may rely on the layout that PyTorch's operator keeps, and so does the kernel
+    return ops.warp_sampled(x if interleaved else x.contiguous(), theta, [(int(pair[0]), int(pair[1]))])[0]
 
 
 class _PairwiseBackward(torch.autograd.Function):

@@ -1,7 +1,8 @@
 // Warp of an image under K affine views, and its adjoint. Compiled once per instruction set.
 //
-// Planar maps under a view without rotation and shear are warped by rows (axis.h), everything else by panels
-// of four channels (quads.h); the forward pass samples straight from memory where a panel would not pay.
+// Under a view without rotation and shear planar maps, and interleaved ones of few channels, are warped by
+// rows (axis.h), everything else by panels of four channels (quads.h); the forward pass samples straight from
+// memory where a panel would not pay.
 #include <algorithm>
 #include <cmath>
 
@@ -26,6 +27,58 @@ bool separable(const WarpParams& p, const core::PixelMap& map) {
   return !p.interleaved && map.xj == 0 && map.yi == 0;
 }
 
+// By rows, whose pixels are vectors of at most 16 channels. The adjoint's of a single view alone.
+bool by_pixels(const WarpParams& p, const core::PixelMap& map) {
+  return p.interleaved && p.channels <= 16 && map.xj == 0 && map.yi == 0;
+}
+
+// Entries of a row of interleaved pixels, and room behind it for the vector of the last.
+int row_of_pixels(const WarpParams& p, int width) {
+  return p.interleaved && p.channels <= 16 ? width * p.channels + 16 : 0;
+}
+
+// Result i of a rows' matrix: line[x] of entries [first, last), and of some behind them, which are 0. row(y)
+// is where row y begins.
+template <typename T, typename Row>
+void combine_pixels(const Axis<Real<T>>& axis, int i, const Row& row, int first, int last,
+                    Real<T>* __restrict line) {
+  const int begin = axis.begin[i], end = axis.begin[i + 1];
+  for (int x = first; x < last; x += 16) {
+    with_lanes(0, last - x, [&](auto lanes) EQUIFAST_INLINE {
+      Pack<16, Real<T>> sum, other;
+      get(row(axis.at[begin]) + x, lanes, sum), sum.scaled(axis.weight[begin], sum);
+      for (int e = begin + 1; e < end; ++e) {
+        get(row(axis.at[e]) + x, lanes, other), sum.add_scaled(axis.weight[e], other);
+      }
+      sum.put(line + x);
+    });
+  }
+}
+
+// The columns' matrix, of pixels of so many channels.
+template <typename T>
+void apply_to_pixels(const Axis<Real<T>>& axis, const Real<T>* line, int channels, T* out) {
+  const int entries = axis.size * channels;
+  for (int i = 0, x = 0; i < axis.size; ++i, x += channels) {
+    Pack<16, Real<T>> sum, other;
+    const int begin = axis.begin[i], end = axis.begin[i + 1];
+    if (begin == end) {
+      sum.zero();
+    } else {
+      sum.get(line + axis.at[begin] * channels), sum.scaled(axis.weight[begin], sum);
+      for (int e = begin + 1; e < end; ++e) {
+        other.get(line + axis.at[e] * channels), sum.add_scaled(axis.weight[e], other);
+      }
+    }
+    // what is written beyond a pixel the next one overwrites
+    if (entries - x >= 16) {
+      put(out + x, AllLanes(), sum);
+    } else {
+      put(out + x, SomeLanes{0, channels}, sum);
+    }
+  }
+}
+
 template <typename real>
 void sample_columns(Axis<real>& axis, const core::PixelMap& map, int width, int in_width) {
   axis.sample(0, width, in_width, map.left, map.right, map.xi, map.x0);
@@ -44,13 +97,15 @@ class Warp {
   explicit Warp(const WarpParams& p)
       : p_(p),
         widest_(widest(p)),
-        scratch_(Scratch::bytes<real>(p.source.width + Columns<real>::beyond) +
+        scratch_(Scratch::bytes<real>(row_of_pixels(p, p.source.width)) +
+                 Scratch::bytes<real>(p.source.width + Columns<real>::beyond) +
                  Scratch::bytes<real>(widest_ + Columns<real>::beyond) +
                  Axis<real>::scratch(widest_, 2 * widest_) +
                  Axis<real>::scratch(warp_task_rows, 2 * warp_task_rows) +
                  Columns<real>::scratch(widest_, 2 * widest_) + Scratch::bytes<Taps<real>>(tile_rows) +
                  Scratch::bytes<real>((most_window + quad) * quad) +
                  Scratch::bytes<real>(tile_columns * quad) + Scratch::bytes<real>(quad * most_window)),
+        pixels_(scratch_.take<real>(row_of_pixels(p, p.source.width))),
         line_(scratch_.take<real>(p.source.width + Columns<real>::beyond)),
         values_(scratch_.take<real>(widest_ + Columns<real>::beyond)),
         x_axis_(scratch_, widest_, 2 * widest_),
@@ -68,6 +123,7 @@ class Warp {
     const T* image = static_cast<const T*>(p_.source.data) + n * p_.source.sn;
     T* out = static_cast<T*>(const_cast<void*>(target.data)) + n * target.sn;
     if (separable(p_, map)) return by_rows(map, image, target, out, first, last);
+    if (by_pixels(p_, map)) return by_rows_of_pixels(map, image, target, out, first, last);
     for (int y = first; y < last; y += tile_rows) {
       for (int x = 0; x < target.width; x += tile_columns) {
         tile(map, image, target, out,
@@ -80,7 +136,7 @@ class Warp {
   const WarpParams& p_;
   int widest_;
   Scratch scratch_;
-  real *line_, *values_;
+  real *pixels_, *line_, *values_;
   Axis<real> x_axis_, y_axis_;
   Columns<real> columns_;
   Taps<real>* taps_;  // of the rows of a tile
@@ -112,6 +168,23 @@ class Warp {
               with_lanes(0, target.width - x, [&](auto lanes) EQUIFAST_INLINE { put(to + x, lanes, v[0]); });
             });
       }
+    }
+  }
+
+  void by_rows_of_pixels(const core::PixelMap& map, const T* image, const Map& target, T* out, int first,
+                         int last) {
+    const Map& source = p_.source;
+    sample_columns(x_axis_, map, target.width, source.width);
+    sample_rows(y_axis_, map, first, last, source.height);
+    for (int j = first; j < last; ++j) {
+      T* to = out + j * target.sy;
+      if (y_axis_.count(j - first) == 0) {
+        clear(to, target, p_.channels, 0, target.width);
+        continue;
+      }
+      const auto row = [&](int y) { return image + y * source.sy; };
+      combine_pixels<T>(y_axis_, j - first, row, 0, source.width * p_.channels, pixels_);
+      apply_to_pixels<T>(x_axis_, pixels_, p_.channels, to);
     }
   }
 
@@ -214,13 +287,15 @@ class Adjoint {
       : p_(p),
         widest_(widest(p)),
         highest_(highest(p)),
-        scratch_(2 * Scratch::bytes<real>(most_width() + Columns<real>::beyond) +
+        scratch_(Scratch::bytes<real>(row_of_pixels(p, widest_)) +
+                 2 * Scratch::bytes<real>(most_width() + Columns<real>::beyond) +
                  2 * Axis<real>::scratch(most_width(), 2 * widest_) +
                  Axis<real>::scratch(highest_, 2 * highest_) +
                  Axis<real>::scratch(warp_adjoint_rows, 2 * highest_) +
                  Columns<real>::scratch(p.source.width, 2 * widest_) +
                  2 * Scratch::bytes<real>((most_width() + quad) * quad) +
                  Scratch::bytes<real>(panel_size() * groups()) + Scratch::bytes<real>(total_size())),
+        pixels_(scratch_.take<real>(row_of_pixels(p, widest_))),
         line_(scratch_.take<real>(most_width() + Columns<real>::beyond)),
         values_(scratch_.take<real>(most_width() + Columns<real>::beyond)),
         x_axis_(scratch_, most_width(), 2 * widest_),
@@ -239,6 +314,7 @@ class Adjoint {
     for (int k = 0; k < p_.views; ++k) {
       if (p_.targets[k].data == nullptr) continue;  // no gradient comes from this view
       const core::PixelMap map = map_of(p_, k, n);
+      if (p_.views == 1 && by_pixels(p_, map)) return by_rows_of_pixels(map, p_.targets[k], part);
       if (separable(p_, map)) {
         by_rows(map, p_.targets[k], part);
       } else {
@@ -257,7 +333,7 @@ class Adjoint {
   const WarpParams& p_;
   int widest_, highest_;  // of the targets
   Scratch scratch_;
-  real *line_, *values_;
+  real *pixels_, *line_, *values_;
   Axis<real> x_axis_, x_transposed_, y_axis_, y_transposed_;
   Columns<real> columns_;
   Taps<real> taps_;
@@ -297,14 +373,35 @@ class Adjoint {
     return static_cast<const T*>(target.data) + part.n * target.sn + part.c * target.sc;
   }
 
-  void by_rows(const core::PixelMap& map, const Map& target, Part& part) {
-    const int width = p_.source.width;
+  // What reads rows of a part, transposed; the first row of the target that does.
+  int transpose(const core::PixelMap& map, const Map& target, const Part& part) {
     int top = 0, bottom = target.height;
     narrow(map.yj, map.y0, part.first - 1.0, part.last, top, bottom);  // else they read other rows
     sample_rows(y_axis_, map, top, bottom, p_.source.height);
     y_transposed_.transpose(y_axis_, part.first, part.last);
     sample_columns(x_axis_, map, target.width, p_.source.width);
-    x_transposed_.transpose(x_axis_, 0, width);
+    x_transposed_.transpose(x_axis_, 0, p_.source.width);
+    return top;
+  }
+
+  void by_rows_of_pixels(const core::PixelMap& map, const Map& target, const Part& part) {
+    const int top = transpose(map, target, part);
+    const T* image = image_of(target, part) + top * target.sy;
+    for (int y = 0; y < part.last - part.first; ++y) {
+      T* out = gradient_row(part, 0, y);
+      if (y_transposed_.count(y) == 0) {
+        for (int x = 0; x < p_.source.width * p_.channels; ++x) store(out[x], real(0));
+        continue;
+      }
+      const auto row = [&](int j) { return image + j * target.sy; };
+      combine_pixels<T>(y_transposed_, y, row, 0, target.width * p_.channels, pixels_);
+      apply_to_pixels<T>(x_transposed_, pixels_, p_.channels, out);
+    }
+  }
+
+  void by_rows(const core::PixelMap& map, const Map& target, Part& part) {
+    const int width = p_.source.width;
+    const int top = transpose(map, target, part);
     columns_.lay(x_transposed_, target.width);
     for (int y = 0; y < part.last - part.first; ++y) {
       if (y_transposed_.count(y) == 0) {
