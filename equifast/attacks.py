@@ -509,7 +509,8 @@ class Square(Attack):
 
     It asks the model for logits ``steps`` times, first for those of the image itself, and for no gradients; an image
     that has no label left to change is left alone. For ``norm="linf"``. Of a random defense, each query sees another
-    draw.
+    draw. With another ``dtype`` than ``"float32"`` it is much weaker: it goes by small differences, and stops where the
+    label has turned in that one.
 
     Args:
         share: the part of the image that the first squares cover.

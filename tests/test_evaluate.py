@@ -363,6 +363,10 @@ def test_the_adaptive_protocol(tmp_path: Path) -> None:
     assert largest not in report.attacks("fast")
     assert table["fast"]["worst"].value <= min(table["fast"][name].value for name in report.attacks("fast"))
     assert set(table["averaging"]) == set(table["random"])
+    # a random search by rounded differences would be no attacker
+    square = known(Strength(dtype="auto", queries=3))["Square, 3 queries"].make(MODEL, Defended(MODEL, Purifier(MODEL)))
+    assert isinstance(square, BPDA)
+    assert square._attack.dtype == "float32"
     made = known(strength)["BPDA, one step"].make(MODEL, Defended(MODEL, Purifier(MODEL, preset="paper")))
     assert made is not None
     ascent = made._attack.model.purifier.ascent  # type: ignore[attr-defined]
