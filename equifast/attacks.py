@@ -81,16 +81,16 @@ class Attack:
         targeted: whether ``y`` is what the model shall say, instead of what it shall not.
         start: ``"origin"``, ``"uniform"`` or ``"corner"``.
         restarts: runs from random starts, of which each image keeps the one with the largest loss; where images have
-            one label, of those that have turned it, if any has.
+            one label, of those that have turned it, if any has (of a random defense, in most draws).
         keep: ``"last"`` iterate or ``"best"``, by the same.
         momentum, adaptive: as in :class:`equifast.ascent.Ascent`.
         seed: 0..2**32-1, or None for a fresh one per call.
         ignore_index: the dense label that does not count.
         dtype: ``"float32"``: the model runs as it is. ``"auto"`` and ``"bfloat16"``: gradients come from a copy of the
             model with batch norm folded, under bfloat16 autocast (``"auto"``: where the hardware has it and images are
-            float32); faster, and in all we measured as strong (``bench/equivalence.py``). A model with a defense inside
-            predicts so too; what the defense itself computes in is its own setting. What cannot be copied, such as a
-            function, runs as it is.
+            float32); faster, and with gradients in all we measured as strong (``bench/equivalence.py``). A model with a
+            defense inside predicts so too; what the defense itself computes in is its own setting. What cannot be
+            copied, such as a function, runs as it is.
 
     Raises:
         TypeError, ValueError: for any setting that cannot be, in one sentence that names it.
@@ -250,21 +250,25 @@ class Attack:
     def _objective(self, predict: Prediction, x: Tensor, y: Tensor, ids: Tensor, ranked: bool = False) -> Objective:
         """What the ascent climbs; ranked, a label that is as the attack wants it counts before all losses."""
         sign = -1.0 if self.targeted else 1.0
-        ranked = ranked and y.dim() == 1 and (self.ascent.restarts > 1 or self.ascent.keep == "best")
+        draws = len(self._draws(0))
 
         def loss(logits: Tensor, y: Tensor) -> Tensor:
-            found = sign * self.loss(logits, y)
-            # no label that is given has a cross-entropy above the logarithm
-            return found + ((logits.argmax(1) == y) == self.targeted) * math.log(logits.shape[1]) if ranked else found
+            return sign * self.loss(logits, y)
+
+        def rank(logits: Tensor, y: Tensor) -> Tensor:
+            # how many draws have it as it is wanted, and below 1 the loss
+            return draws * ((logits.argmax(1) == y) == self.targeted) + loss(logits, y).atan() / math.pi + 0.5
 
         def climbed(logits: Tensor, t: int, y: Tensor) -> Tensor:
             return sign * self.step_loss(logits, y, t % max(1, self.ascent.steps))
 
-        own = ranked or type(self).step_loss is not Attack.step_loss
-        return TaskLoss(predict, loss, (y,), ids, self._draws, climbed if own else None, tells_climbed=ranked)
+        own = type(self).step_loss is not Attack.step_loss
+        first = rank if ranked and y.dim() == 1 else None
+        return TaskLoss(predict, loss, (y,), ids, self._draws, climbed if own else None, rank=first)
 
     def _search(self, predict: Prediction, x: Tensor, y: Tensor, call: Call) -> Tensor:
-        return self._climb(self._objective(predict, x, y, call.ids, ranked=True), x, call, call.progress)
+        several = self.ascent.restarts > 1 or self.ascent.keep == "best"
+        return self._climb(self._objective(predict, x, y, call.ids, ranked=several), x, call, call.progress)
 
     def _climb(self, objective: Objective, x: Tensor, call: Call, progress: Progress | None) -> Tensor:
         # a start of its own: not the corner from which a purifier of the same seed starts
@@ -402,7 +406,7 @@ class APGD(Attack):
         objective: ``"ce"``, cross-entropy; ``"dlr"``, the difference of logits ratio; ``"targeted-dlr"``, which in each
             restart aims at another class, the next in the order in which the model has them on the given image. Of
             several restarts each image keeps the one with the largest ratio. Ratios take at least three classes,
-            respectively four. Of dense labels a ratio counts up to 1, what it is where the label has come third.
+            respectively four. Of dense labels a ratio counts up to 1, what the first is where the label has come third.
     """
 
     def __init__(self, model: Callable[..., Any], *, objective: str = "ce", **settings: Any) -> None:
@@ -470,8 +474,9 @@ class Adaptive(Attack):
         model: the undefended model; :class:`BPDA` puts a defense before it.
         purifier: whose features, views and pairing the similarity has; or a :class:`equifast.detectors.Detector` after
             ``fit``, by which the image is to be overlooked.
-        weight: a number, or several of which each image keeps the result with the largest task loss; with a defense, of
-            the defended model, at draws of the attacker's.
+        weight: a number, or several of which each image keeps the result with the largest task loss, where it has one
+            label of those that turned it; with a defense, of the defended model, at draws of the attacker's. Restarts
+            and iterates of a run compare by what is climbed.
     """
 
     def __init__(
@@ -487,7 +492,7 @@ class Adaptive(Attack):
         self.purifier = purifier
 
     def _search(self, predict: Prediction, x: Tensor, y: Tensor, call: Call) -> Tensor:
-        task = self._objective(predict, x, y, call.ids)
+        task, judge = (self._objective(predict, x, y, call.ids, ranked=ranked) for ranked in (False, True))
         best, most = x.clone(), torch.full((len(x),), -torch.inf, device=x.device)
         for number, weight in enumerate(self.weights):
 
@@ -498,7 +503,7 @@ class Adaptive(Attack):
             # draw 0 is left to the evaluation
             with self.purifier.objective(x, call.ids, draw=1) as similarity:
                 found = self._climb(Sum(task, Scaled(similarity, weight)), x, call, advance)
-            value = task.value(found)
+            value = judge.value(found)
             better = value > most
             best[better], most[better] = found[better], value[better]
         return best

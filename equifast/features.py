@@ -309,8 +309,9 @@ def _resized(
     if any(side != int(side) or side < 1 for side in pair):
         return None
     theta = torch.eye(2, 3, dtype=torch.float64).expand(1, len(x), 2, 3).contiguous()
-    # models may rely on the layout that PyTorch's operator keeps, and so does the kernel
-    return ops.warp_sampled(x if interleaved else x.contiguous(), theta, [(int(pair[0]), int(pair[1]))])[0]
+    resized = ops.warp_sampled(x if interleaved else x.contiguous(), theta, [(int(pair[0]), int(pair[1]))])[0]
+    # models may rely on the layout that PyTorch's operator keeps; the kernel keeps it but of maps of one column
+    return resized.contiguous(memory_format=torch.channels_last) if interleaved else resized
 
 
 class _PairwiseBackward(torch.autograd.Function):

@@ -778,13 +778,14 @@ class TaskLoss:
     Args:
         predict: ``(x, ids, draw) -> logits``; several of them where the gradient is to be the mean of theirs, of which
             the last counts for the value.
-        loss: ``(logits, *labels) -> (N,)``, what the attack increases, by which points are compared.
+        loss: ``(logits, *labels) -> (N,)``, what the attack increases.
         labels: tensors with a first dimension of N that the losses take.
         ids: (N,) ids of the images.
         draws: ``t -> `` the draws that step ``t`` averages over.
         climbed: ``(logits, t, *labels) -> (N,)``, what step ``t`` climbs instead, where that is not the loss.
         tells_climbed: whether the value of a step is that of what it climbs, for steps that depend on whether it rises.
-            Points are then compared by the loss of the same pass, where draws do not change.
+        rank: ``(logits, *labels) -> (N,)``, by which points are compared; the loss where None. It is that of the pass
+            for the gradient, where draws do not change.
     """
 
     def __init__(
@@ -796,10 +797,11 @@ class TaskLoss:
         draws: Callable[[int], Sequence[int]],
         climbed: Callable[..., Tensor] | None = None,
         tells_climbed: bool = False,
+        rank: Callable[..., Tensor] | None = None,
     ) -> None:
         self._predict, self._loss, self._labels, self._ids, self._draws = predict, loss, labels, ids, draws
-        self._climbed, self._tells_climbed = climbed, tells_climbed
-        self._latest: tuple[Tensor, Tensor] | None = None  # the point that a gradient was asked for, and its loss
+        self._climbed, self._tells_climbed, self._rank = climbed, tells_climbed, rank or loss
+        self._latest: tuple[Tensor, Tensor] | None = None  # the point that a gradient was asked for, and its rank
 
     def only(self, rows: Tensor | slice) -> "TaskLoss":
         """The same for some of the images, ``rows`` a mask (N,) or a slice."""
@@ -809,15 +811,15 @@ class TaskLoss:
 
     @property
     def fixed(self) -> bool:
-        """Whether every step has the same objective: no randomness in what is attacked, and the loss for a value."""
-        return not self._tells_climbed and self._steady
+        """Whether points compare by the values of steps: no randomness in what is attacked, the loss for both."""
+        return not self._tells_climbed and self._rank is self._loss and self._steady
 
     @property
     def _steady(self) -> bool:
         return self._draws(0) == self._draws(1)
 
     def value(self, x: Tensor, t: int = 0) -> Tensor:
-        """(N,): the loss at the draws of a step, the first where none is given."""
+        """(N,): the rank at the draws of a step, the first where none is given."""
         draws = self._draws(t)
         if self._latest is not None and self._latest[0] is x:
             return self._latest[1]
@@ -826,12 +828,12 @@ class TaskLoss:
 
     def _last(self, x: Tensor, draw: int) -> Tensor:
         *_, logits = self._predict(x.clone(), self._ids, draw)  # models may work in place
-        return self._loss(logits, *self._labels)
+        return self._rank(logits, *self._labels)
 
     def gradient(self, x: Tensor, t: int) -> tuple[Tensor, Tensor]:
         draws = self._draws(t)
         values, total = torch.zeros(x.shape[0], device=x.device), torch.zeros_like(x)
-        losses = torch.zeros_like(values)
+        ranks = torch.zeros_like(values)
         for draw in draws:
             with torch.enable_grad():
                 leaf = _leaf(x)
@@ -843,8 +845,12 @@ class TaskLoss:
                     count += 1
                 total = total + found / (count * len(draws))
             told = climbed if self._tells_climbed else value
-            values, losses = values + told.detach() / len(draws), losses + value.detach() / len(draws)
-        self._latest = (x, losses) if self._steady else None
+            values = values + told.detach() / len(draws)
+            if self._rank is not self._loss:
+                ranks = ranks + self._rank(logits.detach(), *self._labels) / len(draws)
+            else:
+                ranks = ranks + value.detach() / len(draws)
+        self._latest = (x, ranks) if self._steady else None
         return values, total
 
 

@@ -1,6 +1,7 @@
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import cases
@@ -240,6 +241,58 @@ def test_a_point_that_turns_the_label_is_kept_before_one_of_larger_loss(draw: in
     assert (cross_entropy(last, y) > cross_entropy(best, y)).all()
     assert (torch.stack(told).diff(dim=0) > 0).all()
     assert (told[-1] < cross_entropy(last, y)).all()
+
+
+def test_ranks_go_by_draws_that_are_turned_and_then_by_the_loss() -> None:
+    """Of a random defense too; what a step is told stays the loss."""
+
+    class Shown(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x[:, :, 0, 0] * 20
+
+    y, ids = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    shifts = {1: 0.0, 2: 0.0, 3: 0.5, 4: 0.5}
+
+    def defense(x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
+        return x + torch.tensor([shifts.get(draw, 0.0), 0.0, 0.0]).view(1, 3, 1, 1)
+
+    attack = attacks.BPDA(attacks.SegPGD(Shown(), restarts=2), defense, eot=4)._attack
+    halves = torch.tensor([0.2, 0.5, 0.0]).view(1, 3, 1, 1)  # turned by far in two draws, not in the others
+    always = torch.tensor([0.0, 0.55, 0.0]).view(1, 3, 1, 1)  # turned in all, by little
+    with torch.no_grad():
+        objective = attack._objective(attack._prediction(halves, y), halves, y, ids, ranked=True)
+        assert objective.value(always) > objective.value(halves)
+        plain = attack._objective(attack._prediction(halves, y), halves, y, ids)
+        assert 0 <= float(objective.value(always)) - 4 < 1
+        torch.testing.assert_close(objective.gradient(always, 0)[0], plain.gradient(always, 0)[0])
+
+
+def test_adaptive_keeps_the_weight_that_turned_the_label() -> None:
+    model, x, y = Passing(), torch.full((2, 3, 4, 4), 0.4), torch.zeros(2, dtype=torch.int64)
+
+    class Held:
+        """Holds the image half the way up where it has the weight."""
+
+        @contextlib.contextmanager
+        def objective(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Iterator[Any]:
+            class Pull:
+                fixed = True
+
+                def value(self, x: Tensor) -> Tensor:
+                    return -(x.mean((1, 2, 3)) - 0.5).square()
+
+                def gradient(self, x: Tensor, t: int) -> tuple[Tensor, Tensor]:
+                    return self.value(x), (0.5 - x.mean((1, 2, 3))).view(-1, 1, 1, 1).expand_as(x)
+
+                def only(self, rows: Any) -> "Pull":
+                    return self
+
+            yield Pull()
+
+    settings: dict[str, Any] = {"eps": 0.2, "start": "origin", "steps": 30, "step_size": 0.01}
+    for weight in ([0.0, 1e4], [1e4, 0.0]):
+        found = attacks.Adaptive(model, Held(), weight=weight, **settings)(x, y)
+        assert (model(found).argmax(1) == 1).all()
 
 
 def test_auto_pgd_step_by_step() -> None:

@@ -1,3 +1,4 @@
+import itertools
 from typing import Any
 
 import cases
@@ -216,8 +217,10 @@ RESIZES = [{"size": (24, 31)}, {"size": [5, 4]}, {"size": 20}, {"scale_factor": 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("settings", RESIZES, ids=str)
 def test_lean_resize_is_resize(settings: dict[str, Any], dtype: torch.dtype) -> None:
-    for layout in (torch.contiguous_format, torch.channels_last):
-        x = torch.rand(3, 5, 8, 10).to(dtype).contiguous(memory_format=layout).requires_grad_()
+    for layout, width in itertools.product((torch.contiguous_format, torch.channels_last), (10, 1)):
+        if width == 1 and "size" not in settings:
+            continue
+        x = torch.rand(3, 5, 8, width).to(dtype).contiguous(memory_format=layout).requires_grad_()
         expected = functional.interpolate(x, mode="bilinear", **settings)
         with ops.use("native"):
             actual = features._resized(x, mode="bilinear", **settings)
