@@ -833,7 +833,7 @@ class TaskLoss:
     def gradient(self, x: Tensor, t: int) -> tuple[Tensor, Tensor]:
         draws = self._draws(t)
         values, total = torch.zeros(x.shape[0], device=x.device), torch.zeros_like(x)
-        ranks = torch.zeros_like(values)
+        ranks = values
         for draw in draws:
             with torch.enable_grad():
                 leaf = _leaf(x)
@@ -846,10 +846,8 @@ class TaskLoss:
                 total = total + found / (count * len(draws))
             told = climbed if self._tells_climbed else value
             values = values + told.detach() / len(draws)
-            if self._rank is not self._loss:
-                ranks = ranks + self._rank(logits.detach(), *self._labels) / len(draws)
-            else:
-                ranks = ranks + value.detach() / len(draws)
+            rank = value if self._rank is self._loss else self._rank(logits.detach(), *self._labels)
+            ranks = ranks + rank.detach() / len(draws)
         self._latest = (x, ranks) if self._steady else None
         return values, total
 

@@ -713,10 +713,9 @@ class Defended(DefendedModel):
             raise ValueError(f"detector predicts {got} for images {_checks.shape(x)}; it must be bool, one for each")
         if bool(mask.all()):
             return self._purified(x, ids, draw)
-        if own is not None and not bool(mask.any()):
-            return own
         if own is not None:
-            own[mask] = self._purified(x[mask], None if ids is None else ids[mask], draw).to(own.dtype)
+            if bool(mask.any()):
+                own[mask] = self._purified(x[mask], None if ids is None else ids[mask], draw).to(own.dtype)
             return own
         with evaluating(x, self.model, lean=self._cheap is not None):
             alone = self.predict(x[~mask])

@@ -728,7 +728,8 @@ def test_killed_at_any_moment(folder: Path) -> None:
     whole = CliRunner().invoke(app, [str(folder / "whole") if a == str(folder / "out") else a for a in arguments])
     assert whole.exit_code == 0, whole.output
     chance, path, log, kills = random.Random(0), folder / "out" / "records.jsonl", folder / "log", 0
-    most = int(os.environ.get("EQUIFAST_KILLS", "6"))  # each starts Python anew
+    asked = os.environ.get("EQUIFAST_KILLS")
+    most = int(asked or 6)  # each starts Python anew
     # -P: the installed package, also where the suite is run from a source tree (which has no compiled module)
     python = [sys.executable, "-P", "-m", "equifast.cli"]
     while True:
@@ -747,7 +748,7 @@ def test_killed_at_any_moment(folder: Path) -> None:
         kills += not ended
         if ended or kills == most:
             break
-    assert kills >= most / 3
+    assert kills >= (most if asked else 2)
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
     assert records(folder / "out") == records(folder / "whole")

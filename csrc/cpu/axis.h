@@ -286,14 +286,27 @@ class Columns {
 #endif
 };
 
-// The rows' matrix: line[x] of columns [first, last) is the sum over the entries of result i. row(y) is where
-// row y begins.
+// The rows' matrix: line[x] of entries [first, last) is the sum over the entries of result i. row(y) is where
+// row y begins. Up to 15 entries behind them are written too.
 template <typename T, typename Row>
 void combine(const Axis<Real<T>>& axis, int i, const Row& row, int first, int last,
              Real<T>* __restrict line) {
   using real = Real<T>;
   int e = axis.begin[i];
   const int end = axis.begin[i + 1];
+  if constexpr (wide<T>) {
+    for (int x = first; x < last; x += 16) {
+      with_lanes(0, last - x, [&](auto lanes) EQUIFAST_INLINE {
+        Pack<16, real> sum, other;
+        get(row(axis.at[e]) + x, lanes, sum), sum.scaled(axis.weight[e], sum);
+        for (int more = e + 1; more < end; ++more) {
+          get(row(axis.at[more]) + x, lanes, other), sum.add_scaled(axis.weight[more], other);
+        }
+        sum.put(line + x);
+      });
+    }
+    return;
+  }
   const T* __restrict a = row(axis.at[e]);
   const real wa = axis.weight[e];
   if (e + 1 == end) {

@@ -27,54 +27,49 @@ bool separable(const WarpParams& p, const core::PixelMap& map) {
   return !p.interleaved && map.xj == 0 && map.yi == 0;
 }
 
-// By rows, whose pixels are vectors of at most 16 channels. The adjoint's of a single view alone.
+// Whether a pixel's channels fit into a vector; a task of the adjoint then has all of them.
+bool pixels(const WarpParams& p) {
+  static_assert(warp_adjoint_channels >= 16);
+  return p.interleaved && p.channels <= 16;
+}
+
+// By rows of such pixels. The adjoint's of a single view alone.
 bool by_pixels(const WarpParams& p, const core::PixelMap& map) {
-  return p.interleaved && p.channels <= 16 && map.xj == 0 && map.yi == 0;
+  return pixels(p) && map.xj == 0 && map.yi == 0;
 }
 
-// Entries of a row of interleaved pixels, and room behind it for the vector of the last.
-int row_of_pixels(const WarpParams& p, int width) {
-  return p.interleaved && p.channels <= 16 ? width * p.channels + 16 : 0;
-}
+// Entries of such a row, and room behind it for the vector of the last pixel.
+int row_of_pixels(const WarpParams& p, int width) { return pixels(p) ? width * p.channels + 16 : 0; }
 
-// Result i of a rows' matrix: line[x] of entries [first, last), and of some behind them, which are 0. row(y)
-// is where row y begins.
-template <typename T, typename Row>
-void combine_pixels(const Axis<Real<T>>& axis, int i, const Row& row, int first, int last,
-                    Real<T>* __restrict line) {
-  const int begin = axis.begin[i], end = axis.begin[i + 1];
-  for (int x = first; x < last; x += 16) {
-    with_lanes(0, last - x, [&](auto lanes) EQUIFAST_INLINE {
-      Pack<16, Real<T>> sum, other;
-      get(row(axis.at[begin]) + x, lanes, sum), sum.scaled(axis.weight[begin], sum);
-      for (int e = begin + 1; e < end; ++e) {
-        get(row(axis.at[e]) + x, lanes, other), sum.add_scaled(axis.weight[e], other);
-      }
-      sum.put(line + x);
-    });
-  }
-}
-
-// The columns' matrix, of pixels of so many channels.
+// The columns' matrix, of pixels of so many channels. What is written beyond a pixel the next one overwrites.
 template <typename T>
-void apply_to_pixels(const Axis<Real<T>>& axis, const Real<T>* line, int channels, T* out) {
+void apply_to_pixels(const Axis<Real<T>>& axis, const Real<T>* __restrict line, int channels,
+                     T* __restrict out) {
+  using real = Real<T>;
   const int entries = axis.size * channels;
   for (int i = 0, x = 0; i < axis.size; ++i, x += channels) {
-    Pack<16, Real<T>> sum, other;
     const int begin = axis.begin[i], end = axis.begin[i + 1];
-    if (begin == end) {
+    if constexpr (wide<T>) {
+      Pack<16, real> sum, other;
       sum.zero();
-    } else {
-      sum.get(line + axis.at[begin] * channels), sum.scaled(axis.weight[begin], sum);
+      if (begin < end) sum.get(line + axis.at[begin] * channels), sum.scaled(axis.weight[begin], sum);
       for (int e = begin + 1; e < end; ++e) {
         other.get(line + axis.at[e] * channels), sum.add_scaled(axis.weight[e], other);
       }
-    }
-    // what is written beyond a pixel the next one overwrites
-    if (entries - x >= 16) {
-      put(out + x, AllLanes(), sum);
+      if (entries - x >= 16) {
+        put(out + x, AllLanes(), sum);
+      } else {
+        put(out + x, SomeLanes{0, channels}, sum);
+      }
     } else {
-      put(out + x, SomeLanes{0, channels}, sum);
+      real sum[16] = {};
+      for (int e = begin; e < end; ++e) {
+        const real* from = line + axis.at[e] * channels;
+        const real weight = axis.weight[e];
+        for (int c = 0; c < 16; ++c) sum[c] += weight * from[c];
+      }
+      const int written = std::is_same_v<T, real> && entries - x >= 16 ? 16 : channels;
+      for (int c = 0; c < written; ++c) store(out[x + c], sum[c]);
     }
   }
 }
@@ -183,7 +178,7 @@ class Warp {
         continue;
       }
       const auto row = [&](int y) { return image + y * source.sy; };
-      combine_pixels<T>(y_axis_, j - first, row, 0, source.width * p_.channels, pixels_);
+      combine<T>(y_axis_, j - first, row, 0, source.width * p_.channels, pixels_);
       apply_to_pixels<T>(x_axis_, pixels_, p_.channels, to);
     }
   }
@@ -394,7 +389,7 @@ class Adjoint {
         continue;
       }
       const auto row = [&](int j) { return image + j * target.sy; };
-      combine_pixels<T>(y_transposed_, y, row, 0, target.width * p_.channels, pixels_);
+      combine<T>(y_transposed_, y, row, 0, target.width * p_.channels, pixels_);
       apply_to_pixels<T>(x_transposed_, pixels_, p_.channels, out);
     }
   }
