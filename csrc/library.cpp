@@ -18,6 +18,10 @@ STABLE_TORCH_LIBRARY(equifast, m) {
   // With one cosine per image: returns the similarities and the gradient of their sum with respect to the
   // anchor.
   m.def("similarity_target(Tensor anchor, Tensor[] views, Tensor theta) -> (Tensor, Tensor)");
+  // Of all pairs of maps (N, C, H, W): returns the sums of their cosines (N,), and what the backward pass
+  // wants.
+  m.def("pair_similarity(Tensor[] maps) -> (Tensor, Tensor, Tensor)");
+  m.def("pair_similarity_backward(Tensor upstream, Tensor total, Tensor sums, Tensor[] maps) -> Tensor[]");
   m.def(
       "signed_step(Tensor x, Tensor gradient, Tensor origin, float eps, float step, float sigma, int seed, "
       "Tensor ids, int draw, int t) -> Tensor");

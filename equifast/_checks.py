@@ -196,6 +196,21 @@ def features(f0: Tensor, views: Sequence[Tensor]) -> None:
             raise ValueError(f"{name} has shape {shape(view)}; it must be ({n}, {channels}, h, w) as anchor")
 
 
+def maps(given: Sequence[Tensor]) -> None:
+    """The argument of ``pair_similarity``, on every backend."""
+    if not isinstance(given, Sequence) or not given:
+        raise ValueError("maps is empty or no sequence; it must have at least one tensor (N, C, H, W)")
+    first = tensor("maps[0]", given[0], 4, "(N, C, H, W)")
+    for i, other in enumerate(given):
+        name = f"maps[{i}]"
+        tensor(name, other, 4, "(N, C, H, W)")
+        same_device(name, other, "maps[0]", first)
+        if other.dtype != first.dtype:
+            raise TypeError(f"{name} has dtype {other.dtype}; it must have that of maps[0], {first.dtype}")
+        if other.shape != first.shape:
+            raise ValueError(f"{name} has shape {shape(other)}; it must be that of maps[0], {shape(first)}")
+
+
 def total(value: object, anchor: Tensor) -> None:
     """What gradients are added to."""
     given = tensor("total", value, 4, "(N, C, H, W)")

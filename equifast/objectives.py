@@ -178,55 +178,7 @@ def pairwise(anchor: Tensor, views: Sequence[Tensor], theta: Tensor) -> Tensor:
     maps = [anchor]
     for view, inverse in zip(views, invert(theta), strict=True):
         maps += ops.warp(view.to(anchor.dtype), inverse[None], [size])
-    value: Tensor = _Pairs.apply(*maps)  # type: ignore[no-untyped-call, unused-ignore]
-    return value
-
-
-def _rows(f: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N, C H W), in the order of memory where that is one of the two usual ones."""
-    return (f.permute(0, 2, 3, 1) if f.is_contiguous(memory_format=torch.channels_last) else f).flatten(1)
-
-
-def _unit_sum(maps: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """The sum of maps (N, C, H, W) at unit length, and of each (N, 1, 1, 1) one over its length, or 0."""
-    total, scales = torch.zeros_like(maps[0]), []
-    for f in maps:
-        square = row_sum(_rows(f).square())
-        valid = square >= 1e-12
-        scale = torch.where(valid, torch.where(valid, square, 1.0).rsqrt(), 0.0).view(-1, 1, 1, 1)
-        total = torch.addcmul(total, f, scale)
-        scales.append(scale)
-    return total, scales
-
-
-class _Pairs(torch.autograd.Function):
-    """The sum over all pairs of the cosines of maps, ``(|sum_i a_i|^2 - sum_i |a_i|^2) / 2`` of those at unit length.
-
-    With few passes over memory, of which autograd would make several times as many; differentiable again.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, *maps: Tensor) -> Tensor:
-        total, scales = _unit_sum(maps)
-        ctx.save_for_backward(total, *scales, *maps)
-        count = torch.stack([(scale != 0).to(total.dtype).flatten() for scale in scales]).sum(0)
-        return (row_sum(_rows(total).square()) - count) / 2
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        total, *rest = ctx.saved_tensors
-        scales, maps = rest[: len(rest) // 2], rest[len(rest) // 2 :]
-        if torch.is_grad_enabled():  # with a graph of its own
-            total, scales = _unit_sum(maps)
-        weight = upstream[0].view(-1, 1, 1, 1)
-        found: list[Tensor | None] = []
-        for f, scale, needed in zip(maps, scales, ctx.needs_input_grad, strict=True):
-            if not needed:
-                found.append(None)
-                continue
-            along = row_sum(_rows(f * total)).view(-1, 1, 1, 1)  # what is along the map does not turn it
-            found.append(torch.addcmul(total * (weight * scale), f, -weight * scale.pow(3) * along))
-        return tuple(found)
+    return ops.pair_similarity(maps)
 
 
 class Agreement:

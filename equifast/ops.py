@@ -18,7 +18,18 @@ from torch import Tensor
 
 from equifast import _C, _checks, reference
 
-__all__ = ["Backend", "backend", "choose", "color_jitter", "signed_step", "similarity", "turn_filters", "use", "warp"]
+__all__ = [
+    "Backend",
+    "backend",
+    "choose",
+    "color_jitter",
+    "pair_similarity",
+    "signed_step",
+    "similarity",
+    "turn_filters",
+    "use",
+    "warp",
+]
 
 BACKENDS = ("native", "reference")
 
@@ -288,6 +299,20 @@ def _native_gradient(anchor: Tensor, reduction: str) -> bool:
     return anchor.device.type == "cpu" and reduction == "image" and native(anchor)
 
 
+def pair_similarity(maps: Sequence[Tensor]) -> Tensor:
+    """The sum of the cosines of all pairs of maps; see :func:`equifast.reference.pair_similarity`.
+
+    On the CPU the native backend reads the maps three times and writes little but their gradients. It is differentiable
+    once. On CUDA it is the reference.
+    """
+    _checks.maps(maps)
+    if maps[0].device.type == "cuda" or not native(maps[0]):
+        return reference.pair_similarity(maps)
+    result: Tensor
+    result = _PairSimilarity.apply(*maps) if _eager(*maps) else torch.ops.equifast.pair_similarity(list(maps))[0]
+    return result
+
+
 def signed_step(
     x: Tensor,
     gradient: Tensor,
@@ -415,6 +440,18 @@ def _fake_similarity_target(anchor: Tensor, views: Sequence[Tensor], theta: Tens
     return anchor.new_empty((n, len(views)), dtype=_accumulator(anchor)), gradient
 
 
+def _fake_pair_similarity(maps: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    n, total = maps[0].shape[0], _fake_like(maps[0]).to(_accumulator(maps[0]))
+    return total.new_empty(n), total, total.new_empty((n, len(maps), 2), dtype=torch.float64)
+
+
+def _fake_pair_similarity_backward(
+    upstream: Tensor, total: Tensor, sums: Tensor, maps: Sequence[Tensor]
+) -> list[Tensor]:
+    first = maps[0]
+    return [_map(first, first.shape[2], first.shape[3], _interleaved(first), first.dtype) for _ in maps]
+
+
 def _fake_signed_step(x: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -485,6 +522,19 @@ def _similarity_backward(
     return first, rest, None, None
 
 
+def _pair_similarity_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[1:], *inputs[0])
+
+
+def _pair_similarity_backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[list[Tensor] | list[None]]:
+    total, sums, *maps = ctx.saved_tensors
+    if upstream is None:
+        return ([None] * len(maps),)
+    return (torch.ops.equifast.pair_similarity_backward(upstream, total, sums, maps),)
+
+
 def _color_jitter_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
@@ -543,6 +593,19 @@ class _Similarity(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         for_anchor, for_views, *_ = _similarity_backward(ctx, upstream, None)
         return for_anchor, None, None, *for_views
+
+
+class _PairSimilarity(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *maps: Tensor) -> Tensor:
+        result, total, sums = torch.ops.equifast.pair_similarity(maps)
+        ctx.save_for_backward(total, sums, *maps)
+        found: Tensor = result
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        return tuple(_pair_similarity_backward(ctx, *upstream)[0])
 
 
 class _ColorJitter(torch.autograd.Function):
@@ -611,6 +674,8 @@ def _register() -> None:
         _fake_similarity_backward,
         _fake_similarity_gradient,
         _fake_similarity_target,
+        _fake_pair_similarity,
+        _fake_pair_similarity_backward,
         _fake_signed_step,
         _fake_color_jitter,
         _fake_color_jitter_backward,
@@ -624,6 +689,8 @@ def _register() -> None:
         ("warp_adjoint", _adjoint_backward, _adjoint_context),
         ("similarity", _similarity_backward, _similarity_context),
         ("similarity_backward", _no_second_derivative("similarity"), _no_context),
+        ("pair_similarity", _pair_similarity_backward, _pair_similarity_context),
+        ("pair_similarity_backward", _no_second_derivative("pair_similarity"), _no_context),
         ("color_jitter", _color_jitter_backward, _color_jitter_context),
         ("color_jitter_backward", _no_second_derivative("color_jitter"), _no_context),
         ("turn_filters", _turn_filters_backward, _order_context),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from equifast import _checks, rng
 
-__all__ = ["color_jitter", "signed_step", "similarity", "turn_filters", "warp"]
+__all__ = ["color_jitter", "pair_similarity", "signed_step", "similarity", "turn_filters", "warp"]
 
 _EDGE = 1 + 1e-6  # |q| up to this is inside the frame
 _CHUNK = 4096
@@ -194,6 +194,72 @@ def _cosine(inner: Tensor, square0: Tensor, square1: Tensor) -> Tensor:
     # The guarded operands keep the derivative of the square root finite where the result is discarded.
     norms = torch.where(valid, square0, 1.0).sqrt() * torch.where(valid, square1, 1.0).sqrt()
     return torch.where(valid, inner / norms, 0.0)
+
+
+def pair_similarity(maps: Sequence[Tensor]) -> Tensor:
+    """The sum of the cosines of all pairs of maps: what the paper's code climbs in the place of its Eq. 2.
+
+    With ``a_i = f_i / |f_i|``, all positions and channels of an image together, that is
+    ``(|sum_i a_i|^2 - sum_i |a_i|^2) / 2``: linear in the number of maps. A map of norm below 1e-6 counts as zero.
+
+    Args:
+        maps: M tensors (N, C, H, W) of one shape, dtype and device, at least one; any float dtype.
+
+    Returns:
+        (N,), float32, or float64 where the maps are. Twice differentiable.
+
+    Raises:
+        TypeError: if the maps are not floating-point tensors of one dtype.
+        ValueError: if there is none, or their shapes or devices differ.
+    """
+    _checks.maps(maps)
+    wide = torch.promote_types(maps[0].dtype, torch.float32)
+    value: Tensor = _Pairs.apply(*(f.to(wide) for f in maps))  # type: ignore[no-untyped-call, unused-ignore]
+    return value
+
+
+def _rows(f: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, C H W), in the order of memory where that is one of the two usual ones."""
+    return (f.permute(0, 2, 3, 1) if f.is_contiguous(memory_format=torch.channels_last) else f).flatten(1)
+
+
+def _unit_sum(maps: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The sum of maps (N, C, H, W) at unit length, and of each (N, 1, 1, 1) one over its length, or 0."""
+    total, scales = torch.zeros_like(maps[0]), []
+    for f in maps:
+        square = row_sum(_rows(f).square())
+        valid = square >= 1e-12
+        scale = torch.where(valid, torch.where(valid, square, 1.0).rsqrt(), 0.0).view(-1, 1, 1, 1)
+        total = torch.addcmul(total, f, scale)
+        scales.append(scale)
+    return total, scales
+
+
+class _Pairs(torch.autograd.Function):
+    """With few passes over memory, of which autograd would make several times as many; differentiable again."""
+
+    @staticmethod
+    def forward(ctx: Any, *maps: Tensor) -> Tensor:
+        total, scales = _unit_sum(maps)
+        ctx.save_for_backward(total, *scales, *maps)
+        count = torch.stack([(scale != 0).to(total.dtype).flatten() for scale in scales]).sum(0)
+        return (row_sum(_rows(total).square()) - count) / 2
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        total, *rest = ctx.saved_tensors
+        scales, maps = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+        if torch.is_grad_enabled():  # with a graph of its own
+            total, scales = _unit_sum(maps)
+        weight = upstream[0].view(-1, 1, 1, 1)
+        found: list[Tensor | None] = []
+        for f, scale, needed in zip(maps, scales, ctx.needs_input_grad, strict=True):
+            if not needed:
+                found.append(None)
+                continue
+            along = row_sum(_rows(f * total)).view(-1, 1, 1, 1)  # what is along the map does not turn it
+            found.append(torch.addcmul(total * (weight * scale), f, -weight * scale.pow(3) * along))
+        return tuple(found)
 
 
 def color_jitter(images: Tensor, parameters: Tensor) -> Tensor:

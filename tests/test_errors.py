@@ -381,6 +381,18 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: reference.color_jitter(X, jitter(4, 2)),
         "parameters has a gray of 2; it must be from 0 to 1",
     ),
+    "no maps": (
+        lambda: reference.pair_similarity([]),
+        "maps is empty or no sequence; it must have at least one tensor (N, C, H, W)",
+    ),
+    "maps of shapes": (
+        lambda: reference.pair_similarity([X, X[:1]]),
+        "maps[1] has shape (1, 3, 20, 28); it must be that of maps[0], (2, 3, 20, 28)",
+    ),
+    "maps of dtypes": (
+        lambda: reference.pair_similarity([X, X.double()]),
+        "maps[1] has dtype torch.float64; it must have that of maps[0], torch.float32",
+    ),
     "step shapes": (
         lambda: reference.signed_step(X, X[:1], X, 0.1, 0.1, 0.0, 0, torch.zeros(2, dtype=torch.int64), 0, 0),
         "gradient has shape (1, 3, 20, 28); it must be that of x, (2, 3, 20, 28)",

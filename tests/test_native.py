@@ -602,6 +602,132 @@ def test_opcheck_of_color_jitter(layout: str, dtype: torch.dtype) -> None:
     torch.library.opcheck(library.color_jitter_backward.default, (torch.ones_like(x), mean, x, parameters))
 
 
+PAIR_SHAPES = [(1, 1, 1, 1), (3, 2, 7, 5), (2, 11, 33, 41), (1, 3, 75, 90), (2, 4, 9, 1), (0, 2, 3, 3), (2, 0, 3, 3)]
+
+
+def several(count: int, shape: tuple[int, ...], dtype: torch.dtype, layout: str = "contiguous") -> list[Tensor]:
+    return [lay(draw(*shape, seed=i, dtype=dtype), layout, i).requires_grad_() for i in range(count)]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", PAIR_SHAPES)
+def test_pair_similarity(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
+    for count in (1, 2, 9):
+        maps = several(count, shape, dtype, layout)
+        actual = ops.pair_similarity(maps)
+        wide = [plain(f).detach().double().requires_grad_() for f in maps]
+        expected = reference.pair_similarity(wide)
+        assert actual.dtype == torch.promote_types(dtype, torch.float32)
+        # of what is stored, all sums are taken in float32 or better
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
+        upstream = draw(shape[0], seed=7, dtype=actual.dtype)
+        gradients = torch.autograd.grad(actual, maps, upstream)
+        wanted = torch.autograd.grad(expected, wide, upstream.double())
+        for f, one, other in zip(maps, gradients, wanted, strict=True):
+            assert one.dtype == dtype
+            assert one.shape == f.shape
+            # what cancels: the sum at unit length and what the map has along it, at a typical element
+            lengths = f.detach().double().flatten(1).norm(dim=1)
+            least = count / float(lengths.amin()) / f[0].numel() ** 0.5 if f.numel() else 1.0
+            close(one, other.to(dtype), dtype, least)
+
+
+def test_gradcheck_of_pair_similarity() -> None:
+    maps = several(3, (2, 2, 3, 4), torch.float64)
+    assert torch.autograd.gradcheck(lambda *given: ops.pair_similarity(given), maps)
+    with ops.use("reference"):
+        assert torch.autograd.gradgradcheck(lambda *given: ops.pair_similarity(given), maps)
+
+
+def test_pair_similarity_does_not_depend_on_batch_or_threads() -> None:
+    threads = torch.get_num_threads()
+    maps = several(5, (4, 3, 75, 90), torch.float32, "mixed")
+    results: list[list[Tensor]] = []
+
+    def record(given: list[Tensor]) -> list[Tensor]:
+        value = ops.pair_similarity(given)
+        return [value.detach(), *torch.autograd.grad(value.sum(), given)]
+
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(record(maps))
+            alone = [record([f[n : n + 1].detach().requires_grad_() for f in maps]) for n in range(4)]
+            results.append([torch.cat(parts) for parts in zip(*alone, strict=True)])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_pair_similarity_of_maps_of_zeros_and_of_no_numbers() -> None:
+    maps = several(4, (3, 2, 5, 6), torch.float32)
+    with torch.no_grad():
+        maps[1][0] = 0
+        maps[2][0] *= 1e-9  # of norm below 1e-6, and so another zero
+        maps[3][1, 0, 2, 3] = math.nan
+        expected = reference.pair_similarity([f[:1] for f in (maps[0], maps[3])])
+    value = ops.pair_similarity(maps)
+    gradients = torch.autograd.grad(value.sum(), maps)
+    torch.testing.assert_close(value[:1], expected)
+    assert not gradients[1][0].any()
+    assert not gradients[2][0].any()
+    assert value[1].isnan()
+    assert value[2].isfinite()
+    assert all(g[2].isfinite().all() for g in gradients)
+
+
+def test_pair_similarity_compiles() -> None:
+    maps = several(3, (2, 2, 5, 6), torch.float32)
+
+    def squares(*given: Tensor) -> Tensor:
+        return ops.pair_similarity(given).square().sum()
+
+    compiled = torch.compile(squares, fullgraph=True, backend="aot_eager")
+    actual = torch.autograd.grad(compiled(*maps), maps)
+    for one, other in zip(actual, torch.autograd.grad(squares(*maps), maps), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # opcheck's own
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck_of_pair_similarity(layout: str, dtype: torch.dtype) -> None:
+    library = torch.ops.equifast
+    maps = several(3, (2, 3, 7, 5), dtype, layout)
+    torch.library.opcheck(library.pair_similarity.default, (maps,))
+    plain_maps = [f.detach() for f in maps]
+    result, total, sums = library.pair_similarity(plain_maps)
+    torch.library.opcheck(library.pair_similarity_backward.default, (torch.ones_like(result), total, sums, plain_maps))
+
+
+def test_pair_similarity_refuses_what_does_not_fit() -> None:
+    library = torch.ops.equifast
+    maps = [f.detach() for f in several(3, (2, 3, 7, 5), torch.float32)]
+    first = maps[0]
+    result, total, sums = library.pair_similarity(maps)
+    (gradient,) = torch.autograd.grad(
+        ops.pair_similarity([leaf := first.clone().requires_grad_()]).sum(), leaf, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match=r"equifast\.reference\.pair_similarity is twice"):
+        torch.autograd.grad(gradient.sum(), leaf)
+    for call in (
+        lambda: library.pair_similarity([]),
+        lambda: library.pair_similarity([first, first[:1]]),
+        lambda: library.pair_similarity([first, first.double()]),
+        lambda: library.pair_similarity([first[0]]),
+        lambda: library.pair_similarity([first.int()]),
+        lambda: library.pair_similarity_backward(result[:1], total, sums, maps),
+        lambda: library.pair_similarity_backward(result, total[:, :1], sums, maps),
+        lambda: library.pair_similarity_backward(result, total.double(), sums, maps),
+        lambda: library.pair_similarity_backward(result, total, sums[:, :1], maps),
+        lambda: library.pair_similarity_backward(result, total, sums.float(), maps),
+    ):
+        with pytest.raises(RuntimeError):
+            call()
+
+
 def turns(o: int, g: int, i: int, j: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(o + g)
     order = torch.stack([torch.randperm(j, generator=generator) for _ in range(g)])

@@ -264,3 +264,19 @@ def test_turn_filters() -> None:
     assert turned[1].tolist() == [[[6, 7, 8], [9, 10, 11]], [[8, 6, 7], [11, 9, 10]]]
     (gradient,) = torch.autograd.grad(turned, filters, torch.tensor([1.0, 10, 100]).expand(2, 2, 2, 3))
     assert gradient[0, 0].tolist() == [11, 110, 101]
+
+
+def test_pair_similarity() -> None:
+    maps = [random(2, 3, 4, 5) + i for i in range(4)]
+    maps[3][1] = 0  # which agrees with nothing
+    value = reference.pair_similarity(maps)
+    cosine = torch.nn.functional.cosine_similarity
+    expected = sum(cosine(maps[i].flatten(1), maps[j].flatten(1)) for i in range(4) for j in range(i))
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(reference.pair_similarity(maps[:1]), value.new_zeros(2), atol=1e-6, rtol=0)
+    halves = [f.half() for f in maps]
+    assert reference.pair_similarity(halves).dtype == torch.float32
+    torch.testing.assert_close(reference.pair_similarity(halves).to(value.dtype), value, atol=1e-2, rtol=1e-2)
+    leaves = [f[:1].double().requires_grad_() for f in maps]
+    assert torch.autograd.gradcheck(lambda *given: reference.pair_similarity(given), leaves)
+    assert torch.autograd.gradgradcheck(lambda *given: reference.pair_similarity(given), leaves)

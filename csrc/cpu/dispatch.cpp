@@ -17,6 +17,9 @@
   void similarity_backward_level(const SimilarityParams& p, int64_t begin, int64_t end); \
   void similarity_pixel(const SimilarityParams& p, int64_t begin, int64_t end);          \
   void similarity_pixel_backward(const SimilarityParams& p, int64_t begin, int64_t end); \
+  void pairs_squares(const PairsParams& p, int64_t begin, int64_t end);                  \
+  void pairs_total(const PairsParams& p, int64_t begin, int64_t end);                    \
+  void pairs_gradient(const PairsParams& p, int64_t begin, int64_t end);                 \
   void step_largest(const StepParams& p, int64_t begin, int64_t end);                    \
   void step_squares(const StepParams& p, int64_t begin, int64_t end);                    \
   void step_move(const StepParams& p, int64_t begin, int64_t end);                       \
@@ -34,6 +37,9 @@
                           similarity_backward_level,                                     \
                           similarity_pixel,                                              \
                           similarity_pixel_backward,                                     \
+                          pairs_squares,                                                 \
+                          pairs_total,                                                   \
+                          pairs_gradient,                                                \
                           step_largest,                                                  \
                           step_squares,                                                  \
                           step_move,                                                     \

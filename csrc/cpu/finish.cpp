@@ -25,6 +25,40 @@ void similarity_finish(const SimilarityParams& p, void* result) {
   }
 }
 
+void pairs_finish_squares(const PairsParams& p) {
+  const int64_t chunks = pairs_chunks(p);
+  for (int n = 0; n < p.images; ++n) {
+    for (int i = 0; i < p.maps; ++i) {
+      double square = 0;
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        square += p.partial[(n * chunks + chunk) * (p.maps + 1) + i];
+      }
+      double* sums = p.sums + (int64_t{n} * p.maps + i) * 2;
+      sums[0] = square >= 1e-6 * 1e-6 ? 1 / std::sqrt(square) : 0;
+      sums[1] = 0;
+    }
+  }
+}
+
+void pairs_finish_total(const PairsParams& p, void* result) {
+  const int64_t chunks = pairs_chunks(p);
+  for (int n = 0; n < p.images; ++n) {
+    double square = 0, own = 0;  // of the total; of the maps, each at unit length
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const double* partial = p.partial + (n * chunks + chunk) * (p.maps + 1);
+      for (int i = 0; i < p.maps; ++i) p.sums[(int64_t{n} * p.maps + i) * 2 + 1] += partial[i];
+      square += partial[p.maps];
+    }
+    for (int i = 0; i < p.maps; ++i) own += p.sums[(int64_t{n} * p.maps + i) * 2] != 0 ? 1 : 0;
+    const double value = (square - own) / 2;
+    if (p.dtype == Dtype::float64) {
+      static_cast<double*>(result)[n] = value;
+    } else {
+      static_cast<float*>(result)[n] = static_cast<float>(value);
+    }
+  }
+}
+
 void step_finish_largest(const StepParams& p) {
   const int64_t chunks = step_chunks(p);
   // of the dtype that accumulates: a gradient of zeros is divided by it and stays 0

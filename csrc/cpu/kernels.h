@@ -54,6 +54,18 @@ struct SimilarityParams {
   const Gradient* view_gradient;  // K times (N, C, h, w); null: not wanted
 };
 
+struct PairsParams {
+  Dtype dtype;
+  int images, maps;        // N, M
+  int64_t elements;        // of one image's map
+  const void* const* map;  // M times (N, elements), dense and in one order
+  void* total;             // (N, elements), float32, or float64 where the maps are: their sum at unit length
+  double* sums;            // (N, M, 2): one over the length of a map, or 0; its product with the total
+  double* partial;         // (N, pairs_chunks, M + 1)
+  const double* upstream;  // (N)
+  void* const* gradient;   // M times (N, elements)
+};
+
 struct StepParams {
   Dtype dtype;
   int images;
@@ -182,6 +194,9 @@ inline int64_t similarity_backward_level_tasks(const SimilarityParams& p) {
   return int64_t{p.images} * similarity_level_groups(p);
 }
 
+constexpr int64_t pairs_chunk = 8192;  // elements
+inline int64_t pairs_chunks(const PairsParams& p) { return (p.elements + pairs_chunk - 1) / pairs_chunk; }
+
 constexpr int64_t step_chunk = 16384;  // elements, a multiple of 4
 inline int64_t step_chunks(const StepParams& p) { return (p.elements + step_chunk - 1) / step_chunk; }
 
@@ -193,6 +208,8 @@ inline int64_t color_jitter_chunks(const ColorJitterParams& p) {
 // After the tasks: adds their partial sums in order. `result`: (N, K) float32, or float64 for float64
 // features.
 void similarity_finish(const SimilarityParams& p, void* result);
+void pairs_finish_squares(const PairsParams& p);
+void pairs_finish_total(const PairsParams& p, void* result);  // (N), of the dtype of the total
 void step_finish_largest(const StepParams& p);
 void step_finish_norm(const StepParams& p);
 void color_jitter_finish(const ColorJitterParams& p, double* means);  // (N): of the partial sums, over pixels
@@ -209,6 +226,9 @@ struct Kernels {
   void (*similarity_backward_level)(const SimilarityParams& p, int64_t begin, int64_t end);
   void (*similarity_pixel)(const SimilarityParams& p, int64_t begin, int64_t end);
   void (*similarity_pixel_backward)(const SimilarityParams& p, int64_t begin, int64_t end);
+  void (*pairs_squares)(const PairsParams& p, int64_t begin, int64_t end);  // tasks: N * pairs_chunks
+  void (*pairs_total)(const PairsParams& p, int64_t begin, int64_t end);
+  void (*pairs_gradient)(const PairsParams& p, int64_t begin, int64_t end);
   void (*step_largest)(const StepParams& p, int64_t begin, int64_t end);  // tasks: N * step_chunks
   void (*step_squares)(const StepParams& p, int64_t begin, int64_t end);
   void (*step_move)(const StepParams& p, int64_t begin, int64_t end);

@@ -267,6 +267,88 @@ std::tuple<Tensor, Tensor> similarity_target(Tensor anchor, std::vector<Tensor> 
   return {result, gradient};
 }
 
+// The arguments of pair_similarity and of its backward pass, and what keeps their memory alive.
+struct PairsArguments {
+  std::vector<Tensor> maps;
+  std::vector<const void*> data;
+  std::vector<double> partial;
+  PairsParams p{};
+  bool interleaved = false;
+
+  explicit PairsArguments(const std::vector<Tensor>& given) {
+    STD_TORCH_CHECK(!given.empty() && given.size() < (std::size_t{1} << 16), "maps must be 1 to 65535");
+    check_features(given[0], "maps");
+    interleaved = !is_planar(given[0]) && is_interleaved(given[0]);
+    for (const Tensor& map : given) {
+      check_features(map, "maps");
+      check_same(map, given[0], "maps", "the first of them");
+      STD_TORCH_CHECK(map.sizes().equals(given[0].sizes()), "maps must be of one shape");
+      maps.push_back(torch::stable::contiguous(
+          map, interleaved ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous));
+      data.push_back(maps.back().const_data_ptr());
+    }
+    p.dtype = dtype_of(maps[0]);
+    p.images = static_cast<int>(maps[0].size(0));
+    p.maps = static_cast<int>(maps.size());
+    p.elements = p.images == 0 ? 0 : maps[0].numel() / p.images;
+    p.map = data.data();
+    partial.resize(static_cast<std::size_t>(tasks()) * (maps.size() + 1));
+    p.partial = partial.data();
+  }
+
+  int64_t tasks() const { return p.images * pairs_chunks(p); }
+  int64_t elements() const { return maps[0].numel() * p.maps; }
+  Tensor like_maps(Scalar dtype) const {
+    return new_map(maps[0], maps[0].size(1), maps[0].size(2), maps[0].size(3), dtype, interleaved);
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> pair_similarity(std::vector<Tensor> maps) {
+  PairsArguments a(maps);
+  PairsParams& p = a.p;
+  const Tensor& first = a.maps[0];
+  const std::int64_t result_size[] = {p.images}, sums_size[] = {p.images, p.maps, 2};
+  Tensor result = torch::stable::empty(result_size, accumulator(first), std::nullopt, first.device());
+  Tensor sums = torch::stable::empty(sums_size, Scalar::Double, std::nullopt, first.device());
+  Tensor total = a.like_maps(accumulator(first));
+  if (total.numel() == 0) return {torch::stable::zero_(result), total, torch::stable::zero_(sums)};
+  p.total = total.mutable_data_ptr();
+  p.sums = static_cast<double*>(sums.mutable_data_ptr());
+  run(kernels().pairs_squares, p, a.tasks(), a.elements());
+  pairs_finish_squares(p);
+  run(kernels().pairs_total, p, a.tasks(), a.elements());
+  pairs_finish_total(p, result.mutable_data_ptr());
+  return {result, total, sums};
+}
+
+std::vector<Tensor> pair_similarity_backward(Tensor upstream, Tensor total, Tensor sums,
+                                             std::vector<Tensor> maps) {
+  PairsArguments a(maps);
+  PairsParams& p = a.p;
+  const Tensor& first = a.maps[0];
+  STD_TORCH_CHECK(upstream.dim() == 1 && upstream.size(0) == p.images, "upstream must be (N,)");
+  STD_TORCH_CHECK(total.sizes().equals(first.sizes()) && total.scalar_type() == accumulator(first) &&
+                      sums.dim() == 3 && sums.size(0) == p.images && sums.size(1) == p.maps &&
+                      sums.size(2) == 2 && sums.scalar_type() == Scalar::Double && sums.is_contiguous(),
+                  "total and sums must be those that pair_similarity returned");
+  const Tensor weights = torch::stable::contiguous(narrowed(upstream, Scalar::Double));
+  const Tensor whole =
+      torch::stable::contiguous(total, a.interleaved ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  std::vector<Tensor> gradients;
+  std::vector<void*> written;
+  for (int i = 0; i < p.maps; ++i) {
+    gradients.push_back(a.like_maps(first.scalar_type()));
+    written.push_back(gradients.back().mutable_data_ptr());
+  }
+  if (first.numel() == 0) return gradients;
+  p.total = const_cast<void*>(whole.const_data_ptr());  // which is read
+  p.sums = static_cast<double*>(sums.mutable_data_ptr());
+  p.upstream = static_cast<const double*>(weights.const_data_ptr());
+  p.gradient = written.data();
+  run(kernels().pairs_gradient, p, a.tasks(), a.elements());
+  return gradients;
+}
+
 Tensor signed_step(Tensor x, Tensor gradient, Tensor origin, double eps, double step, double sigma,
                    int64_t seed, Tensor ids, int64_t draw, int64_t t) {
   check_features(x, "x");
@@ -433,6 +515,8 @@ STABLE_TORCH_LIBRARY_IMPL(equifast, CPU, m) {
   m.impl("similarity_backward", TORCH_BOX(&similarity_backward));
   m.impl("similarity_gradient", TORCH_BOX(&similarity_gradient));
   m.impl("similarity_target", TORCH_BOX(&similarity_target));
+  m.impl("pair_similarity", TORCH_BOX(&pair_similarity));
+  m.impl("pair_similarity_backward", TORCH_BOX(&pair_similarity_backward));
   m.impl("signed_step", TORCH_BOX(&signed_step));
   m.impl("color_jitter", TORCH_BOX(&color_jitter));
   m.impl("color_jitter_backward", TORCH_BOX(&color_jitter_backward));
