@@ -237,7 +237,8 @@ class Attack:
                     check_labels(logits, y, self.ignore_index)
                     self._check_classes(logits)
                     checked = True
-                yield logits
+                # sums over many labels leave half precision
+                yield logits.to(torch.promote_types(logits.dtype, torch.float32))
 
         return predict
 
@@ -335,7 +336,7 @@ class CW(Attack):
 class Houdini(Attack):
     """Ascent on a surrogate of the task loss (Cisse et al. 2017, Eq. 4).
 
-    For each label the probability that its margin is exceeded by Gaussian noise; times the task loss of the image, 1 -
+    For each label the probability that its margin exceeds Gaussian noise; times the task loss of the image, 1 -
     mean IoU where labels are dense (of a class, a constant). Where the model is still right, the runner-up takes the
     place of its prediction, as the term would be constant.
     """
@@ -513,18 +514,23 @@ class Square(Attack):
     """Random search with squares of color, a black box attack (Andriushchenko et al. 2020, Algorithms 1 and 2).
 
     It asks the model for logits ``steps`` times, first for those of the image itself, and for no gradients; an image
-    that has no label left to change is left alone. For ``norm="linf"``. Of a random defense, each query sees another
-    draw. With another ``dtype`` than ``"float32"`` it is much weaker: it goes by small differences, and stops where the
-    label has turned in that one.
+    that has no label left to change is left alone. For ``norm="linf"``. Of a random defense all queries see the same
+    draws, those of the attacker's first step: values under different random numbers do not compare. There an image with
+    one label is not done when that has turned, since it may not have in other draws. With another ``dtype`` than
+    ``"float32"`` it is much weaker: it goes by small differences, and stops where the label has turned in that one.
 
     Args:
         share: the part of the image that the first squares cover.
+        settings: ``eps``, ``steps``, ``targeted``, ``seed``, ``ignore_index`` and ``dtype``, as in :class:`Attack`.
     """
 
     least_classes = 2
     _SHRINKS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries out of 10,000 at which that halves
 
     def __init__(self, model: Callable[..., Any], *, share: float = 0.8, **settings: Any) -> None:
+        for name in ("step_size", "start", "keep", "momentum", "adaptive"):
+            if name in settings:
+                raise TypeError(f"{name} is given; Square is a search by random squares and has none")
         super().__init__(model, **{"steps": 1000, **settings})
         self.share = _checks.number("share", share, above=0, most=1)
         if not isinstance(self.ascent.ball, Linf):
@@ -535,11 +541,14 @@ class Square(Attack):
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:
         """The mean margin of the labels that are still to change; 0 where none is."""
         margin = margins(logits, y, self.ignore_index)
+        if y.dim() == 1 and self.eot is not None and self.draw is None:
+            return margin  # of a random defense: by how much it turns, since it may not under other draws
         return self._mean(margin.clamp(min=0) if self.targeted else margin.clamp(max=0), y)
 
     def _search(self, predict: Prediction, x: Tensor, y: Tensor, call: Call) -> Tensor:
         sign, ids = -1.0 if self.targeted else 1.0, call.ids
-        objective = TaskLoss(predict, lambda logits, y: sign * self.loss(logits, y), (y,), ids, self._draws)
+        draws, random = self._draws(0), self.eot is not None and self.draw is None
+        objective = TaskLoss(predict, lambda logits, y: sign * self.loss(logits, y), (y,), ids, lambda t: draws)
         ball, steps, stream = self.ascent.ball, self.ascent.steps, rng.Stream.START.of(2)
         channels, height, width = x.shape[1:]
         stripes = rng.uniform(call.seed, stream, ids, 0, 0, channels * width).view(-1, channels, 1, width)
@@ -557,10 +566,11 @@ class Square(Attack):
                 color = 2 * ball.eps * _signs(u[:, 2:]).to(x)
                 tried = best[on] + torch.where(change, color[:, :, None, None], 0.0)
             tried = ball.project(tried, x[on])
-            value = objective.only(on).value(tried, t).to(best_value)
+            value = objective.only(on).value(tried).to(best_value)
             better = value > best_value[on]
             best[on[better]], best_value[on[better]] = tried[better], value[better]
-            on = on[best_value[on] < 0]
+            if not random or y.dim() > 1:
+                on = on[best_value[on] < 0]
             if call.progress is not None:
                 call.progress(t + 1, steps)
             if len(on) == 0:
@@ -589,7 +599,9 @@ class CWL2(Attack):
     """The nearest image in Euclidean distance that fools the model (Carlini and Wagner 2017, section VI.A).
 
     Minimizes ``|delta|^2 + c * margin`` by Adam over the inverse hyperbolic tangent of the image, and searches ``c`` by
-    bisection. There is no ball: what changes is how far it must go. An image that it cannot fool stays as it is.
+    bisection. There is no ball: what changes is how far it must go. An image that it cannot fool stays as it is. Of a
+    random defense all steps see the same draws, those of the attacker's first step, since which images fool it is
+    compared; an image fools it that does so in all of them.
 
     Args:
         confidence: by how much the margin must be won.
@@ -631,7 +643,8 @@ class CWL2(Attack):
         return self.searches * self.ascent.steps
 
     def _search(self, predict: Prediction, x: Tensor, y: Tensor, call: Call) -> Tensor:
-        best, least = x.clone(), x.new_full((len(x),), torch.inf)
+        given, x = x, x.to(torch.promote_types(x.dtype, torch.float32))  # in half 1 - 1e-6 is 1
+        best, least, draws = x.clone(), x.new_full((len(x),), torch.inf), self._draws(0)
         low, high = torch.zeros_like(least), torch.full_like(least, torch.inf)
         c = torch.full_like(least, self.constant)
         start = torch.atanh((2 * x - 1) * (1 - 1e-6))
@@ -645,9 +658,8 @@ class CWL2(Attack):
                     image = (w.tanh() + 1) / 2
                     distance = row_sum((image - x).flatten(1).square())
                     short, won = torch.zeros_like(least), torch.zeros_like(least)
-                    draws = self._draws(step)
                     for draw in draws:
-                        *_, logits = predict(image.clone(), call.ids, draw)
+                        *_, logits = predict(image.to(given.dtype, copy=True), call.ids, draw)
                         margin = margins(logits, y, self.ignore_index)
                         margin = -margin if self.targeted else margin
                         short = short + self._mean((self.confidence - margin).clamp(min=0), y) / len(draws)
@@ -664,7 +676,7 @@ class CWL2(Attack):
                     call.progress(step + 1, self.total_steps)
             high, low = torch.where(won_once, c.minimum(high), high), torch.where(won_once, low, c.maximum(low))
             c = torch.where(high.isfinite(), (low + high) / 2, 10 * low)
-        return best.clamp(0, 1)
+        return best.clamp(0, 1).to(given.dtype)
 
 
 class Spatial(Attack):

@@ -680,13 +680,9 @@ class _Heads:
         """The detector with its threshold, fitted the first time; the file is named after what it was fitted on."""
         if self.clean is None:
             raise ValueError(f"detector {name} needs clean images; name data for it with --clean")
-        path = self._path(f"detector-{name}", "json", self.clean)
+        chosen, path = self._open(self.clean, f"detector-{name}", "json")
         if path.exists():
             return detector.load(path)
-        chosen = self._open(self.clean)
-        both = {image.digest for image in list_images(chosen)} & {image.digest for image in list_images(self.tested)}
-        if both:
-            raise ValueError(f"{self.clean} has {len(both)} of the images that are tested; a threshold is of others")
         with _progress() as progress:
             task = progress.add_task(f"the threshold of {name}", total=len(chosen))
             batches = (chosen[i][0][None].to(self.device) for i in range(len(chosen)))
@@ -695,12 +691,15 @@ class _Heads:
         detector.save(path)
         return detector
 
-    def _path(self, name: str, suffix: str, data: Path) -> Path:
-        fitted_on = repr((str(data.resolve()), self.images, self.size))
-        return self.folder / f"{name}-{hashlib.sha256(fitted_on.encode()).hexdigest()[:8]}.{suffix}"
-
-    def _open(self, data: Path) -> Any:
-        return open_data(data, min(self.images, len(open_data(data, None, self.size))), self.size)
+    def _open(self, data: Path, name: str, suffix: str) -> tuple[Any, Path]:
+        """The images, none of which may be one that is tested, and the file that is named after them."""
+        chosen = open_data(data, min(self.images, len(open_data(data, None, self.size))), self.size)
+        known = sorted(image.digest for image in list_images(chosen))
+        if both := set(known) & {image.digest for image in list_images(self.tested)}:
+            raise ValueError(
+                f"{data} has {len(both)} of the images that are tested; what is fitted is fitted on others"
+            )
+        return chosen, self.folder / f"{name}-{hashlib.sha256(repr(known).encode()).hexdigest()[:8]}.{suffix}"
 
     def give(self, purifier: Rotation | Contrastive, name: str) -> Purifier:
         """The purifier with its head, trained the first time; the file is named after what it was trained on."""
@@ -710,10 +709,9 @@ class _Heads:
                 where = f"{self.folder} has {len(found)}"
                 raise ValueError(f"defense {name} needs one head, of which {where}; name data for it with --fit")
             return purifier.load(found[0])
-        path = self._path(name, "safetensors", self.data)
+        chosen, path = self._open(self.data, name, "safetensors")
         if path.exists():
             return purifier.load(path)
-        chosen = self._open(self.data)
         with _progress() as progress:
             task = progress.add_task(f"the head of {name}", total=None)
             purifier.fit(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from equifast import _checks, objectives, rng
+from equifast._fingerprint import describe, fingerprint, tensors_of
 from equifast.ascent import Progress
 from equifast.features import Features, evaluating
 from equifast.objectives import Agreement, Contrast, TurnPrediction, pooled, rendered
@@ -180,7 +181,7 @@ class _WithHead(_Other):
         found = torch.cat(parts)  # (images, views, C)
         seed = rng.fresh_seed() if self.seed is None else self.seed
         with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # of the CPU alone: torch.manual_seed is of all devices
             head = _Head(found.shape[2], self._OUT).to(found.device)
             head.mean.copy_(found.mean((0, 1)))
             head.deviation.copy_(found.std((0, 1), correction=0).clamp(min=1e-6))
@@ -229,10 +230,11 @@ class _WithHead(_Other):
         return self.head
 
     def _origin(self) -> dict[str, str]:
-        """Whose head it is: of which defense, on which features."""
+        """Whose head it is: of which defense, on which features of which model."""
         where = self._features.where
-        named = where if isinstance(where, str) else "the model's output" if where is None else "a function"
-        return {"defense": type(self).__name__, "features": named}
+        named = "the model's output" if where is None else where if isinstance(where, str) else repr(describe(where))
+        model = fingerprint(tensors_of(self.model)) if isinstance(self.model, nn.Module) else repr(describe(self.model))
+        return {"defense": type(self).__name__, "features": named, "model": model}
 
     def save(self, path: str | Path) -> None:
         """Write the head, and what it needs, to a safetensors file; RuntimeError where there is none yet."""
@@ -249,7 +251,7 @@ class _WithHead(_Other):
         """Read what :meth:`save` wrote.
 
         Raises:
-            ValueError: if the file is none of such, or of another defense or other features.
+            ValueError: if the file is none of such, or of another defense, of other features or weights.
         """
         try:
             with safe_open(str(path), "pt") as file:

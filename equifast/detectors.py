@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from equifast import _checks, ops, rng
-from equifast._cheap import DTYPES, autocast
-from equifast._fingerprint import fingerprint, stamp, tensors_of
+from equifast._cheap import DTYPES, autocast, has_fast_bfloat16
+from equifast._fingerprint import describe, fingerprint, stamp, tensors_of
 from equifast._folded import Folded
 from equifast.features import Features, evaluating, passed
 from equifast.objectives import Objective, batched, distances, in_frame, pooled, rendered
@@ -27,6 +27,12 @@ __all__ = ["Combined", "Detector", "Deviation", "OutputVariance", "Similarity", 
 
 
 Where = str | Callable[[Tensor], Any] | None
+
+
+def _resolved(dtype: str, model: nn.Module) -> str:
+    """What a setting ``dtype`` means for a model where it is: elsewhere scores may be others."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return dtype if dtype != "auto" else "auto: bfloat16" if has_fast_bfloat16(device) else "auto: float32"
 
 
 class Detector:
@@ -60,6 +66,9 @@ class Detector:
         """Whose threshold it is."""
         weights = fingerprint(tensors_of(self.model))
         return {"detector": type(self).__name__, "model": weights, "settings": self.settings()}
+
+    def _described(self) -> dict[str, Any]:
+        return self.description()
 
     def score(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
         """How anomalous images are, higher for more; no graph.
@@ -314,14 +323,17 @@ class Similarity(Detector):
         super().__init__(purifier.model)  # type: ignore[arg-type]
         self.purifier = purifier
 
+    # of a purifier, what decides where an ascent goes and not what it climbs
+    _UNUSED = (
+        *("model", "preset", "norm", "eps", "steps", "step_size", "start", "noise", "momentum", "restarts", "keep"),
+        *("stop", "views_per_step", "view_gradient", "followed", "average", "fold", "max_batch", "max_memory"),
+        *("capture", "compile"),
+    )
+
     def settings(self) -> dict[str, Any]:
-        kept = ("views", "pairing", "temperature", "reduction", "palette", "seed", "dtype")
-        settings = {key: value for key, value in self.purifier.settings().items() if key in kept}
-        where, head = self.purifier._features.where, getattr(self.purifier, "head", None)
-        settings["features"] = where if where is None or isinstance(where, str) else "a function"
-        settings["purifier"] = type(self.purifier).__name__
-        if head is not None:
-            settings["head"] = fingerprint(tensors_of(head))
+        found = {key: value for key, value in self.purifier._described().items() if key not in self._UNUSED}
+        found["dtype"] = _resolved(str(found["dtype"]), self.model)
+        settings: dict[str, Any] = describe(found)
         return settings
 
     def _state(self) -> object:
@@ -472,9 +484,9 @@ class _OfViews(Detector):
         self._folded = Folded(model, [place for place in places if place]) if known else None
 
     def settings(self) -> dict[str, Any]:
-        found = [each.where for each in self._features]
-        named = [where if where is None or isinstance(where, str) else "a function" for where in found]
-        return {"views": [repr(view) for view in self.views], "features": named, "seed": self.seed, "dtype": self.dtype}
+        named = describe([each.where for each in self._features])
+        dtype = _resolved(self.dtype, self.model)
+        return {"views": [repr(view) for view in self.views], "features": named, "seed": self.seed, "dtype": dtype}
 
     def _state(self) -> object:
         return super()._state(), self._folded and self._folded.version
@@ -798,7 +810,7 @@ class Combined(Detector):
     The largest of their scores' logarithms, each in standard deviations of those of clean images from their mean.
 
     Args:
-        detectors: of one model, at least two; they are fitted together, on the same images.
+        detectors: of one model, at least two; copies of them are fitted together, on the same images.
     """
 
     _LEARNED = ("parts", "centers", "units")
@@ -812,7 +824,7 @@ class Combined(Detector):
         if any(detector.model is not detectors[0].model for detector in detectors):
             raise ValueError("detectors are of several models; they must be of one")
         super().__init__(detectors[0].model)
-        self.detectors = tuple(detectors)
+        self.detectors = tuple(map(copy.copy, detectors))  # whose own thresholds stay
         self.most = self.detectors[0].most
         self._widths: list[int] = []  # of what each has seen of an image
 

@@ -304,11 +304,14 @@ class Agreement:
         part._ids = self._ids[rows]
         return part
 
-    def whole(self, factor: float) -> Objective:
-        """``factor`` times this value, with its own gradient: the whole one, and not a multiple of it."""
+    def whole(self, factor: float, value_factor: float) -> Objective:
+        """``factor`` times a step's, with its own gradient: the whole one, and not a multiple of it.
+
+        The value, which is of all views, is multiplied by ``value_factor``.
+        """
         part = copy.copy(self)
         part._autocast = None if self._autocast == torch.float16 else self._autocast  # which needs another scale
-        return Scaled(part, factor)
+        return Scaled(part, factor, value_factor)
 
     def to_anchor(self) -> Self:
         """The same, views compared with the image alone."""
@@ -390,10 +393,10 @@ class Equivariance(Agreement):
         with torch.no_grad():
             return distances(self.anchor(x), map(self.features, self.render(x, sampled)), sampled)
 
-    def whole(self, factor: float) -> Objective:
+    def whole(self, factor: float, value_factor: float) -> Objective:
         part = copy.copy(self)
         part._view_gradient, part._followed, part._scales = 1.0, None, False
-        return Agreement.whole(part, factor)
+        return Agreement.whole(part, factor, value_factor)
 
     def value(self, x: Tensor) -> Tensor:
         """(N,): the sum over all views of the set, as the first step would draw them."""
@@ -667,6 +670,7 @@ def label_mean(values: Tensor, y: Tensor, ignore_index: int = 255) -> Tensor:
     """
     if y.dim() == 1:  # 255 is a class like any other
         return values
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
     counted = y != ignore_index
     total = row_sum(torch.where(counted, values, 0.0).flatten(1))
     return total / row_sum(counted.flatten(1).to(values.dtype)).clamp(min=1)
@@ -716,10 +720,18 @@ def confusions(predictions: Tensor, y: Tensor, classes: int, ignore_index: int =
     """Confusion matrices of each image: (N, H, W) classes and labels -> (N, classes, classes) int64.
 
     Rows are true classes, columns predicted ones; pixels labeled ``ignore_index`` do not count.
+
+    Raises:
+        ValueError: for labels or predictions that are no such class.
     """
     n = len(y)
     image = torch.arange(n, device=y.device).view(-1, 1, 1).expand_as(y)
     counted = y != ignore_index
+    for name, given in (("labels", y[counted]), ("predictions", predictions[counted])):
+        if given.numel() and not 0 <= int(given.min()) <= int(given.max()) < classes:
+            raise ValueError(
+                f"{name} has values from {int(given.min())} to {int(given.max())}; they must be 0 to {classes - 1}"
+            )
     cell = (image[counted] * classes + y[counted]) * classes + predictions[counted]
     return torch.bincount(cell, minlength=n * classes * classes).view(n, classes, classes)
 
@@ -793,7 +805,9 @@ class TaskLoss:
                 for logits in self._predict(leaf.clone(), self._ids, draw):
                     value = self._loss(logits, *self._labels)
                     climbed = value if self._climbed is None else self._climbed(logits, t, *self._labels)
-                    found = found + _differentiate(climbed.sum(), [leaf])[0]
+                    # of each of many labels the gradient is too small for float16, unless it is of their sum
+                    large = logits[0, 0].numel() if x.dtype == torch.float16 else 1
+                    found = found + _differentiate(climbed.sum() * large, [leaf])[0]
                     count += 1
                 total = total + found / (count * len(draws))
             told = climbed if self._tells_climbed else value
@@ -805,10 +819,11 @@ class TaskLoss:
 
 
 class Scaled:
-    """``factor`` times an objective."""
+    """``factor`` times an objective; its value, which may sum over more than a step does, times one of its own."""
 
-    def __init__(self, objective: Objective, factor: float) -> None:
+    def __init__(self, objective: Objective, factor: float, value_factor: float | None = None) -> None:
         self._objective, self._factor = objective, factor
+        self._value_factor = factor if value_factor is None else value_factor
 
     @property
     def fixed(self) -> bool:
@@ -817,7 +832,7 @@ class Scaled:
 
     def value(self, x: Tensor) -> Tensor:
         """(N,)."""
-        return self._factor * self._objective.value(x)
+        return self._value_factor * self._objective.value(x)
 
     def gradient(self, x: Tensor, t: int) -> tuple[Tensor, Tensor]:
         value, gradient = self._objective.gradient(x, t)
@@ -825,7 +840,7 @@ class Scaled:
 
     def only(self, rows: Tensor | slice) -> "Scaled":
         """The same for some of the images."""
-        return Scaled(self._objective.only(rows), self._factor)
+        return Scaled(self._objective.only(rows), self._factor, self._value_factor)
 
 
 class Sum:

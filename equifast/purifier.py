@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from equifast import _checks, rng
 from equifast._capture import Capture
 from equifast._cheap import DTYPES, Cheap, autocast
+from equifast._fingerprint import fingerprint, plain, tensors_of
 from equifast._folded import Folded
 from equifast._memory import pass_bytes
 from equifast.ascent import Advance, Ascent, Progress
@@ -303,6 +304,12 @@ class Purifier:
         """Whether a folded copy of the model runs; known after the first call, before it False."""
         return self._folded is not None and self._folded.made
 
+    def _described(self) -> dict[str, object]:
+        """What :func:`equifast._fingerprint.describe` tells of it: settings, what it runs on, what subclasses add."""
+        settings = self.settings()
+        added = {k: v for k, v in vars(self).items() if not k.startswith("_") and k not in settings and k != "ascent"}
+        return {"class": type(self).__qualname__, "features": self._features.where, **added, **settings}
+
     def settings(self) -> dict[str, object]:
         """All settings, as values that JSON can hold."""
         ascent = self.ascent
@@ -488,10 +495,12 @@ class Purifier:
         """
         count = None if scored else self.views_per_step
         with self._objective(x, ids, draw, count) as (_, objective, _, _):
+            every = len(self.views)
             if scored:
-                yield objective.to_anchor().whole(1 / len(self.views))
+                yield objective.to_anchor().whole(1 / every, 1 / every)
             else:
-                yield objective.whole(1 / number_of_pairs(self.pairing, count or len(self.views)))
+                pairs = (number_of_pairs(self.pairing, number) for number in (count or every, every))
+                yield objective.whole(*(1 / number for number in pairs))
 
     def _check_last(self, last: int) -> None:
         _checks.integer("last", last, 1, max(1, self.ascent.steps))
@@ -605,6 +614,14 @@ class DefendedModel(nn.Module):
         if next(model.parameters(), None) is None:
             # attack libraries find the device by looking at a parameter
             self.anchor = nn.Parameter(torch.zeros(()), requires_grad=False)
+
+    def _described(self) -> dict[str, object]:
+        """What :func:`equifast._fingerprint.describe` tells of it: counts are none of its settings."""
+        skip = ("model", "predictor", "training", "seen", "purified", "suspected")
+        parts = {**vars(self), **dict(self.named_children())}
+        settings = {name: part for name, part in parts.items() if not name.startswith("_") and name not in skip}
+        weights = fingerprint(tensors_of(self))
+        return {"class": type(self).__qualname__, "tensors": weights, "of": plain(self.model), **settings}
 
     def predict(self, x: Tensor) -> Tensor:
         """The logits of the undefended model."""

@@ -56,6 +56,10 @@ class View:
     shared: int = 0
     image: int = 0
 
+    def __repr__(self) -> str:
+        """By which results are told apart: the class and its settings, and no address."""
+        return f"{type(self).__qualname__}({', '.join(f'{k}={v!r}' for k, v in sorted(vars(self).items()))})"
+
     def geometry(self, size: Size, shared: Tensor, u: Tensor) -> tuple[Tensor, Size]:
         """Where to read from and how large the output is.
 

@@ -453,11 +453,78 @@ def test_square_asks_for_logits_alone_and_stops_where_it_has_won() -> None:
         assert (aimed.loss(model(aimed(x, target)), target) <= aimed.loss(model(x), target)).all()
 
 
-def test_square_draws_another_realization_in_every_query() -> None:
+def test_searches_compare_at_the_same_draws() -> None:
     model, x = cases.dense(), cases.images()
-    recorder = Recorder()
-    attacks.BPDA(attacks.Square(model, steps=5), recorder, eot=2)(x, labels(model, x))
-    assert sorted(recorder.draws) == list(range(1, 11))
+    for attack in (attacks.Square(model, steps=5), attacks.CWL2(model, steps=5, searches=1)):
+        recorder = Recorder()
+        attacks.BPDA(attack, recorder, eot=2)(x, labels(model, x))
+        assert sorted(recorder.draws) == [1] * 5 + [2] * 5
+
+
+def test_searches_turn_a_random_defense_in_other_draws_too() -> None:
+    """A label that turns in one draw of several is no success: without noise these images are near a border."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 2)).double().eval()
+    x = (0.3 + 0.4 * cases.images(24, 8, 8)).double()
+    with torch.no_grad():
+        model[1].bias.sub_(model(x).mean(0))
+        y = model(x).argmax(1)
+    noisy, ids = defenses.RandomNoise(0.1), torch.arange(24)
+
+    def wrong(images: Tensor) -> float:
+        with torch.no_grad():
+            return float(
+                torch.stack(
+                    [(model(noisy(images, ids, draw)).argmax(1) != y).double() for draw in range(50, 80)]
+                ).mean()
+            )
+
+    for attack in (
+        attacks.Square(model, eps=0.03, steps=150),
+        attacks.CWL2(model, steps=60, searches=3, constant=0.1, rate=0.02),
+    ):
+        assert wrong(attacks.BPDA(attack, noisy, eot=3)(x, y, ids)) > wrong(x) + 0.25
+
+
+def test_square_refuses_what_it_does_not_have() -> None:
+    for name in ("step_size", "start", "keep", "momentum", "adaptive"):
+        with pytest.raises(TypeError, match=f"{name} is given; Square is a search"):
+            attacks.Square(cases.dense(), **{name: 1})
+
+
+@pytest.mark.parametrize(
+    "kind", [attacks.PGD, attacks.CW, attacks.Houdini, attacks.SegPGD, attacks.CosPGD, attacks.APGD]
+)
+def test_many_labels_of_half_images(kind: type[attacks.Attack]) -> None:
+    """More labels than float16 can count: the loss is finite, and the attack does what it does in float32."""
+    torch.manual_seed(0)
+    model = nn.Conv2d(3, 4, 3, padding=1).eval()
+    x = cases.images(1, 264, 264)
+    y = model(x).argmax(1).detach()
+    seen: list[tuple[Tensor, Tensor]] = []
+    right = []
+    for dtype in (torch.float32, torch.float16):
+        seen.clear()
+        given = model.to(dtype)
+        found = kind(given, steps=4, seed=0)(x.to(dtype), y, watch=lambda t, *rest: seen.append(rest))
+        assert all(value.isfinite().all() for value, _ in seen)
+        assert all((gradient != 0).float().mean() > 0.9 for _, gradient in seen[1:])
+        with torch.no_grad():
+            right.append(float((given(found).argmax(1) == y).float().mean()))
+    assert abs(right[0] - right[1]) < 0.03
+    model.float()
+
+
+def test_cw_l2_of_half_images() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 6 * 6, 2)).eval()
+    x = (0.4 + 0.2 * cases.images(4, 6, 6)).half()
+    x[0, 0, 0, 0], x[0, 0, 0, 1] = 0, 1  # whose inverse hyperbolic tangents are infinite
+    y = model(x.float()).argmax(1)
+    found = attacks.CWL2(model.half(), steps=100, rate=0.02, constant=1.0, searches=4)(x, y)
+    assert found.dtype == torch.float16
+    with torch.no_grad():
+        assert (model(found).argmax(1) != y).all()
 
 
 def test_cw_l2_of_a_linear_model_goes_to_its_border() -> None:

@@ -91,6 +91,8 @@ def test_heads_are_saved_whole_or_not_at_all(name: str, tmp_path: Path, monkeypa
         other(model).load(path)
     with pytest.raises(ValueError, match=r"has features .*model's output.*; it must have 'body'"):
         HEADS[name](model, "body").load(path)
+    with pytest.raises(ValueError, match=r"has model '[0-9a-f]{16}'; it must have"):
+        HEADS[name](cases.dense(seed=1)).load(path)  # of as many channels
     (tmp_path / "text").write_text("no tensors here")
     with pytest.raises(ValueError, match="is no safetensors file"):
         HEADS[name](model).load(tmp_path / "text")

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from equifast import Defended, Purifier, attacks, defenses, demo, views
+from equifast._fingerprint import describe
 from equifast.detectors import Combined, Detector, Deviation, OutputVariance, Similarity, own_ids
-from equifast.evaluate.study import describe
+from equifast.evaluate.studies import Constrained
 from equifast.features import output
 from equifast.reference import invert, warp
 from equifast.views import sample
@@ -458,7 +459,7 @@ def test_the_largest_of_several() -> None:
     combined = Combined(parts).fit(clean(40), false_positive_rate=0.1)
     alone = [Deviation(model).fit(clean(40)), OutputVariance(model).fit(clean(40))]
     found = []
-    for part, single in zip(parts, alone, strict=True):
+    for part, single in zip(combined.detectors, alone, strict=True):
         assert torch.equal(part.score(x), single.score(x))
         logs = single.clean_scores.log()
         found.append((part.score(x).log() - logs.mean()) / logs.std(correction=0))
@@ -472,6 +473,24 @@ def test_the_largest_of_several() -> None:
             Combined(wrong)
     with pytest.raises(TypeError, match="detectors has a DenseNet; they must be Detectors"):
         Combined([parts[0], model])  # type: ignore[list-item]
+
+
+def test_several_leave_the_thresholds_of_their_parts(tmp_path: Path) -> None:
+    parts = [OutputVariance(cases.dense()), None]
+    parts[1] = Deviation(parts[0].model)
+    parts[0].fit(clean(40), false_positive_rate=0.3)
+    before = parts[0].threshold
+    Combined(parts).fit(clean(20), false_positive_rate=0.1)
+    assert parts[0].threshold == before
+    parts[0].save(tmp_path / "a.json")
+    assert OutputVariance(parts[0].model).load(tmp_path / "a.json").threshold == before
+
+
+def test_purifiers_of_a_similarity_are_told_apart() -> None:
+    model, others = cases.dense(), (cases.dense(seed=1), cases.dense(seed=2))
+    settings = [Similarity(Constrained(model, positions=n)).settings() for n in (4, 400)]
+    settings += [Similarity(Purifier(model, other.forward)).settings() for other in others]
+    assert len({json.dumps(each) for each in settings}) == 4
 
 
 def test_the_threshold_of_another_rate() -> None:

@@ -38,3 +38,13 @@ def test_differences_are_paired() -> None:
     matrices = rng.integers(0, 9, (20, 3, 3))
     same = difference(matrices, matrices)
     assert (same.value, same.standard_error) == (0, 0)
+
+
+def test_labels_that_are_no_class_are_refused() -> None:
+    labels = torch.zeros(2, 2, 2, dtype=torch.int64)
+    for wrong in (3, -1):
+        labels[0, 0, 0] = wrong
+        with pytest.raises(ValueError, match=f"labels has values from .*{wrong}.*; they must be 0 to 2"):
+            confusion(torch.zeros_like(labels), labels, 3)
+    with pytest.raises(ValueError, match="predictions has values from 0 to 3"):
+        confusion(labels.clamp(min=0) + torch.eye(2, dtype=torch.int64) * 3, labels.clamp(min=0), 3)

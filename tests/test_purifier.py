@@ -113,6 +113,18 @@ def test_gradient_of_the_objective_is_autograds(pairing: str, weight: float) -> 
     torch.testing.assert_close(objective.slope(x.clone().requires_grad_(), 3).detach(), gradient)
 
 
+@pytest.mark.parametrize("preset", ["fast", "strong", "paper"])
+def test_the_objective_of_attackers_is_a_mean_at_steps_and_as_a_value(preset: str) -> None:
+    """By the value points are compared, and by a step's it is climbed: both are means, of all views and of a step's."""
+    model, x = cases.dense().eval(), cases.images()
+    purifier = Purifier(model, preset=preset)
+    with purifier.objective(x) as objective:
+        values = [objective.value(x), *(objective.gradient(x, t)[0] for t in range(4))]
+    assert all((value.abs() <= 1).all() for value in values)
+    if preset != "paper":
+        torch.testing.assert_close(values[0], purifier.score(x))
+
+
 def test_a_view_whose_features_ignore_the_image_adds_no_gradient() -> None:
     """As of a model that answers images below some size with a constant."""
     model, x = cases.dense().double().eval(), cases.images(2).double()

@@ -130,6 +130,8 @@ def test_command(tmp_path: Path) -> None:
         f"import sys\nsys.path.append({str(Path(cases.__file__).parent)!r})\nimport cases\n"
         "def dense():\n    return cases.dense()\n"
     )
+    others = (cases.images(4, 12, 16, seed=9) * 255).byte().permute(0, 2, 3, 1).numpy()
+    np.savez(tmp_path / "others.npz", images=others, labels=np.zeros((4, 12, 16), np.int64))
     base = ["evaluate", str(tmp_path / "data.npz"), "--model", f"{tmp_path / 'model.py'}:dense", "--steps", "1"]
 
     def run(*more: str) -> Any:
@@ -143,7 +145,7 @@ def test_command(tmp_path: Path) -> None:
     done = run("-o", str(tmp_path / "equivariance"), "--study", "equivariance", "--attack", "PGD", "--images", "1")
     assert done.exit_code == 0, done.output
     assert "similarity" in (tmp_path / "equivariance" / "table.json").read_text()
-    heads = ["--defense", "rotation", "--defense", "contrastive@body", "--fit", str(tmp_path / "data.npz")]
+    heads = ["--defense", "rotation", "--defense", "contrastive@body", "--fit", str(tmp_path / "others.npz")]
     for _ in range(2):  # the second time the heads are there
         done = run("-o", str(tmp_path / "heads"), "--attack", "PGD", *heads)
         assert done.exit_code == 0, done.output

@@ -209,3 +209,14 @@ def test_a_view_of_ones_own_that_is_wrong_is_refused(theta: torch.Tensor, size: 
 
     with pytest.raises(ValueError, match=message):
         views.sample([Bad()], (4, 4), seed=0, ids=torch.arange(2))
+
+
+class Tilted(views.View):
+    def __init__(self, degrees: float) -> None:
+        self.degrees = degrees
+
+
+def test_views_of_ones_own_are_named_by_their_settings() -> None:
+    assert repr(views.View()) == "View()"
+    assert repr(Tilted(3.0)) == "Tilted(degrees=3.0)"
+    assert repr(views.Flip()) == "Flip(vertical=False)"

@@ -59,6 +59,7 @@ def cost(model: nn.Module, defended: DefendedModel, x: Tensor, rounds: int = 5) 
 
     times: tuple[list[float], list[float]] = [], []
     with evaluating(x, model), torch.no_grad():
+        once()  # the first call may look at the model, and at what a pass takes
         passes = _passes(model, x, once)
         for _ in range(rounds + 1):
             for found, task in zip(times, (lambda: model(x.clone()), once), strict=True):

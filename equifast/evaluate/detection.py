@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from equifast import __version__, _checks, attacks, ops, rng
+from equifast import __version__, _checks, attacks, rng
+from equifast._fingerprint import describe
 from equifast.detectors import Detector
 from equifast.evaluate.corruptions import CORRUPTIONS, SEVERITIES, corrupt, version
 from equifast.evaluate.metrics import (
@@ -41,7 +42,7 @@ from equifast.evaluate.records import (
     judged,
     list_images,
 )
-from equifast.evaluate.study import describe
+from equifast.evaluate.study import arithmetic, check_range
 from equifast.features import evaluating, output
 from equifast.purifier import Purifier
 
@@ -215,7 +216,7 @@ class Detection:
             "kind": "detection",
             "version": __version__,
             "torch": torch.__version__,
-            "backend": str(ops.choose(self._device)),
+            **arithmetic(self._device),
             "model": describe(model),
             "ignore_index": ignore_index,
         }
@@ -284,6 +285,7 @@ class Detection:
             logits = output(self.model(x))
         if len(logits) != len(x) or logits.shape[2:] != y.shape[1:]:
             raise ValueError(f"the model gives logits {tuple(logits.shape)} for labels {tuple(y.shape)}")
+        check_range(y, logits.shape[1], self.ignore_index)
         return judged(logits.argmax(1), y, logits.shape[1], self.ignore_index)
 
 

@@ -37,6 +37,7 @@ class Strength:
         dtype: of attacks with gradients, as in :class:`equifast.attacks.Attack`.
         targeted: whether they aim at what they are given as labels.
         norm: of the ball, ``"linf"`` or ``"l2"``, in which there is no black box.
+        ignore_index: the dense label that does not count.
     """
 
     eps: float = 4 / 255
@@ -50,12 +51,18 @@ class Strength:
     dtype: str = "auto"
     targeted: bool = False
     norm: str = "linf"
+    ignore_index: int = 255
+
+    @property
+    def task(self) -> dict[str, Any]:
+        """What every attack is after, whatever its steps."""
+        return {"eps": self.eps, "seed": self.seed, "targeted": self.targeted, "ignore_index": self.ignore_index}
 
     def settings(self, **changed: Any) -> dict[str, Any]:
         """Of an iterated attack."""
         size = self.eps / 4 if self.step_size is None else self.step_size
-        chosen = {"eps": self.eps, "step_size": size, "steps": self.steps, "seed": self.seed, "dtype": self.dtype}
-        return {**chosen, "norm": self.norm, "targeted": self.targeted, **changed}
+        chosen = {**self.task, "step_size": size, "steps": self.steps, "dtype": self.dtype, "norm": self.norm}
+        return {**chosen, **changed}
 
     def patient(self, **changed: Any) -> dict[str, Any]:
         """Of an attack that has a threshold to stay below: more and smaller steps, from the image, the best one kept.
@@ -143,8 +150,8 @@ def known(strength: Strength) -> dict[str, Attacker]:
         return make
 
     def both(model: nn.Module, defended: DefendedModel) -> Attacked | None:
-        purifier = _purifier(defended)
-        if purifier is None:
+        purifier = defended.purifier if isinstance(defended, Defended) else None
+        if not isinstance(purifier, Purifier) or purifier.ascent.steps == 0:
             return None
         return BPDA(attacks.Adaptive(model, purifier, weight=s.weights, **s.settings()), defended)
 
@@ -162,8 +169,7 @@ def known(strength: Strength) -> dict[str, Attacker]:
         if s.norm != "linf":
             return None
         # from predictions as they are: what is won by a hair in bfloat16 is not won
-        how: dict[str, Any] = {"steps": s.queries, "seed": s.seed, "targeted": s.targeted}
-        return BPDA(attacks.Square(model, eps=s.eps, **how), defended)
+        return BPDA(attacks.Square(model, steps=s.queries, **s.task), defended)
 
     def larger(radius: float) -> Attacker:
         def make(model: nn.Module, defended: DefendedModel) -> Attacked:
@@ -176,17 +182,23 @@ def known(strength: Strength) -> dict[str, Attacker]:
 
     own_steps = s.settings()  # of attacks that choose their lengths
     del own_steps["step_size"]
+
+    def iterated(model: nn.Module, _: DefendedModel) -> Attacked:
+        # as many of its short steps as its definition takes, where that is more: with fewer it does not get there
+        own = attacks.IFGSM(model, eps=s.eps).ascent.steps
+        return attacks.IFGSM(model, **{**own_steps, "steps": max(s.steps, own)})
+
     found = [
         Attacker(
             "FGSM",
-            lambda model, defended: attacks.FGSM(model, eps=s.eps, norm=s.norm, seed=s.seed, targeted=s.targeted),
+            lambda model, defended: attacks.FGSM(model, norm=s.norm, **s.task),
             knows=False,
         ),
         *(
             Attacker(kind.__name__, plain(kind), knows=False)
             for kind in (PGD, attacks.CW, attacks.Houdini, attacks.SegPGD, attacks.CosPGD)
         ),
-        Attacker("IFGSM", lambda model, defended: attacks.IFGSM(model, **own_steps), knows=False),
+        Attacker("IFGSM", iterated, knows=False),
         Attacker("MIM", lambda model, defended: attacks.MIM(model, **own_steps), knows=False),
         *(
             Attacker(name, partial(tuned, objective=objective, restarts=restarts), knows=False)

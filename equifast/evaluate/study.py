@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from equifast import __version__, _checks, ops, rng
-from equifast._fingerprint import fingerprint, tensors_of
+from equifast._cheap import has_fast_bfloat16
+from equifast._fingerprint import describe
 from equifast.attacks import BPDA, Adaptive, Attack
-from equifast.detectors import Detector
 from equifast.evaluate.metrics import Estimate, accuracy, average, class_iou, difference, mean_iou
 from equifast.evaluate.records import (
     CLEAN,
@@ -61,47 +61,22 @@ class Attacker:
     radius: float = 1.0
 
 
-def describe(thing: object) -> Any:
-    """Settings of an attack or a defense, as values that JSON can hold: what decides its results."""
-    if isinstance(thing, Purifier):
-        head = getattr(thing, "head", None)  # of defenses that have one
-        kept = {"class": type(thing).__name__, "features": _named(thing._features.where), **thing.settings()}
-        return kept if head is None else {**kept, "head": describe(head)}
-    if isinstance(thing, Detector):
-        return describe(thing.description())
-    if isinstance(thing, nn.Module | Tensor):
-        state = tensors_of(thing) if isinstance(thing, nn.Module) else [thing]
-        kept = (
-            {}
-            if not isinstance(thing, DefendedModel)
-            else _attributes(thing, skip=("model", "predictor", "seen", "purified", "suspected"))
-        )
-        return {"class": type(thing).__name__, "tensors": fingerprint(state), **kept}
-    if isinstance(thing, Mapping):
-        return {str(key): describe(value) for key, value in thing.items()}
-    if isinstance(thing, list | tuple):
-        return [describe(value) for value in thing]
-    if thing is None or isinstance(thing, bool | int | float | str):
-        return thing
-    if type(thing).__module__.partition(".")[0] == "equifast" and hasattr(thing, "__dict__"):
-        return {"class": type(thing).__name__, **_attributes(thing)}
-    return _named(thing)
-
-
-def _named(thing: Any) -> str | None:
-    """A string as it is, and of others the name."""
-    return thing if thing is None or isinstance(thing, str) else getattr(thing, "__qualname__", type(thing).__name__)
-
-
-def _attributes(thing: object, skip: Sequence[str] = ()) -> dict[str, Any]:
+def arithmetic(device: torch.device) -> dict[str, Any]:
+    """What computes, and in which dtype where that is left open (``"auto"``), as values that JSON can hold."""
     return {
-        name: describe(value)
-        for name, value in sorted(vars(thing).items())
-        if name not in skip
-        and not name.startswith(("_modules", "_parameters", "_buffers", "_cheap"))
-        and not (isinstance(thing, nn.Module) and name.startswith("_"))
-        and name != "training"
+        "backend": str(ops.choose(device)),
+        "on": device.type,
+        "auto": "bfloat16" if has_fast_bfloat16(device) else "float32",
     }
+
+
+def check_range(y: Tensor, classes: int, ignore_index: int) -> None:
+    """ValueError for labels that the model does not have."""
+    counted = y[y != ignore_index] if y.dim() > 1 else y
+    if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < classes:
+        raise ValueError(
+            f"data has labels from {int(counted.min())} to {int(counted.max())}; the model has {classes} classes"
+        )
 
 
 class Evaluation:
@@ -118,7 +93,7 @@ class Evaluation:
             whatever takes ``(x, ids, draw)``.
         eps: the radius that no attack may leave; None for attacks that have none.
         norm: in which that is, ``"linf"`` or ``"l2"``.
-        target: the class that attackers aim at, who are targeted then; None for the true labels, which they flee.
+        target: the class that attackers aim at, who must be targeted then; None for the true labels, which they flee.
         votes: draws of each defense that vote on every image, label by label, beside the single one that counts; 0 for
             no vote.
         score: whose similarity (:meth:`equifast.Purifier.score`) is recorded of every image that a model predicts from,
@@ -128,7 +103,8 @@ class Evaluation:
         arguments: what else decides the results, as values that JSON can hold.
 
     Raises:
-        ValueError: for data without images, names that are given twice or are taken.
+        ValueError: for data without images, names that are given twice or are taken; for attacks of ours that are
+            targeted where there is no target, or are not where there is one, or leave out another dense label.
     """
 
     def __init__(
@@ -168,7 +144,7 @@ class Evaluation:
             **(arguments or {}),
             "version": __version__,
             "torch": torch.__version__,
-            "backend": str(ops.choose(self._device)),
+            **arithmetic(self._device),
             "model": describe(model),
             "eps": eps,
             **({} if norm == "linf" else {"norm": norm}),
@@ -224,8 +200,19 @@ class Evaluation:
             for name, defended in self.defenses.items():
                 attack = attacker.make(self.model, defended) if attacker.knows else shared
                 if attack is not None:
+                    self._fits(attacker.name, _own(attack))
                     cells[name, attacker.name] = attack
         return {**{(name, CLEAN): None for name in self.defenses}, **cells}
+
+    def _fits(self, name: str, attack: object) -> None:
+        """ValueError where an attack would be measured by something else than what it is after."""
+        if not isinstance(attack, Attack):
+            return
+        if attack.targeted != (self.target is not None):
+            aims = "there is none" if self.target is None else f"target is {self.target}"
+            raise ValueError(f"{name} has targeted={attack.targeted}, and {aims}; they must go together")
+        if self._dense and attack.ignore_index != self.ignore_index:
+            raise ValueError(f"{name} has ignore_index {attack.ignore_index}; it must be {self.ignore_index}")
 
     def _manifest(self, cells: Mapping[tuple[str, str], Attacked | None]) -> dict[str, Any]:
         data = hashlib.sha256("".join(image.key for image in self.images).encode()).hexdigest()[:16]
@@ -286,6 +273,8 @@ class Evaluation:
             if self.score is not None:
                 defended = self.defenses[name]
                 shown = defended.purifier(x, ids=ids, draw=0) if isinstance(defended, Defended) else x
+                if suspected is not None:
+                    shown = torch.where(suspected.view(-1, 1, 1, 1), shown, x)
                 for note, similarity in zip(seen, self.score.score(shown, ids).tolist(), strict=True):
                     note["similarity"] = similarity
             if self.votes:
@@ -319,12 +308,12 @@ class Evaluation:
         def watch(t: int, value: Tensor, gradient: Tensor) -> None:
             nonlocal begun
             begun = len(losses[0]) if t % steps == 0 else begun  # a run of its own
-            for row, (loss, none) in enumerate(
-                zip(value.tolist(), (gradient == 0).flatten(1).all(1).tolist(), strict=True)
-            ):
+            flat = gradient.flatten(1)
+            useless = ((flat == 0).all(1) | ~flat.isfinite().all(1)).tolist()
+            for row, (loss, none) in enumerate(zip(value.tolist(), useless, strict=True)):
                 losses[row].append(float(f"{loss:.5g}"))
-                # a margin that is won has none either, and has risen before
-                stuck[row] += none and losses[row][-1] <= losses[row][begun]
+                # a margin that is won has none either, and has risen before; a loss that is NaN has not
+                stuck[row] += none and not losses[row][-1] > losses[row][begun]
 
         x = attack(x, y, ids, watch=watch)
         return x, [{"losses": a, "no_gradient": b} if a else {} for a, b in zip(losses, stuck, strict=True)]
@@ -340,7 +329,10 @@ class Evaluation:
         moved = float(change.abs().max())
         if self.norm == "l2":
             moved, what = float(change.flatten(1).norm(dim=1).max()), "an image"
-        if self.eps is not None and moved > radius * self.eps * (1 + 1e-6) + 1e-6:
+        rounding = 1e-6 if x.dtype.itemsize > 2 else torch.finfo(x.dtype).eps  # of values up to 1
+        if self.norm == "l2" and x.dtype.itemsize <= 2:
+            rounding *= clean[0].numel() ** 0.5
+        if self.eps is not None and moved > radius * self.eps * (1 + 1e-6) + rounding:
             raise ValueError(f"{name} leaves its ball: it moves {what} by {moved:g}, and may by {radius * self.eps:g}")
 
     def _logits(self, defended: DefendedModel, x: Tensor, y: Tensor, ids: Tensor, draw: int = 0) -> Tensor:
@@ -352,11 +344,7 @@ class Evaluation:
                 "they must be (N, C), or (N, C, H, W) as the labels"
             )
         classes = logits.shape[1]
-        counted = y[y != self.ignore_index] if y.dim() > 1 else y
-        if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < classes:
-            raise ValueError(
-                f"data has labels from {int(counted.min())} to {int(counted.max())}; the model has {classes} classes"
-            )
+        check_range(y, classes, self.ignore_index)
         if self.target is not None and self.target >= classes:
             raise ValueError(f"target is {self.target}; the model has {classes} classes")
         return logits
@@ -525,10 +513,13 @@ class Report:
                 if seeing and estimate.value < min(e.value for e in seeing) - estimate.standard_error:
                     found.append(f"{defense}: {name}, a black box, does more damage than every attacker with gradients")
             for name, losses in self.losses.get(defense, {}).items():
-                still = losses[:, :, -1] <= losses[:, :, 0]  # run by run, of restarts or weights
-                images = int((2 * still.sum(1) > still.shape[1]).sum())
-                if losses.shape[2] > 1 and 2 * images > len(losses):
-                    found.append(f"{defense}: the loss of {name} does not rise with its steps on {images} images")
+                still = ~(losses[:, :, -1] > losses[:, :, 0])  # run by run, of restarts or weights; NaN too
+                held = 2 * still.sum(1) > still.shape[1]
+                # of images that are lost from the start a margin may have nowhere to go
+                asked = (_right(self.results[defense][CLEAN]) > 0) | np.isnan(losses).any((1, 2))
+                images, of = int((held & asked).sum()), int(asked.sum())
+                if losses.shape[2] > 1 and 2 * images > of:
+                    found.append(f"{defense}: the loss of {name} does not rise with its steps on {images} of {of} images")
             for name, steps in self.no_gradient.get(defense, {}).items():
                 # where nothing is left to turn, a margin has none
                 stuck = int(((steps > 0) & (_right(self.results[defense][name]) >= 0.5)).sum())
