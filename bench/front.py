@@ -629,7 +629,7 @@ def _family(name: str) -> str:
         return "averaging"
     if name == "none":
         return "none"
-    averaged = "averaging" in name or "then" in name or name == "strong"
+    averaged = "averaging" in name or "then" in name or name in ("strong", "fast", "two steps")
     return "purified, averaged" if averaged else "purified"
 
 

@@ -156,8 +156,8 @@ def demo(
     _out.print(table)
     _out.print(
         f"PGD: {report.STEPS} steps on the model. * {report.ADAPTIVE_STEPS} steps of BPDA through the defense, a draw "
-        "for each, none of them\nthe evaluation's; averaging: through its own gradient; paper: through its one-step "
-        "equal, tested on paper;\nnone: PGD as before.\n"
+        "for each, none of them\nthe evaluation's; averaging: through its own gradient; paper: through its last step "
+        "alone, from a random\ncorner, tested on paper; none: PGD as before.\n"
         f"Similarity of PGD images after the defense; clean images have {similarity['clean']:.3f}.\n"
         f"Panels and results.json are in {output}{os.sep} ({time.perf_counter() - begun:.0f} s).",
         highlight=False,
@@ -173,6 +173,15 @@ def _fraction(text: str) -> float:
         raise typer.BadParameter(f"{text!r} is no number such as 6/255 or 0.02") from error
 
 
+def _seed(text: str) -> int | None:
+    if text.lower() == "none":
+        return None
+    try:
+        return int(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is no seed; it must be a whole number, or none") from error
+
+
 @app.command()
 def purify(
     paths: Annotated[list[Path], typer.Argument(help="Image files, or folders of PNG, JPEG and WebP files.")],
@@ -181,7 +190,10 @@ def purify(
     features: WhereFeatures = None,
     preset: WhichPreset = "fast",
     eps: Annotated[str, typer.Option(help="Radius of the ball, as 6/255.")] = "6/255",
-    seed: Annotated[int, typer.Option(help="Seed of the random numbers.")] = 0,
+    seed: Annotated[
+        str,
+        typer.Option(help="Seed of the random numbers, for results that repeat; or none: new ones for every image."),
+    ] = "0",
     device: Device = "cpu",
 ) -> None:
     """Purify image files; results are PNG files with the same names, and purified.jsonl with a line per image.
@@ -194,7 +206,9 @@ def purify(
         if not targets:
             raise ValueError(f"no PNG, JPEG or WebP file in {', '.join(map(str, paths))}")
         network = load_model(model).to(_device(device))
-        purifier = Purifier(network, features, preset, radius, seed)  # refuses bad settings before any work
+        if (number := _seed(seed)) is None:
+            torch.seed()  # seeds are drawn from torch's generator, which the model's file may have set
+        purifier = Purifier(network, features, preset, radius, number)  # refuses bad settings before any work
         output.mkdir(parents=True, exist_ok=True)
         ledger = _Ledger(output, _arguments(model, network, purifier, features))
     except (ValueError, TypeError, RuntimeError, OSError) as error:
@@ -215,7 +229,7 @@ def purify(
                     x = read_image(source)[None].to(_device(device))
                     if features is None:  # found on the first image, the same for all
                         features = _find_features(network, x)
-                        purifier = Purifier(network, features, preset, radius, seed)
+                        purifier = Purifier(network, features, preset, radius, number)
                     line = _purify_one(purifier, features, x, output / name, advance)
                     ledger.add({"image": name.as_posix(), "source": str(source), "sha256": digest, **line})
             except Exception as error:  # one bad file, or one that the model chokes on: report it, do the rest
@@ -399,14 +413,17 @@ def evaluate(
     ] = None,
     attack: Annotated[
         list[str] | None,
-        typer.Option(help="Attackers by name (PGD, APGD, BPDA, ...); PGD, through averaging and BPDA where not given."),
+        typer.Option(
+            help="Attackers by name (PGD, APGD, BPDA, ...; a wrong one lists all); PGD, through averaging and BPDA "
+            "where not given."
+        ),
     ] = None,
     protocol: Annotated[str | None, typer.Option(help="adaptive: the attackers who know, instead of --attack.")] = None,
     study: Annotated[
         str | None,
         typer.Option(help=f"Instead of --defense, one of {', '.join(STUDIES)}; of detectors, {', '.join(DETECTION)}."),
     ] = None,
-    preset: Annotated[str, typer.Option(help="Whose settings a study changes, one by one.")] = "fast",
+    preset: Annotated[str, typer.Option(help="The preset of which a --study changes one setting.")] = "fast",
     fit: Annotated[
         Path | None, typer.Option(help="Data on which the heads of rotation and contrastive are trained.")
     ] = None,
@@ -425,8 +442,11 @@ def evaluate(
     foreign: Annotated[
         list[Path] | None, typer.Option(help="Data that the model does not know, for --study ood; any number.")
     ] = None,
-    fit_images: Annotated[int, typer.Option(min=1, help="How many of their images, of both.")] = 256,
-    quick: Annotated[bool, typer.Option("--quick", help="8 images, fewer steps, draws and queries: a look.")] = False,
+    fit_images: Annotated[int, typer.Option(min=1, help="How many images of --fit and of --clean are used.")] = 256,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="A look: 8 images, 10 steps, 4 draws, 100 queries, whatever these are set to."),
+    ] = False,
     images: Annotated[int | None, typer.Option(min=1, help="How many images, evenly over the data.")] = None,
     size: Annotated[str | None, typer.Option(help="Height and width that image files are resized to.")] = None,
     eps: Annotated[str, typer.Option(help="Radius of the attacks, as 4/255.")] = "4/255",
@@ -437,7 +457,8 @@ def evaluate(
     queries: Annotated[int, typer.Option(min=1, help="Queries of the black box.")] = 500,
     target: Annotated[int | None, typer.Option(help="A class that all attacks aim at.")] = None,
     votes: Annotated[
-        int | None, typer.Option(min=0, help="Draws that vote, beside the single one; 5 with a protocol, else none.")
+        int | None,
+        typer.Option(min=0, help="How many draws vote, told beside a single one; 5 with a protocol, else none."),
     ] = None,
     against: Annotated[
         str | None, typer.Option(help="A defense of which all others' differences are told, paired over images.")

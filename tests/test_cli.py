@@ -108,6 +108,18 @@ def test_purify_again_does_nothing_and_refuses_other_settings(folder: Path) -> N
     assert next(line["height"] for line in lines(folder / "out") if line["image"] == "a.png") == 20
 
 
+def test_random_numbers_that_nobody_knows(folder: Path) -> None:
+    results = []
+    for seed in ("none", "none", "0", "0"):
+        out = folder / f"out{len(results)}"
+        command = ("purify", folder / "in" / "a.png", "-o", out, "--model", f"{folder / 'model.py'}:dense")
+        assert run(*command, "--seed", seed).exit_code == 0
+        results.append((out / "a.png").read_bytes())
+    assert results[0] != results[1]
+    assert results[2] == results[3]
+    assert lines(folder / "out0")[0]["settings"]["seed"] is None  # type: ignore[index]
+
+
 def test_a_corrupt_file_is_reported_and_the_rest_done(folder: Path) -> None:
     (folder / "in" / "bad.png").write_bytes(b"\x89PNG but not really")
     Image.new("I;16", (4, 4)).save(folder / "in" / "deep.png")
@@ -166,6 +178,7 @@ def test_killed_and_started_again(folder: Path) -> None:
         (("in", "-o", "out", "--eps", "six"), "'six' is no number such as 6/255 or 0.02"),
         (("in", "-o", "out", "--features", "stage9"), "is no submodule of the model; the nearest names are"),
         (("in", "-o", "out", "--seed", "-1"), "seed is -1; it must be an integer from 0 to 4294967295"),
+        (("in", "-o", "out", "--seed", "any"), "'any' is no seed; it must be a whole number, or none"),
         (("in", "-o", "out", "--device", "gpu"), "gpu"),
         (("in", "-o", "in"), "would be overwritten; choose another output folder"),
         (("in", "-o", "out", "--eps", "6"), "eps is 6.0; it must be at most 1, as images lie in [0, 1]: 6/255 rather"),

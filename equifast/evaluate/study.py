@@ -519,7 +519,9 @@ class Report:
                 asked = (_right(self.results[defense][CLEAN]) > 0) | np.isnan(losses).any((1, 2))
                 images, of = int((held & asked).sum()), int(asked.sum())
                 if losses.shape[2] > 1 and 2 * images > of:
-                    found.append(f"{defense}: the loss of {name} does not rise with its steps on {images} of {of} images")
+                    found.append(
+                        f"{defense}: the loss of {name} does not rise with its steps on {images} of {of} images"
+                    )
             for name, steps in self.no_gradient.get(defense, {}).items():
                 # where nothing is left to turn, a margin has none
                 stuck = int(((steps > 0) & (_right(self.results[defense][name]) >= 0.5)).sum())
