@@ -6,7 +6,9 @@ import hashlib
 import sys
 import types
 from collections.abc import Iterable, Mapping
+from decimal import Decimal
 from enum import Enum
+from fractions import Fraction
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -65,6 +67,8 @@ def describe(thing: object, seen: tuple[int, ...] = ()) -> Any:
         return sorted((describe(value, seen) for value in thing), key=repr)
     if isinstance(thing, np.ndarray):
         return {"array": hashlib.sha256(repr((thing.shape, thing.dtype)).encode() + thing.tobytes()).hexdigest()[:16]}
+    if isinstance(thing, np.generic):
+        return describe(thing.item(), seen)
     if isinstance(thing, _NAMED):
         return str(thing)
     if isinstance(thing, functools.partial):
@@ -85,7 +89,7 @@ def describe(thing: object, seen: tuple[int, ...] = ()) -> Any:
     return {"class": type(thing).__qualname__, **attributes}
 
 
-_NAMED = (torch.dtype, torch.device, torch.memory_format, Path, Enum)
+_NAMED = (torch.dtype, torch.device, torch.memory_format, Path, Enum, range, bytes, complex, slice, Fraction, Decimal)
 
 
 def _content(cell: types.CellType) -> object:

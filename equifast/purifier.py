@@ -145,8 +145,8 @@ class Purifier:
         preset: ``"fast"``, ``"strong"`` or ``"paper"``; the settings below replace those of the preset.
         eps: radius of the ball, in units of image values.
         seed: 0..2**32-1, or None: a fresh one per call, from torch's global generator. Who knows it knows the
-            very ascent, and leaves less of it than any other attacker (docs/evaluation.md): None where that matters, and
-            ``torch.seed()`` once where something has called ``torch.manual_seed``, after which nothing is secret.
+            very ascent, and leaves less of it than any other attacker (docs/evaluation.md): None where that matters,
+            and ``torch.seed()`` once where something has called ``torch.manual_seed``, after which none is secret.
         dtype: ``"auto"`` (bfloat16 autocast for float32 images where the hardware has it, else none), ``"float32"``
             (no autocast), ``"bfloat16"`` or ``"float16"`` (autocast; in the latter gradients are scaled).
         norm: ``"linf"`` or ``"l2"``.

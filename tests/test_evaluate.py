@@ -534,6 +534,8 @@ class Tempered(cases.DenseNet):
         "purifying module": lambda n: Defended(MODEL, CompressedModule(n)),
         "function": lambda n: Defended(MODEL, _scaled(n)),
         "partial": lambda n: functools.partial(_scaled, n),
+        "numbers of numpy": lambda n: Defended(MODEL, Compressed(np.int64(n))),  # type: ignore[arg-type]
+        "range": lambda n: Defended(MODEL, Compressed(range(n))),  # type: ignore[arg-type]
         "model of the purifier": lambda n: Defended(MODEL, Purifier(DIFFERENT[n])),
         "function of features": lambda n: Defended(MODEL, Purifier(MODEL, DIFFERENT[n].forward)),
         "attribute of the model": lambda n: _tempered(n),
