@@ -71,7 +71,7 @@ def _finish(axis: Axes, report: Report, title: str, across: str = "") -> None:
     axis.set_ylim(bottom=0)
     axis.set_title(f"{title}{report.images} images, ± standard error by bootstrap over images", fontsize=9)
     axis.grid(axis="y", alpha=0.3)
-    axis.legend()
+    axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, fontsize=8)  # beside what it would cover
 
 
 def bars(report: Report) -> Figure:
