@@ -40,6 +40,7 @@ DTYPE = getattr(torch, os.environ.get("EQUIFAST_BENCH_DTYPE", "float32"))
 FEATURES = [(1, 11, 22, 30), (4, 19, 43, 85), (1, 256, 60, 60), (1, 21, 480, 480), (32, 64, 8, 8)]
 LARGE = [(4, 256, 128, 256), (8, 21, 512, 1024)]  # on a GPU only
 IMAGES = (4, 3, 340, 680)
+PAIRS = [(4, 11, 176, 240)]
 COPIED = 2**26  # elements of the tensor that is copied: far beyond every cache
 COPIES = 10  # before a line, and after it
 LEAST_SECONDS = 1.5  # of measuring, per line
@@ -149,6 +150,18 @@ def test_signed_step(benchmark: Any, implementation: str, sigma: float) -> None:
             return ops.signed_step(x, gradient, origin, 0.02, 0.01, sigma, 0, ids, 0, 0)
 
     measure(benchmark, once, 4 * origin.nbytes)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "native"])  # published it is a part of similarity
+@pytest.mark.parametrize("shape", PAIRS, ids=str)
+def test_pair_similarity(benchmark: Any, shape: tuple[int, int, int, int], implementation: str) -> None:
+    maps = [values(*shape, seed=k).contiguous(memory_format=torch.channels_last).requires_grad_() for k in range(9)]
+
+    def once() -> object:
+        with backends(implementation):
+            return torch.autograd.grad(ops.pair_similarity(maps).sum(), maps)
+
+    measure(benchmark, once, 2 * sum(f.nbytes for f in maps))
 
 
 @pytest.mark.parametrize("implementation", ["eager", "native"])  # the published code takes torchvision's

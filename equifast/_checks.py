@@ -196,30 +196,29 @@ def features(f0: Tensor, views: Sequence[Tensor]) -> None:
             raise ValueError(f"{name} has shape {shape(view)}; it must be ({n}, {channels}, h, w) as anchor")
 
 
+def as_another(name: str, value: object, like_name: str, like: Tensor) -> Tensor:
+    """A tensor (N, C, H, W) of the shape, dtype and device of another."""
+    given = tensor(name, value, 4, "(N, C, H, W)")
+    same_device(name, given, like_name, like)
+    if given.dtype != like.dtype:
+        raise TypeError(f"{name} has dtype {given.dtype}; it must have that of {like_name}, {like.dtype}")
+    if given.shape != like.shape:
+        raise ValueError(f"{name} has shape {shape(given)}; it must be that of {like_name}, {shape(like)}")
+    return given
+
+
 def maps(given: Sequence[Tensor]) -> None:
     """The argument of ``pair_similarity``, on every backend."""
     if not isinstance(given, Sequence) or not given:
         raise ValueError("maps is empty or no sequence; it must have at least one tensor (N, C, H, W)")
     first = tensor("maps[0]", given[0], 4, "(N, C, H, W)")
     for i, other in enumerate(given):
-        name = f"maps[{i}]"
-        tensor(name, other, 4, "(N, C, H, W)")
-        same_device(name, other, "maps[0]", first)
-        if other.dtype != first.dtype:
-            raise TypeError(f"{name} has dtype {other.dtype}; it must have that of maps[0], {first.dtype}")
-        if other.shape != first.shape:
-            raise ValueError(f"{name} has shape {shape(other)}; it must be that of maps[0], {shape(first)}")
+        as_another(f"maps[{i}]", other, "maps[0]", first)
 
 
 def total(value: object, anchor: Tensor) -> None:
     """What gradients are added to."""
-    given = tensor("total", value, 4, "(N, C, H, W)")
-    same_device("total", given, "anchor", anchor)
-    if given.dtype != anchor.dtype:
-        raise TypeError(f"total has dtype {given.dtype}; it must have that of anchor, {anchor.dtype}")
-    if given.shape != anchor.shape:
-        raise ValueError(f"total has shape {shape(given)}; it must be that of anchor, {shape(anchor)}")
-    if given.requires_grad:
+    if as_another("total", value, "anchor", anchor).requires_grad:
         raise ValueError("total requires a gradient; it must not")
 
 

@@ -538,16 +538,21 @@ class Square(Attack):
         if self.ascent.restarts > 1:
             raise ValueError(f"restarts is {self.ascent.restarts}; for Square it must be 1")
 
+    @property
+    def _random(self) -> bool:
+        """Whether what is attacked may predict otherwise in the draw that counts."""
+        return self.eot is not None and self.draw is None
+
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:
         """The mean margin of the labels that are still to change; 0 where none is."""
         margin = margins(logits, y, self.ignore_index)
-        if y.dim() == 1 and self.eot is not None and self.draw is None:
+        if y.dim() == 1 and self._random:
             return margin  # of a random defense: by how much it turns, since it may not under other draws
         return self._mean(margin.clamp(min=0) if self.targeted else margin.clamp(max=0), y)
 
     def _search(self, predict: Prediction, x: Tensor, y: Tensor, call: Call) -> Tensor:
         sign, ids = -1.0 if self.targeted else 1.0, call.ids
-        draws, random = self._draws(0), self.eot is not None and self.draw is None
+        draws = self._draws(0)
         objective = TaskLoss(predict, lambda logits, y: sign * self.loss(logits, y), (y,), ids, lambda t: draws)
         ball, steps, stream = self.ascent.ball, self.ascent.steps, rng.Stream.START.of(2)
         channels, height, width = x.shape[1:]
@@ -569,7 +574,7 @@ class Square(Attack):
             value = objective.only(on).value(tried).to(best_value)
             better = value > best_value[on]
             best[on[better]], best_value[on[better]] = tried[better], value[better]
-            if not random or y.dim() > 1:
+            if not self._random or y.dim() > 1:
                 on = on[best_value[on] < 0]
             if call.progress is not None:
                 call.progress(t + 1, steps)

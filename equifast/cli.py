@@ -507,7 +507,7 @@ def evaluate(
             others = {f"{path.parent.name}/{path.stem}": open_data(path, len(chosen)) for path in foreign or ()}
             anomalies = DETECTION[study](strength, Purifier(network, features, preset, radius, seed), others)
             detectors = _detectors(network, features, layer or (), seed, heads, detector or ())
-            told = {"size": size, "spec": model, "device": _device(device).type, "study": study}
+            told = {"size": size, "spec": model, "study": study}
             _report_detection(
                 str(study), Detection(network, chosen, detectors, anomalies, batch=batch, arguments=told), output
             )
@@ -527,7 +527,7 @@ def evaluate(
             }
         if against is not None and against not in rows:
             raise ValueError(f"there is no defense {against!r}; it must be one of {', '.join(rows)}")
-        arguments = {"size": size, "spec": model, "device": _device(device).type}
+        arguments = {"size": size, "spec": model}
         votes = votes if votes is not None else 0 if protocol is None else 5
         settings: dict[str, Any] = {"target": target, "votes": votes, "batch": batch, "arguments": arguments}
         score = None if sweep is None else sweep.score

@@ -38,6 +38,7 @@ __all__ = [
     "label_mean",
     "margins",
     "number_of_pairs",
+    "outside",
     "pairwise",
     "pooled",
     "rendered",
@@ -720,18 +721,10 @@ def confusions(predictions: Tensor, y: Tensor, classes: int, ignore_index: int =
     """Confusion matrices of each image: (N, H, W) classes and labels -> (N, classes, classes) int64.
 
     Rows are true classes, columns predicted ones; pixels labeled ``ignore_index`` do not count.
-
-    Raises:
-        ValueError: for labels or predictions that are no such class.
     """
     n = len(y)
     image = torch.arange(n, device=y.device).view(-1, 1, 1).expand_as(y)
     counted = y != ignore_index
-    for name, given in (("labels", y[counted]), ("predictions", predictions[counted])):
-        if given.numel() and not 0 <= int(given.min()) <= int(given.max()) < classes:
-            raise ValueError(
-                f"{name} has values from {int(given.min())} to {int(given.max())}; they must be 0 to {classes - 1}"
-            )
     cell = (image[counted] * classes + y[counted]) * classes + predictions[counted]
     return torch.bincount(cell, minlength=n * classes * classes).view(n, classes, classes)
 
@@ -874,8 +867,14 @@ def check_labels(logits: Tensor, y: Tensor, ignore_index: int) -> None:
         raise ValueError(
             f"y has shape {_checks.shape(y)}; for logits {_checks.shape(logits)} it must be {tuple(expected)}"
         )
-    counted = y[y != ignore_index] if y.dim() > 1 else y
-    if counted.numel() and not (int(counted.min()) >= 0 and int(counted.max()) < logits.shape[1]):
-        raise ValueError(
-            f"y has values from {int(counted.min())} to {int(counted.max())}; they must be 0 to {logits.shape[1] - 1}"
-        )
+    if beyond := outside(y, logits.shape[1], ignore_index):
+        raise ValueError(f"y has values {beyond}; they must be 0 to {logits.shape[1] - 1}")
+
+
+def outside(labels: Tensor, classes: int, ignore_index: int) -> str:
+    """From where to where labels go that are no classes, or an empty string; of dense ones those that count."""
+    counted = labels[labels != ignore_index] if labels.dim() > 1 else labels
+    if counted.numel() == 0:
+        return ""
+    low, high = (int(end) for end in torch.aminmax(counted))
+    return "" if low >= 0 and high < classes else f"from {low} to {high}"

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from equifast import _checks, rng
 from equifast._capture import Capture
 from equifast._cheap import DTYPES, Cheap, autocast
-from equifast._fingerprint import fingerprint, plain, tensors_of
 from equifast._folded import Folded
 from equifast._memory import pass_bytes
 from equifast.ascent import Advance, Ascent, Progress
@@ -618,11 +617,11 @@ class DefendedModel(nn.Module):
 
     def _described(self) -> dict[str, object]:
         """What :func:`equifast._fingerprint.describe` tells of it: counts are none of its settings."""
-        skip = ("model", "predictor", "training", "seen", "purified", "suspected")
-        parts = {**vars(self), **dict(self.named_children())}
+        skip = ("predictor", "training", "seen", "purified", "suspected")
+        parts = {**vars(self), **dict(self.named_children())}  # the model among them
         settings = {name: part for name, part in parts.items() if not name.startswith("_") and name not in skip}
-        weights = fingerprint(tensors_of(self))
-        return {"class": type(self).__qualname__, "tensors": weights, "of": plain(self.model), **settings}
+        own = [*self.parameters(recurse=False), *self.buffers(recurse=False)]
+        return {"class": type(self).__qualname__, "own": own, **settings}
 
     def predict(self, x: Tensor) -> Tensor:
         """The logits of the undefended model."""

@@ -228,7 +228,7 @@ def _unit_sum(maps: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     total, scales = torch.zeros_like(maps[0]), []
     for f in maps:
         square = row_sum(_rows(f).square())
-        valid = square >= 1e-12
+        valid = square >= _SMALL**2
         scale = torch.where(valid, torch.where(valid, square, 1.0).rsqrt(), 0.0).view(-1, 1, 1, 1)
         total = torch.addcmul(total, f, scale)
         scales.append(scale)

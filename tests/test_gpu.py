@@ -41,6 +41,9 @@ def test_operators_agree_with_the_cpu() -> None:
     parameters = torch.tensor([[1.31, 0.71, 1.53, 0.13, 0], [0.7, 1.2, 0.4, -0.3, 1]], dtype=torch.float64)
     jittered = ops.color_jitter(x.cuda(), parameters.cuda())
     torch.testing.assert_close(jittered.cpu(), reference.color_jitter(x, parameters))
+    maps = [x, x.flip(3), x.flip(2)]
+    pairs = ops.pair_similarity([f.cuda() for f in maps])
+    torch.testing.assert_close(pairs.cpu(), reference.pair_similarity(maps))
 
 
 def test_random_numbers_agree_with_the_cpu() -> None:

@@ -7,6 +7,8 @@
 
 namespace equifast::core {
 
+constexpr double small_norm = 1e-6;
+
 // Sums over positions and channels, or over channels alone, of the anchor f0 and of a view f1 warped back.
 template <typename real>
 struct Products {
@@ -25,7 +27,7 @@ struct Cosine {
 
 template <typename real>
 EQUIFAST_HD inline Cosine<real> cosine(const Products<real>& p) {
-  constexpr real small = static_cast<real>(1e-6) * static_cast<real>(1e-6);
+  constexpr real small = static_cast<real>(small_norm) * static_cast<real>(small_norm);
   if (!(p.square0 >= small && p.square1 >= small)) {
     // NaN must stay NaN, a small vector gives 0
     const bool nan = p.square0 != p.square0 || p.square1 != p.square1;

@@ -34,7 +34,7 @@ void pairs_finish_squares(const PairsParams& p) {
         square += p.partial[(n * chunks + chunk) * (p.maps + 1) + i];
       }
       double* sums = p.sums + (int64_t{n} * p.maps + i) * 2;
-      sums[0] = square >= 1e-6 * 1e-6 ? 1 / std::sqrt(square) : 0;
+      sums[0] = square >= core::small_norm * core::small_norm ? 1 / std::sqrt(square) : 0;
       sums[1] = 0;
     }
   }

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
-from equifast.objectives import confusions
+from equifast.objectives import confusions, outside
 
 __all__ = [
     "Estimate",
@@ -79,7 +79,13 @@ def confusion(prediction: Tensor, labels: Tensor, classes: int, ignore_index: in
 
     Returns:
         (N, classes, classes) int64: pixels by true class (rows) and predicted class (columns).
+
+    Raises:
+        ValueError: for labels that count or predictions that are no such class.
     """
+    for name, given in (("labels", labels), ("predictions", prediction)):
+        if beyond := outside(given, classes, ignore_index):
+            raise ValueError(f"{name} has values {beyond}; they must be 0 to {classes - 1}")
     # torchmetrics would do, but importing it imports torchvision, and fails where that does not fit torch
     matrices: Array = confusions(prediction, labels, classes, ignore_index).numpy(force=True)
     return matrices

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from equifast import __version__, _checks, ops, rng
 from equifast._cheap import has_fast_bfloat16
-from equifast._fingerprint import describe
+from equifast._fingerprint import Known, describe
 from equifast.attacks import BPDA, Adaptive, Attack
 from equifast.evaluate.metrics import Estimate, accuracy, average, class_iou, difference, mean_iou
 from equifast.evaluate.records import (
@@ -34,6 +34,7 @@ from equifast.evaluate.records import (
 )
 from equifast.evaluate.worst import worst_accuracy, worst_iou
 from equifast.features import evaluating, output
+from equifast.objectives import outside
 from equifast.purifier import Defended, DefendedModel, Purifier
 
 __all__ = ["Attacker", "Evaluation", "Report"]
@@ -65,18 +66,15 @@ def arithmetic(device: torch.device) -> dict[str, Any]:
     """What computes, and in which dtype where that is left open (``"auto"``), as values that JSON can hold."""
     return {
         "backend": str(ops.choose(device)),
-        "on": device.type,
+        "device": device.type,
         "auto": "bfloat16" if has_fast_bfloat16(device) else "float32",
     }
 
 
 def check_range(y: Tensor, classes: int, ignore_index: int) -> None:
     """ValueError for labels that the model does not have."""
-    counted = y[y != ignore_index] if y.dim() > 1 else y
-    if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < classes:
-        raise ValueError(
-            f"data has labels from {int(counted.min())} to {int(counted.max())}; the model has {classes} classes"
-        )
+    if beyond := outside(y, classes, ignore_index):
+        raise ValueError(f"data has labels {beyond}; the model has {classes} classes")
 
 
 class Evaluation:
@@ -216,11 +214,12 @@ class Evaluation:
 
     def _manifest(self, cells: Mapping[tuple[str, str], Attacked | None]) -> dict[str, Any]:
         data = hashlib.sha256("".join(image.key for image in self.images).encode()).hexdigest()[:16]
-        made = {f"{defense} / {attack}": describe(made) for (defense, attack), made in cells.items()}
+        known: Known = {}
+        made = {f"{defense} / {attack}": describe(made, known) for (defense, attack), made in cells.items()}
         return {
             **self._arguments,
             "data": {"images": len(self.images), "digest": data},
-            "defenses": {name: describe(defended) for name, defended in self.defenses.items()},
+            "defenses": {name: describe(defended, known) for name, defended in self.defenses.items()},
             "attackers": made,
         }
 
