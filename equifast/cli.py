@@ -718,7 +718,7 @@ class _Heads:
         known = sorted(image.digest for image in list_images(chosen))
         if both := set(known) & {image.digest for image in list_images(self.tested)}:
             raise ValueError(
-                f"{data} has {len(both)} of the images that are tested; what is fitted is fitted on others"
+                f"{data} has {len(both)} of the images that are tested; a threshold, or a head, is of others"
             )
         return chosen, self.folder / f"{name}-{hashlib.sha256(repr(known).encode()).hexdigest()[:8]}.{suffix}"
 

@@ -410,13 +410,27 @@ def _batchless(func: Any, args: Any, kwargs: Any) -> Any:
 def _rowwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """A linear layer, on the CPU, that gives an image the same bits whatever its batch.
 
-    The rounding of a product of matrices depends on the number of rows, so that each image has its own.
+    The rounding of a product of matrices depends on the number of rows, so that each image has its own; and on some
+    CPUs on where in memory they begin, so that each is a copy, and so is its gradient.
     """
     if torch.is_autocast_enabled("cpu") and x.dtype.itemsize <= 4:  # once, and not for every image
         lowered = torch.get_autocast_dtype("cpu")
         x, weight = x.to(lowered), _lowered(weight, lowered)
         bias = None if bias is None else bias.to(lowered)
-    return torch.cat([functional.linear(image, weight, bias) for image in x.split(1)])
+    return torch.cat([_Copied.apply(functional.linear(_Copied.apply(image), weight, bias)) for image in x.split(1)])  # type: ignore[no-untyped-call, unused-ignore]
+
+
+class _Copied(torch.autograd.Function):
+    """The same in memory of its own, and its gradient too: where allocations begin, and no slice of a batch."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone(memory_format=torch.contiguous_format)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Tensor:
+        copied: Tensor = _Copied.apply(upstream[0])  # type: ignore[no-untyped-call, unused-ignore]
+        return copied
 
 
 def _with_kept_weight(args: Any) -> Any:

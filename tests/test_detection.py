@@ -302,9 +302,12 @@ def test_studies_from_the_command_line(study: str, tmp_path: Path, spec: str) ->
     assert "detector is 'magic'; it must be one of similarity" in done.output
     for more, sentence in (
         (("--target", "1", "--defense", "fast"), f"study '{study}' is of detectors; it takes no --target, --defense"),
-        (
-            ("-o", tmp_path / "overlap", "--clean", data),
-            "has 3 of the images that are tested; a threshold is of others",
+        *(
+            (
+                ("-o", tmp_path / "overlap", option, data, "--detector", "rotation"),
+                "has 3 of the images that are tested; a threshold, or a head, is of others",
+            )
+            for option in ("--clean", "--fit")
         ),
     ):
         done = CliRunner().invoke(app, [str(a) for a in (*fixed, *given, *more)])
