@@ -881,12 +881,15 @@ def test_command_refuses(folder: Path, more: tuple[str, ...], sentence: str) -> 
 
 def test_killed_at_any_moment(folder: Path) -> None:
     """SIGKILL at random moments, until it ends by itself: nothing is lost, nothing twice, the table is the same."""
-    arguments = command(folder, "--batch", 1, "--defense", "fast", "--defense", "none")
+    asked = os.environ.get("EQUIFAST_KILLS")
+    most = int(asked or 6)  # each starts Python anew
+    x, y = scenes(2 * most, size=(10, 14)).tensors  # work for all of them, on a fast machine too
+    np.savez(folder / "dense.npz", images=(x * 255).byte().permute(0, 2, 3, 1).numpy(), labels=y.numpy())
+    some = ("--images", 2 * most if asked else 4)
+    arguments = command(folder, "--batch", 1, "--defense", "fast", "--defense", "none", *some)
     whole = CliRunner().invoke(app, [str(folder / "whole") if a == str(folder / "out") else a for a in arguments])
     assert whole.exit_code == 0, whole.output
     chance, path, log, kills = random.Random(0), folder / "out" / "records.jsonl", folder / "log", 0
-    asked = os.environ.get("EQUIFAST_KILLS")
-    most = int(asked or 6)  # each starts Python anew
     # -P: the installed package, also where the suite is run from a source tree (which has no compiled module)
     python = [sys.executable, "-P", "-m", "equifast.cli"]
     while True:
