@@ -66,7 +66,7 @@ class Published:
         self.features, self.eps, self.seed, self.steps = features, eps, seed, steps
 
     def __call__(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
-        ids = torch.zeros(len(x), dtype=torch.int64) if ids is None else ids
+        ids = torch.zeros(len(x), dtype=torch.int64, device=x.device) if ids is None else ids
         pairs = zip(x.detach().split(1), ids.split(1), strict=True)
         return torch.cat([self._one(image, number, draw) for image, number in pairs])
 
@@ -75,7 +75,7 @@ class Published:
         noise = rng.uniform(self.seed, int(rng.Stream.START), number, draw, 0, x.numel()).view(x.shape)
         start = 2 * noise - 1 if self.steps == 20 else (noise - 0.5).sign()
         x = (origin + self.eps * start.to(x.dtype)).clamp(0, 1)
-        generator = torch.Generator().manual_seed((self.seed * 2**16 + draw) * 2**16 + int(number))
+        generator = torch.Generator(x.device).manual_seed((self.seed * 2**16 + draw) * 2**16 + int(number))
         for t in range(20 - self.steps, 20):
             sampled = views.sample(views.paper(), size, seed=self.seed, ids=number, draw=draw, step=t)
             with torch.enable_grad():

@@ -79,9 +79,9 @@ def main(
             table.add_row(row, f"{1e3 * value:.2f}", *ratios)
         Console().print(table)
         document[name] = medians
-    if output is not None:
-        name = torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu"
-        write({"seconds": document, "device": name, "versions": versions(), "machine": machine()}, output)
+        if output is not None:  # after each network: the larger one may not fit
+            card = torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu"
+            write({"seconds": document, "device": card, "versions": versions(), "machine": machine()}, output)
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ print("all kernels ran")
 PYTHON
 
 sanitize() {
-  local tool
+  local tool status=0
   if ! command -v compute-sanitizer >/dev/null; then
     echo "LEFT OUT: there is no compute-sanitizer here"
     return 0
@@ -91,15 +91,19 @@ sanitize() {
     echo "--- $tool"
     # torch's caching would hide what lies beyond a tensor
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 200 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-      "$python" "$scratch/kernels.py" || return
+      "$python" "$scratch/kernels.py" || status=$?
   done
+  return "$status"
 }
 
 benchmark() {
-  "$python" bench/bench_ops.py --device cuda --output "$scratch/ops-cuda.json" || return
-  mv "$scratch/ops-cuda.json" "$out/ops-cuda.json"
-  "$python" bench/bench_gpu.py --output "$scratch/gpu.json" || return
-  mv "$scratch/gpu.json" "$out/gpu.json"
+  local name status=0
+  "$python" bench/bench_ops.py --device cuda --output "$scratch/ops-cuda.json" || status=$?
+  "$python" bench/bench_gpu.py --output "$scratch/gpu.json" || status=$?
+  for name in ops-cuda gpu; do
+    [ ! -e "$scratch/$name.json" ] || mv "$scratch/$name.json" "$out/$name.json"
+  done
+  return "$status"
 }
 
 summarize() {

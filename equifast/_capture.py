@@ -1,9 +1,10 @@
 """Steps of an ascent recorded once and replayed, so that the host need not start their operations one by one."""
 
+import contextlib
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +23,35 @@ class Recorded(Protocol):
     def __call__(self, *arguments: Value) -> tuple[Tensor, ...]: ...
 
 
+@contextlib.contextmanager
+def _no_waits() -> Iterator[None]:
+    """Raises RuntimeError, at its end, if this thread has waited for the device inside, as PyTorch sees it.
+
+    Where a capture meets that, it leaves PyTorch's allocator and generators in a state of capturing. Other threads may
+    wait: the mode that would make waiting an error is one for all of them.
+    """
+    here, waits = threading.get_ident(), []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", "called a synchronizing CUDA operation")
+        show = warnings.showwarning
+
+        def note(message: Warning | str, *rest: Any, **more: Any) -> None:
+            if "called a synchronizing CUDA operation" not in str(message):
+                show(message, *rest, **more)
+            elif threading.get_ident() == here:
+                waits.append(message)
+
+        warnings.showwarning = note
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    if waits:
+        raise RuntimeError("the model waits for a value that is computed on the device")
+
+
 class Graph:
     """A function recorded as a CUDA graph.
 
@@ -31,20 +61,29 @@ class Graph:
         function: runs on the current device, and waits for nothing that is computed there.
         arguments: examples, of which the values do not count.
         pool: the memory of graphs that never run at once; kept alive by each of them.
+        aside: the stream on which all graphs of the pool are recorded.
+
+    Raises:
+        RuntimeError: if the function cannot be recorded.
     """
 
-    def __init__(self, function: Function, arguments: Sequence[Value], pool: Any) -> None:
+    _one_at_a_time = threading.Lock()  # in a process, asks PyTorch
+
+    def __init__(self, function: Function, arguments: Sequence[Value], pool: Any, aside: torch.cuda.Stream) -> None:
         device = next(a.device for a in arguments if isinstance(a, Tensor))
         self._static = [_static(argument, device) for argument in arguments]
-        with torch.cuda.device(device):
-            aside = torch.cuda.Stream()
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):
-                function(*self._static)  # kernels are compiled and algorithms chosen here
-            torch.cuda.current_stream().wait_stream(aside)
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-                self._results = function(*self._static)
+        with self._one_at_a_time, torch.cuda.device(device):
+            current = torch.cuda.current_stream()
+            aside.wait_stream(current)
+            try:
+                with torch.cuda.stream(aside), _no_waits():
+                    function(*self._static)  # kernels are compiled and algorithms chosen here
+                current.wait_stream(aside)
+                self._graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self._graph, pool=pool, stream=aside, capture_error_mode="thread_local"):
+                    self._results = function(*self._static)
+            finally:
+                torch.cuda.set_stream(current)  # which a capture that fails does not
 
     def __call__(self, *arguments: Value) -> tuple[Tensor, ...]:
         for static, given in zip(self._static, arguments, strict=True):
@@ -80,7 +119,13 @@ class Capture:
         self._owner: object = None
         self._refused = False
         self._lock = threading.Lock()
+        self._release()
+
+    def _release(self) -> None:
+        """Lets go of all recordings; with them ends their memory, and the device may be another one afterwards."""
+        self._recorded.clear()
         self._pool: Any = None
+        self._aside: torch.cuda.Stream | None = None
         self._done: torch.cuda.Event | None = None
 
     def __getstate__(self) -> dict[str, object]:
@@ -114,7 +159,7 @@ class Capture:
         """
         with self._lock:
             if self._owner != owner:
-                self._recorded.clear()
+                self._release()
                 self._owner = owner
             if not self._refused:
                 found = self._find(key, function, arguments)
@@ -128,7 +173,7 @@ class Capture:
                 self._recorded[key] = self._make(function, arguments)
             except RuntimeError as error:
                 self._refused = True
-                self._recorded.clear()
+                self._release()
                 reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 warnings.warn(
                     f"steps cannot be captured as CUDA graphs and run one operation after the other: {reason}",
@@ -144,11 +189,12 @@ class Capture:
     def _make(self, function: Function, arguments: Sequence[Value]) -> Recorded:
         if self._record is not None:
             return self._record(function, arguments)
-        if any(isinstance(argument, Tensor) and not argument.is_cuda for argument in arguments):
+        devices = [argument.device for argument in arguments if isinstance(argument, Tensor)]
+        if any(device.type != "cuda" for device in devices):
             raise RuntimeError("the images are not on a CUDA device")
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        return Graph(function, arguments, self._pool)
+        if self._aside is None:
+            self._pool, self._aside = torch.cuda.graph_pool_handle(), torch.cuda.Stream(devices[0])
+        return Graph(function, arguments, self._pool, self._aside)
 
     def _replay(self, recorded: Recorded, arguments: Sequence[Value]) -> tuple[Tensor, ...]:
         if self._record is not None:

@@ -75,7 +75,7 @@ class Attack:
     Args:
         model: images (N, C, H, W) in [0, 1] -> logits (N, C) or (N, C, H, W); a dict with ``"out"`` is understood.
         eps: radius of the ball, in units of image values.
-        step_size: length of a step, in the same units.
+        step_size: length of a step, in the same units; a quarter of ``eps`` where None.
         steps: number of steps.
         norm: ``"linf"`` or ``"l2"``.
         targeted: whether ``y`` is what the model shall say, instead of what it shall not.
@@ -103,7 +103,7 @@ class Attack:
         model: Callable[..., Any],
         *,
         eps: float = 4 / 255,
-        step_size: float = 1 / 255,
+        step_size: float | None = None,
         steps: int = 50,
         norm: str = "linf",
         targeted: bool = False,
@@ -130,10 +130,11 @@ class Attack:
         self.targeted = targeted
         self.seed = seed
         self.ignore_index = ignore_index
+        ball = make(norm, eps)
         self.ascent = Ascent(
-            ball=make(norm, eps),
+            ball=ball,
             steps=steps,
-            step_size=step_size,
+            step_size=ball.eps / 4 if step_size is None else step_size,
             start=start,
             restarts=restarts,
             keep=keep,
@@ -339,6 +340,9 @@ class Houdini(Attack):
     For each label the probability that its margin exceeds Gaussian noise; times the task loss of the image, 1 -
     mean IoU where labels are dense (of a class, a constant). Where the model is still right, the runner-up takes the
     place of its prediction, as the term would be constant.
+
+    A step follows the gradient of an image up to a factor, without underflow. Where one step has several, of draws of a
+    random defense or along a trajectory, each has a factor of its own: their sum is no expectation of that loss.
     """
 
     least_classes = 2

@@ -118,10 +118,11 @@ class L2(Ball):
     def step(self, x: Tensor, gradient: Tensor, origin: Tensor, **how: Unpack[Step]) -> Tensor:
         if x.numel() == 0:
             return x.clone()
-        direction = self.direction(gradient)
-        if how["sigma"] > 0:
+        direction, sigma = self.direction(gradient), how["sigma"]
+        if isinstance(sigma, Tensor) or sigma > 0:  # a tensor while steps are captured, which look at no values
             noise = rng.normal(how["seed"], rng.Stream.NOISE, how["ids"], how["draw"], how["t"], x[0].numel())
-            direction = unit(direction + how["sigma"] * unit(noise).view(x.shape).to(direction.dtype))
+            noisy = unit(direction + sigma * unit(noise).view(x.shape).to(direction.dtype))
+            direction = torch.where(sigma > 0, noisy, direction) if isinstance(sigma, Tensor) else noisy
         return self.project(x.to(direction.dtype) + how["size"] * direction, origin)
 
     def direction(self, gradient: Tensor) -> Tensor:

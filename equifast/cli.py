@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from equifast import _C, __version__, ops
 from equifast._allocator import keep_freed_memory
 from equifast._cheap import has_fast_bfloat16
-from equifast._fingerprint import fingerprint, tensors_of
+from equifast._fingerprint import weights
 from equifast.defenses import Averaging, Contrastive, Invariance, RandomNoise, Rotation
 from equifast.demo import report
 from equifast.detectors import Combined, Detector, Deviation, OutputVariance, Similarity
@@ -275,6 +275,8 @@ def detect(
         network = load_model(model).to(_device(device))
         if features is None:
             features = _find_features(network, _first_readable(targets)[None].to(_device(device)))
+        if layer and detector != "deviation":
+            raise ValueError(f"layer is given with detector {detector!r}; it is for 'deviation'")
         chosen = DETECTORS[detector](network, features, layer or (), seed)
         with _progress() as progress:
             if fit.is_file():
@@ -282,6 +284,8 @@ def detect(
                 chosen = chosen if rate is None else chosen.at(rate)
             else:
                 clean = [source for source, _ in find_images([fit])]
+                if not clean:
+                    raise ValueError(f"fit is {fit}, which has no PNG, JPEG or WebP file")
                 task = progress.add_task("clean images", total=len(clean))
                 tracked = progress.track((read_image(path)[None].to(_device(device)) for path in clean), task_id=task)
                 chosen.fit(tracked, false_positive_rate=0.05 if rate is None else rate)
@@ -303,8 +307,8 @@ def detect(
     _out.print(table)
     low, high = chosen.interval
     _out.print(
-        f"{sum(line['flagged'] for line in lines)} of {len(lines)} images are suspicious; of clean ones "
-        f"{100 * low:.1f}% to {100 * high:.1f}% would be. All scores are in {output / 'scores.json'}.",
+        f"{sum(line['flagged'] for line in lines)} of {len(lines)} images are suspicious; of clean ones like those of "
+        f"the threshold {100 * low:.1f}% to {100 * high:.1f}% would be. All scores are in {output / 'scores.json'}.",
         highlight=False,
         markup=False,
         soft_wrap=True,
@@ -443,6 +447,10 @@ def evaluate(
         list[Path] | None, typer.Option(help="Data that the model does not know, for --study ood; any number.")
     ] = None,
     fit_images: Annotated[int, typer.Option(min=1, help="How many images of --fit and of --clean are used.")] = 256,
+    kept: Annotated[
+        Path | None,
+        typer.Option("--heads", help="Where heads and thresholds are kept, for several runs; OUTPUT where not given."),
+    ] = None,
     quick: Annotated[
         bool,
         typer.Option("--quick", help="A look: 8 images, 10 steps, 4 draws, 100 queries, whatever these are set to."),
@@ -503,8 +511,14 @@ def evaluate(
             other = [f"--{name}" for name, value in given.items() if value is not None]
             if other:
                 raise ValueError(f"study {study!r} is of detectors; it takes no {', '.join(other)}")
-            heads = _Heads(output, fit, clean, fit_images, shape, _device(device), chosen)
+            heads = _Heads(kept or output, fit, clean, fit_images, shape, _device(device), chosen)
+            if foreign and study != "ood":
+                raise ValueError(f"foreign is given with study {study!r}; it is for 'ood'")
             others = {f"{path.parent.name}/{path.stem}": open_data(path, len(chosen)) for path in foreign or ()}
+            if len(others) < len(foreign or ()):
+                raise ValueError(
+                    f"foreign is {', '.join(map(str, foreign or ()))}; names and their folders' must differ"
+                )
             anomalies = DETECTION[study](strength, Purifier(network, features, preset, radius, seed), others)
             detectors = _detectors(network, features, layer or (), seed, heads, detector or ())
             told = {"size": size, "spec": model, "study": study}
@@ -520,7 +534,7 @@ def evaluate(
         if sweep is not None:
             rows = dict(sweep.defenses)
         else:
-            heads = _Heads(output, fit, clean, fit_images, shape, _device(device), chosen)
+            heads = _Heads(kept or output, fit, clean, fit_images, shape, _device(device), chosen)
             rows = {
                 name: _defended(name, network, features, layer or (), radius, seed, heads, guards[0])
                 for name in defense or ("none", "averaging" if protocol is None else "averaging-16", "fast")
@@ -824,7 +838,8 @@ def _signed(differences: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str,
 
 
 def _title(report: Report) -> str:
-    return f"{report.figure}, {report.images} images, ± standard error by bootstrap over images"
+    without = f" ({report.left_out} labeled {report.target} left out)" if report.left_out else ""
+    return f"{report.figure}, {report.images} images{without}, ± standard error by bootstrap over images"
 
 
 _FOOTNOTE = "* forward passes of an image, by area; a backward pass counts as two"
@@ -877,7 +892,7 @@ def _arguments(model: str, network: nn.Module, purifier: Purifier, features: str
     return {
         "version": __version__,
         "model": model,
-        "weights": fingerprint(tensors_of(network)),
+        "weights": weights(network),
         "features": features,
         **{key: value for key, value in purifier.settings().items() if key != "views"},
         "device": next((p.device.type for p in network.parameters()), "cpu"),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from equifast import _checks, objectives, rng
-from equifast._fingerprint import describe, fingerprint, tensors_of
+from equifast._fingerprint import describe, weights
 from equifast.ascent import Progress
 from equifast.features import Features, evaluating
 from equifast.objectives import Agreement, Contrast, TurnPrediction, pooled, rendered
@@ -233,7 +233,7 @@ class _WithHead(_Other):
         """Whose head it is: of which defense, on which features of which model."""
         where = self._features.where
         named = "the model's output" if where is None else where if isinstance(where, str) else repr(describe(where))
-        model = fingerprint(tensors_of(self.model)) if isinstance(self.model, nn.Module) else repr(describe(self.model))
+        model = weights(self.model) if isinstance(self.model, nn.Module) else repr(describe(self.model))
         return {"defense": type(self).__name__, "features": named, "model": model}
 
     def save(self, path: str | Path) -> None:

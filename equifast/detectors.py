@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from equifast import _checks, ops, rng
 from equifast._cheap import DTYPES, autocast, has_fast_bfloat16
-from equifast._fingerprint import describe, fingerprint, stamp, tensors_of
+from equifast._fingerprint import describe, fingerprint, stamp, weights
 from equifast._folded import Folded
 from equifast.features import Features, evaluating, passed
 from equifast.objectives import Objective, batched, distances, in_frame, pooled, rendered
@@ -64,8 +64,7 @@ class Detector:
 
     def _origin(self) -> dict[str, Any]:
         """Whose threshold it is."""
-        weights = fingerprint(tensors_of(self.model))
-        return {"detector": type(self).__name__, "model": weights, "settings": self.settings()}
+        return {"detector": type(self).__name__, "model": weights(self.model), "settings": self.settings()}
 
     def _described(self) -> dict[str, Any]:
         return self.description()
@@ -261,12 +260,14 @@ class Detector:
             "confidence",
             *self._LEARNED,
         }
-        if not isinstance(found, dict) or not keys <= found.keys():
+        if not isinstance(found, dict) or not own.keys() <= found.keys():
             raise ValueError(f"{path} is not of a detector; it must have {', '.join(sorted(keys))}")
         for key, value in own.items():
             if found[key] != value:
                 what = "weights" if key == "model" else key
                 raise ValueError(f"{path} is of a model or detector with {what} {found[key]!r}; it must be {value!r}")
+        if not keys <= found.keys():
+            raise ValueError(f"{path} lacks {', '.join(sorted(keys - found.keys()))}")
         self._take(found, self._state())  # whose fingerprint is that of the file
         return self
 
@@ -649,7 +650,7 @@ class Deviation(_OfViews):
     """
 
     _LEARNED = ("mean", "precision")
-    _FOLDS = 50
+    _FOLDS = 10  # of images that follow each other: with few images more folds would be of one or two
 
     def __init__(
         self,
@@ -750,12 +751,10 @@ class OutputVariance(_OfViews):
     Args:
         model: images in [0, 1] to logits, (N, C) or dense.
         views: the set of views.
-        error: whether the score is that estimate of the error instead, in [0, 1].
+        error: whether the score is that estimate of the error instead, in [0, 2].
         seed: 0..2**32-1.
         dtype: as in :class:`equifast.Purifier`, but for float16.
     """
-
-    most = 0.25
 
     def __init__(
         self,
@@ -768,9 +767,11 @@ class OutputVariance(_OfViews):
     ) -> None:
         super().__init__(model, None, views, seed, dtype)
         self.error = _checks.boolean("error", error)
+        self.most = 1.0 if error else 0.25
 
     def settings(self) -> dict[str, Any]:
-        settings = {"views": [repr(view) for view in self.views], "seed": self.seed, "dtype": self.dtype}
+        dtype = _resolved(self.dtype, self.model)
+        settings = {"views": [repr(view) for view in self.views], "seed": self.seed, "dtype": dtype}
         return {**settings, "error": True} if self.error else settings
 
     def _measure(self, x: Tensor, run: _Run, sampled: Sequence[Sampled]) -> Tensor:
@@ -793,7 +794,7 @@ class OutputVariance(_OfViews):
         return variance + (1 - (first + mean).square().sum(1)).clamp(min=0) if self.error else variance
 
     def map(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
-        """(N, H, W) in [0, 1]: the score at each position; TypeError for a model without dense output."""
+        """(N, H, W): the score at each position; TypeError for a model without dense output."""
         x, numbers = self._checked(x, ids, draw)
         if len(x) == 0:
             return x.new_zeros(0, *x.shape[2:])
@@ -828,6 +829,12 @@ class Combined(Detector):
         self.most = self.detectors[0].most
         self._widths: list[int] = []  # of what each has seen of an image
 
+    def __copy__(self) -> Self:
+        """With parts of its own, which are fitted with it."""
+        found = type(self).__new__(type(self))
+        found.__dict__.update(self.__dict__, detectors=tuple(map(copy.copy, self.detectors)))
+        return found
+
     def settings(self) -> dict[str, Any]:
         return {"parts": [[type(detector).__name__, detector.settings()] for detector in self.detectors]}
 
@@ -845,20 +852,20 @@ class Combined(Detector):
         return torch.cat(seen, 1)
 
     def _keep(self, seen: Tensor, rate: float, confidence: float) -> Tensor:
-        parts = []
-        for detector, part in zip(self.detectors, seen.split(self._widths, 1), strict=True):
+        detectors, parts = tuple(map(copy.copy, self.detectors)), []  # all are fitted, or none
+        for detector, part in zip(detectors, seen.split(self._widths, 1), strict=True):
             parts.append(detector._keep(part[:, 0] if part.shape[1] == 1 else part, rate, confidence))
         found = torch.stack(parts, 1)
         logs = found.clamp(min=_LEAST).log()
         centers, units = logs.mean(0), logs.std(0, correction=0).clamp(min=1e-6)
         scores = _standard(found, centers, units).amax(1)
         learned = {
-            "parts": [detector.description() for detector in self.detectors],
+            "parts": [detector.description() for detector in detectors],
             "centers": centers.tolist(),
             "units": units.tolist(),
         }
-        self._fitted = {**self._origin(), **_threshold(scores, rate, confidence), **learned}
-        self._stamp = self._state()
+        fitted = {**self._origin(), **_threshold(scores, rate, confidence), **learned}
+        self.detectors, self._fitted, self._stamp = detectors, fitted, self._state()
         return scores
 
     def _take(self, fitted: dict[str, Any], state: object) -> None:

@@ -215,7 +215,8 @@ class Agreement:
         self._extract = extract
         self._views = views
         self._count = count
-        self._seed, self._ids, self._draw = seed, ids, draw
+        # ids on the host, where views are drawn: a step must not wait for the device
+        self._seed, self._ids, self._draw = seed, ids.cpu(), draw
         self._autocast = autocast
         self._palette, self._followed = palette, followed
         self.together = together
@@ -265,6 +266,7 @@ class Agreement:
             count=count,
             palette=self._palette,
             followed=self._followed,
+            device=x.device,
         )
 
     @property
@@ -302,7 +304,7 @@ class Agreement:
     def only(self, rows: Tensor | slice) -> Self:
         """The same for some of the images, ``rows`` a mask (N,) or a slice."""
         part = copy.copy(self)
-        part._ids = self._ids[rows]
+        part._ids = self._ids[rows.cpu() if isinstance(rows, Tensor) else rows]
         return part
 
     def whole(self, factor: float, value_factor: float) -> Objective:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from equifast import _checks, rng
 from equifast._capture import Capture
 from equifast._cheap import DTYPES, Cheap, autocast
+from equifast._fingerprint import FRAMEWORK, weights
 from equifast._folded import Folded
 from equifast._memory import pass_bytes
 from equifast.ascent import Advance, Ascent, Progress
@@ -307,8 +308,9 @@ class Purifier:
     def _described(self) -> dict[str, object]:
         """What :func:`equifast._fingerprint.describe` tells of it: settings, what it runs on, what subclasses add."""
         settings = self.settings()
-        added = {k: v for k, v in vars(self).items() if not k.startswith("_") and k not in settings and k != "ascent"}
-        return {"class": type(self).__qualname__, "features": self._features.where, **added, **settings}
+        skip = {"ascent", "_features", "_folded", "_held", "_capture", "_compiled", *settings}
+        added = {name: value for name, value in vars(self).items() if name not in skip}
+        return {"class": type(self), "features": self._features.where, **added, **settings}
 
     def settings(self) -> dict[str, object]:
         """All settings, as values that JSON can hold."""
@@ -617,11 +619,10 @@ class DefendedModel(nn.Module):
 
     def _described(self) -> dict[str, object]:
         """What :func:`equifast._fingerprint.describe` tells of it: counts are none of its settings."""
-        skip = ("predictor", "training", "seen", "purified", "suspected")
-        parts = {**vars(self), **dict(self.named_children())}  # the model among them
-        settings = {name: part for name, part in parts.items() if not name.startswith("_") and name not in skip}
+        skip = FRAMEWORK | {"predictor", "_cheap", "seen", "purified", "suspected"}
+        parts = {name: value for name, value in vars(self).items() if name not in skip}
         own = [*self.parameters(recurse=False), *self.buffers(recurse=False)]
-        return {"class": type(self).__qualname__, "own": own, **settings}
+        return {"class": type(self), "own": own, **parts, **dict(self.named_children())}  # the model among them
 
     def predict(self, x: Tensor) -> Tensor:
         """The logits of the undefended model."""
@@ -651,7 +652,7 @@ class Defended(DefendedModel):
         detector: with :meth:`equifast.detectors.Detector.predict`: only images that it suspects are purified, and the
             others are left to the model alone; None to purify all. Attackers have the gradient of the branch taken. A
             detector with this model and this ``dtype`` gives the model's output too, which saves a pass
-            (:meth:`equifast.detectors.Detector.examine`).
+            (:meth:`equifast.detectors.Detector.examine`); one of a model with other weights is refused.
         dtype: of the predictions, as in :class:`DefendedModel`; what the purifier computes in is its own setting.
 
     Attributes:
@@ -672,6 +673,9 @@ class Defended(DefendedModel):
         super().__init__(model, dtype)
         if detector is not None and not callable(getattr(detector, "predict", None)):
             raise TypeError(f"detector is a {type(detector).__name__}; it must have predict(x, ids=None, draw=0)")
+        of = getattr(detector, "model", model)
+        if isinstance(of, nn.Module) and of is not model and weights(of) != weights(model):
+            raise ValueError("detector is of a model with other weights; it must be of the one that it guards")
         self.detector = detector
         self.seen = self.purified = 0
         self.suspected: Tensor | None = None

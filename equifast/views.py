@@ -340,6 +340,11 @@ class Sampled:
         return self.view.color(images, self.parameters)
 
 
+def _sent(values: Tensor, device: torch.device) -> Tensor:
+    """The values on a device; to a GPU without a wait for what runs there."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+
 def sample(
     views: Sequence[View],
     size: Size,
@@ -351,6 +356,7 @@ def sample(
     count: int | None = None,
     palette: int | None = None,
     followed: int | None = None,
+    device: torch.device | None = None,
 ) -> list[Sampled]:
     """Draw a realization of ``count`` of the views (all of them where None), without replacement.
 
@@ -358,10 +364,11 @@ def sample(
         views: the set; its order is part of the realization.
         size: (H, W) of the images.
         seed, draw, step: as in :mod:`equifast.rng`. Choice and sizes are those of all images, the rest of each.
-        ids: (N,) int64 image ids; the result is on their device.
+        ids: (N,) int64 image ids. Those on a GPU are waited for, with all that was started there.
         palette: what all images share, sizes and choice of views, is one of so many fixed sets, the same under every
             seed; None for a new one at every step.
         followed: through how many of those drawn a gradient goes, drawn too; all of them where None.
+        device: where the result is; that of ``ids`` where None.
 
     Raises:
         ValueError: if a view gives a theta that is not (N, 2, 3), not finite or singular, or no size.
@@ -395,8 +402,9 @@ def sample(
     if not sampled:
         return []
     # here and for all of them at once; whoever renders them need not look again
-    matrices = _checks.theta(torch.stack([view.theta for view in sampled])).to(ids.device)
-    parameters = torch.cat([view.parameters for view in sampled], 1).to(ids.device)
+    device = ids.device if device is None else device
+    matrices = _sent(_checks.theta(torch.stack([view.theta for view in sampled])), device)
+    parameters = _sent(torch.cat([view.parameters for view in sampled], 1), device)
     own = parameters.split([view.view.image for view in sampled], 1)
     return [
         Sampled(s.view, theta, s.size, part, s.followed)

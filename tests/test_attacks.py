@@ -84,6 +84,12 @@ def test_mim_takes_longer_steps_by_itself() -> None:
     assert attacks.MIM(model, eps=2 / 255, step_size=0.001).ascent.step_size == 0.001
 
 
+def test_steps_are_a_quarter_of_the_radius_where_nothing_else_is_said() -> None:
+    for norm, eps in (("linf", 4 / 255), ("linf", 0.3), ("l2", 2.0)):
+        for kind in (attacks.PGD, attacks.CW, attacks.Houdini, attacks.SegPGD, attacks.CosPGD):
+            assert kind(cases.classifier(), eps=eps, norm=norm).ascent.step_size == eps / 4
+
+
 def test_ifgsm_takes_as_many_steps_as_published() -> None:
     model = cases.dense()
     steps = [attacks.IFGSM(model, eps=eps / 255).ascent.steps for eps in (0.25, 4, 8, 16, 32)]

@@ -1,6 +1,7 @@
 """Captured steps, with a tracer in the place of CUDA graphs: what was not an argument is a constant in both."""
 
 import copy
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from equifast import Purifier, ops, views
-from equifast._capture import Capture
+from equifast._capture import Capture, _no_waits
 
 
 class Traced:
@@ -44,6 +45,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         {"preset": "paper", "steps": 2, "views": [views.Rotation(), views.ColorJitter()]},
     ),  # the native step of the CPU takes its numbers on the host
     ("native", {"norm": "l2", "steps": 2}),
+    ("reference", {"norm": "l2", "steps": 2, "noise": True, "views": [views.Rotation(), views.ColorJitter()]}),
 ]
 
 
@@ -111,6 +113,28 @@ def test_what_cannot_be_captured_runs_after_one_warning() -> None:
     replayed, plain = captured(Looks())
     with pytest.warns(RuntimeWarning, match="cannot be captured"):
         assert torch.equal(replayed(x), plain(x))
+
+
+def test_a_wait_for_the_device_is_seen_before_anything_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[Any] = [0]
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def wait() -> None:
+        assert modes[-1] == "warn"
+        warnings.warn("called a synchronizing CUDA operation (as PyTorch says it)", UserWarning, stacklevel=1)
+
+    with pytest.raises(RuntimeError, match="waits for a value that is computed on the device"), _no_waits():
+        wait()
+    with _no_waits():
+        other = threading.Thread(target=wait)
+        other.start()
+        other.join()
+    with pytest.warns(UserWarning, match="something else"), _no_waits():
+        warnings.warn("something else", UserWarning, stacklevel=1)
+    with pytest.raises(ZeroDivisionError), _no_waits():
+        raise ZeroDivisionError
+    assert modes == [0] + ["warn", 0] * 4
 
 
 def test_the_last_used_recordings_are_kept() -> None:

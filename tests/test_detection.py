@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import cases
 import numpy as np
@@ -19,7 +20,19 @@ from typer.testing import CliRunner
 from equifast import Defended, Purifier, attacks, views
 from equifast.cli import app
 from equifast.detectors import Deviation, OutputVariance, Similarity
-from equifast.evaluate import CORRUPTIONS, Detection, Evaluation, Strength, corrupt, known, mean_iou, plots, separation
+from equifast.evaluate import (
+    CORRUPTIONS,
+    Detection,
+    Evaluation,
+    Strength,
+    corrupt,
+    corruptions,
+    known,
+    mean_iou,
+    plots,
+    separation,
+)
+from equifast.evaluate.corruptions import _deformation
 from equifast.evaluate.detection import STUDIES, Anomaly, attacked, corrupted, evading, foreign, noise
 from equifast.evaluate.metrics import _separations, mean_auroc
 from equifast.models import write_image
@@ -214,6 +227,29 @@ def test_a_corruption_is_the_published_one() -> None:
         assert float((corrupt(pattern, "contrast", severity) - expected).abs().max()) < 1.5 / 255
 
 
+def test_elastic_transforms_are_those_of_imagenet_c() -> None:
+    """Of uniform numbers in [-a, a] a Gaussian of s pixels leaves a / sqrt(3) / (2 sqrt(pi) s)."""
+    for severity, (far, smooth, corners) in enumerate(
+        ((488, 170.8, 24.4), (488, 19.52, 48.8), (12.2, 2.44, 4.88), (17.08, 2.44, 4.88), (29.28, 2.44, 4.88)), 1
+    ):
+        before, after, moved = _deformation(150, 200, severity, np.random.default_rng(severity))
+        assert np.abs(after - before).max() <= corners
+        assert np.abs(after - before).max() > corners / 3
+        assert before.tolist() == [[150, 125], [150, 25], [50, 25]]
+        if severity > 2:  # of the others there are few numbers
+            expected = far / 3**0.5 / (2 * np.pi**0.5 * smooth)
+            assert moved.std(axis=(1, 2)).tolist() == pytest.approx([expected] * 2, rel=0.15)
+    flat = torch.full((1, 3, 40, 50), 0.6)
+    assert torch.equal(corrupt(flat, "elastic_transform", 5), flat)
+    # to the corners' place and no other, where nothing else moves
+    image = np.random.default_rng(0).integers(0, 255, (60, 80, 3), np.uint8)
+    square = np.array([[60, 50], [60, 10], [20, 10]], np.float32)
+    given = square, square + np.array([3, -2], np.float32), np.zeros((2, 60, 80))
+    with mock.patch.object(corruptions, "_deformation", return_value=given):
+        found = corruptions._elastic(image, 3, np.random.default_rng(0))
+    assert np.array_equal(found[5:50, 10:70], image[7:52, 7:67])
+
+
 def test_what_corruptions_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
     x = images(1)
     for arguments, sentence in (
@@ -235,7 +271,7 @@ def test_studies() -> None:
     assert len(names["corruptions"]) == 75
     assert names["ood"] == ["others", "uniform noise"]
     assert names["detection"] == ["PGD 2/255", "PGD 4/255", "PGD 8/255", "PGD 8/255, purified"]
-    assert names["evasion"] == ["PGD 8/255", "evading 8/255, rate 5%", "evading 8/255, rate 50%"]
+    assert names["evasion"] == ["PGD 8/255", *(f"evading 8/255, rate {rate}%" for rate in (5, 10, 20, 50))]
     assert corrupted("fog", 3).group == "severity 3"
 
 
@@ -276,7 +312,7 @@ def spec(tmp_path: Path) -> str:
 def test_studies_from_the_command_line(study: str, tmp_path: Path, spec: str) -> None:
     data, clean = write_data(tmp_path / "data", 3), write_data(tmp_path / "clean", 20, seed=5)
     fixed = ["evaluate", data, "-o", tmp_path / "out", "--model", spec, "--study", study, "--steps", "1"]
-    given = ["--fit", clean, "--clean", clean, "--foreign", clean]
+    given = ["--fit", clean, "--clean", clean, *(["--foreign", clean] if study == "ood" else [])]
     few = ["variance", "combined"]
     given += [] if study == "detection" else [part for name in few for part in ("--detector", name)]
     done = CliRunner().invoke(app, [str(a) for a in (*fixed, *given)])

@@ -41,7 +41,9 @@ from equifast.evaluate import (
     worst_accuracy,
     worst_iou,
 )
+from equifast.evaluate.metrics import _totals
 from equifast.evaluate.records import Records
+from equifast.purifier import DefendedModel
 
 MODEL = cases.dense().eval()
 EPS = 4 / 255
@@ -370,7 +372,7 @@ def test_the_adaptive_protocol(tmp_path: Path) -> None:
     everyone = {"clean", "worst", *(attacker.name for attacker in adaptive(strength))} - {"Adaptive, evading"}
     assert set(table["fast"]) == everyone
     of_purifiers = {name for name in everyone if name.startswith(("unrolled", "BPDA, trajectory", "BPDA, one step"))}
-    assert len(of_purifiers) == 5
+    assert len(of_purifiers) == 6
     assert everyone - set(table["random"]) == of_purifiers | {"Adaptive"}
     largest = max(report.radius, key=lambda name: report.radius[name])
     assert largest not in report.attacks("fast")
@@ -415,7 +417,8 @@ def test_the_protocol_in_euclidean_balls(tmp_path: Path, model: nn.Module) -> No
 def test_every_attacker_by_name(name: str) -> None:
     """Each stays in its ball on a model of five classes."""
     strength = Strength(eps=EPS, steps=2, eot=2, queries=3, weights=(1.0,), dtype="float32")
-    attacker = known(strength).get(name) or known(strength)[name.replace("20", "2").replace("500", "3")]
+    fewer = name.replace("20 draws", "2 draws").replace("4 draws", "2 draws").replace("500", "3")
+    attacker = known(strength).get(name) or known(strength)[fewer]
     attack = attacker.make(MODEL, Defended(MODEL, Purifier(MODEL, steps=2)))
     if name == "Adaptive, evading":
         assert attack is None
@@ -431,12 +434,22 @@ def test_a_black_box_that_sees_more_is_a_warning() -> None:
 
     report = Report.__new__(Report)
     report.dense, report.votes, report.losses, report.no_gradient, report.probabilities = False, 0, {}, {}, {}
+    report.target = None
     report.radius, right = {"clean": 0.0, "PGD": 1.0, "Square, 9 queries": 1.0}, np.ones(20, bool)
     report.results = {"a": {"clean": right, "PGD": right, "Square, 9 queries": ~right}, "b": {"clean": right}}
     assert len(report.warnings()) == 1
     assert report.warnings()[0].startswith("a: Square, 9 queries, a black box, does more damage")
+    # who knows the draw has more than a gradient, and so does a black box that does
+    report.radius = dict.fromkeys(("PGD", "PGD, one draw", "Square, 9 queries"), 1.0) | {"clean": 0.0}
+    report.results["a"]["PGD, one draw"] = ~right
     del report._table
+    assert len(report.warnings()) == 1
+    report.radius["Square, one draw, 9 queries"] = 1.0
+    report.results["a"]["Square, one draw, 9 queries"] = report.results["a"].pop("Square, 9 queries")
+    del report._table
+    assert not report.warnings()
     report.results["a"]["PGD"] = ~right
+    del report._table
     assert not report.warnings()
 
 
@@ -445,7 +458,7 @@ def report_of(**columns: Any) -> Any:
     from equifast.evaluate.study import Report
 
     report: Any = Report.__new__(Report)
-    report.dense, report.votes, report.probabilities = False, 0, {"a": False}
+    report.dense, report.votes, report.probabilities, report.target = False, 0, {"a": False}, None
     report.losses, report.no_gradient = {"a": {}}, {"a": {}}
     right = np.arange(20) < 10
     report.results = {"a": {"clean": right, "PGD": right & (np.arange(20) < 5)}}
@@ -556,6 +569,85 @@ def _tempered(n: int) -> nn.Module:
     model = Tempered()
     model.temperature = n
     return model
+
+
+def _compiled(text: str) -> dict[str, Any]:
+    """The names of a user's module."""
+    names: dict[str, Any] = {"__name__": "users", "nn": nn, "DefendedModel": DefendedModel, "MODEL": MODEL}
+    exec(text, names)
+    return names
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "made = lambda x: x * {}",
+        "SIZE = {}\ndef made(x): return x * SIZE",
+        "def inner(x): return x * {}\ndef made(x): return inner(x)",
+        "def made(x): return [y * {} for y in x]",
+        "class Kind:\n    def __call__(self, x): return x * {}\nmade = Kind()",
+        "class Kind:\n    @property\n    def size(self): return {}\nmade = Kind()",
+        "class Kind(nn.Module):\n    def forward(self, x): return x * {}\nmade = Kind()",
+        "class Kind(nn.Module):\n    def __init__(self):\n        super().__init__()\n        self._size = {}\n"
+        "made = Kind()",
+        "class Kind(DefendedModel):\n    def __init__(self, size):\n        super().__init__(MODEL)\n"
+        "        self._size = size\nmade = Kind({})",
+    ],
+)
+def test_what_users_code_does_is_told_apart(text: str) -> None:
+    first, again, other = (json.dumps(describe(_compiled(text.format(n))["made"])) for n in (2, 2, 3))
+    moved = json.dumps(describe(_compiled("\n\n" + text.format(2))["made"]))
+    assert first == again == moved
+    assert first != other
+
+
+def test_descriptions_are_the_same_in_every_process() -> None:
+    """Sets of strings come in another order under another hash seed."""
+    code = (
+        "import json; from equifast._fingerprint import describe\n"
+        "def made(x): return x in {'a', 'b', 'c', 'd', 'e'}\n"
+        "print(json.dumps(describe([made, {'x', 'y', 'z'}])))"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(found) == 1
+
+
+def test_numbers_that_nobody_can_draw_again_are_refused() -> None:
+    for defended in (
+        Defended(MODEL, Purifier(MODEL, seed=None)),
+        defenses.Averaging(MODEL, seed=None),
+        Defended(MODEL, defenses.RandomNoise(0.1, seed=None)),
+    ):
+        with pytest.raises(ValueError, match="mine has seed=None, numbers that nobody can draw again"):
+            evaluation(defenses={"mine": defended})
+    attacker = Attacker("PGD", lambda model, defended: attacks.PGD(model, seed=None), knows=False)
+    with pytest.raises(ValueError, match="PGD has seed=None"):
+        evaluation(attackers=[attacker])._cells()
+
+
+class Wavering(Dataset[Any]):
+    """Another image at each look."""
+
+    def __init__(self) -> None:
+        self.x, self.y = scenes(3).tensors
+        self.looks = 0
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        self.looks += 1
+        return (self.x[index] - 1e-3 * self.looks).clamp(0, 1), self.y[index]
+
+
+def test_data_that_change_between_looks_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"data gives another image or label at . than before; it must always be the"):
+        evaluation(Wavering()).run(tmp_path)
 
 
 def test_a_folder_of_an_attack_of_ones_own_is_refused(tmp_path: Path) -> None:
@@ -705,6 +797,41 @@ def test_a_target(tmp_path: Path, model: nn.Module) -> None:
         assert clean == pytest.approx(100 * float((predicted == 3).float().mean()))
     with pytest.raises(ValueError, match="target is 7; the model has 5 classes"):
         Evaluation(model, data, attackers, rows, eps=0.2, target=7).run(tmp_path / "b")
+
+
+def test_images_of_the_target_are_left_out(tmp_path: Path) -> None:
+    model = cases.classifier().eval()
+    x, y = scenes(6, model).tensors
+    y[:2], y[2:] = 3, torch.where(y[2:] == 3, 1, y[2:])
+    attackers = [
+        Attacker("PGD", lambda model, defended: attacks.PGD(model, eps=1.0, step_size=0.1, steps=20, targeted=True))
+    ]
+    rows = {"none": Defended(model, lambda x, ids=None, draw=0: x.detach())}
+    report = Evaluation(model, TensorDataset(x, y), attackers, rows, eps=1.0, target=3).run(tmp_path)
+    assert (report.images, report.left_out) == (4, 2)
+    assert report.reached("none", "PGD").value == 100
+    document = report.document()
+    assert document["left out"] == 2
+    assert document["rows"]["none"]["worst"]["target"]["value"] == 100
+    assert not report.warnings()  # who has arrived needs no gradient
+    with pytest.raises(ValueError, match="target is 3, which all images are labeled with already"):
+        Evaluation(model, TensorDataset(x[:2], y[:2]), attackers, rows, eps=1.0, target=3)
+
+
+def test_the_accuracy_of_the_worst_case_is_that_of_fewest_right_labels(tmp_path: Path) -> None:
+    attackers = [PGD, Attacker("CW", lambda model, defended: attacks.CW(model, steps=2), knows=False)]
+    report = evaluation(attackers=attackers).run(tmp_path)
+    for defense, cells in report.document()["rows"].items():
+        found = np.stack([report.results[defense][name] for name in ("clean", "PGD", "CW")])
+        right, counted = np.trace(found, axis1=2, axis2=3), found[0].sum()
+        assert cells["worst"]["accuracy"] == pytest.approx(100 * right.min(0).sum() / counted)
+
+
+def test_totals_of_many_samples_are_those_of_each() -> None:
+    confusions = np.random.default_rng(0).integers(0, 50, (7, 4, 4))
+    index = np.random.default_rng(1).integers(0, 7, (3, 5, 9))
+    assert np.array_equal(_totals(confusions, index), confusions[index].sum(-3))
+    assert np.array_equal(_totals(confusions, index[0, 0]), confusions[index[0, 0]].sum(0))
 
 
 def test_per_class_figures(tmp_path: Path) -> None:

@@ -1013,6 +1013,21 @@ def test_choice_of_backend(monkeypatch: pytest.MonkeyPatch) -> None:
             ops.choose(torch.device("cuda"))
 
 
+def test_a_gpu_for_which_no_kernel_was_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(ops, "_load_cuda", lambda: "")
+    monkeypatch.setattr(_C, "cuda_architectures", ("80", "90", "100"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: ((8, 6), (7, 5))[device.index])
+    ops._too_old.cache_clear()
+    try:
+        assert ops.choose(torch.device("cuda:0")) == "native"
+        chosen = ops.choose(torch.device("cuda:1"))
+        assert chosen == "reference"
+        assert chosen.reason == "this build has kernels for sm_80 and later, and this GPU is sm_75"
+    finally:
+        ops._too_old.cache_clear()
+
+
 @pytest.mark.parametrize("settings", [{}, {"view_gradient": 0}, {"preset": "paper"}, {"preset": "strong"}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_one_step_has_the_gradient_of_the_reference(settings: dict[str, Any], dtype: torch.dtype) -> None:

@@ -1,4 +1,7 @@
-"""The fifteen common corruptions of Hendrycks and Dietterich (2019), by the package ``imagecorruptions-imaug``."""
+"""The fifteen common corruptions of Hendrycks and Dietterich (2019), by the package ``imagecorruptions-imaug``.
+
+But for elastic transforms, which are another thing there: no affine part, and strengths that go with the image's size.
+"""
 
 import contextlib
 import threading
@@ -10,6 +13,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from equifast import _checks
@@ -68,6 +72,41 @@ def _seeded(seed: int) -> Iterator[None]:
             np.random.set_state(before)  # noqa: NPY002
 
 
+# Of elastic transforms, by severity, in pixels: how far displacements may go before they are smoothed, the standard
+# deviation of the Gaussian that smooths them, and how far the corners of the affine part may go. Those of ImageNet-C
+# (make_imagenet_c.py), whatever the size of an image.
+_ELASTIC = ((488.0, 170.8, 24.4), (488.0, 19.52, 48.8), (12.2, 2.44, 4.88), (17.08, 2.44, 4.88), (29.28, 2.44, 4.88))
+
+
+def _deformation(
+    height: int, width: int, severity: int, generator: np.random.Generator
+) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float64]]:
+    """Three corners of a square, (3, 2) as x and y, where they go, and displacements (2, H, W) as y and x."""
+    from scipy.ndimage import gaussian_filter
+
+    far, smooth, corners = _ELASTIC[severity - 1]
+    side = min(height, width) // 3
+    before = np.array([width // 2, height // 2], np.float32) + side * np.array([[1, 1], [1, -1], [-1, -1]], np.float32)
+    after = before + generator.uniform(-corners, corners, before.shape).astype(np.float32)
+    raw = generator.uniform(-1, 1, (2, height, width))
+    moved = [far * gaussian_filter(part, smooth, mode="reflect", truncate=3) for part in raw]
+    return before, after, np.stack(moved)
+
+
+def _elastic(image: NDArray[np.uint8], severity: int, generator: np.random.Generator) -> NDArray[np.uint8]:
+    """An affine map that moves three corners, and then a smooth displacement of every pixel."""
+    import cv2
+    from scipy.ndimage import map_coordinates
+
+    height, width = image.shape[:2]
+    before, after, moved = _deformation(height, width, severity, generator)
+    matrix = cv2.getAffineTransform(before, after)
+    turned = cv2.warpAffine(image.astype(np.float32), matrix, (width, height), borderMode=cv2.BORDER_REFLECT_101)
+    places = np.mgrid[:height, :width] + moved
+    found = [map_coordinates(turned[:, :, channel], places, order=1, mode="reflect") for channel in range(3)]
+    return np.stack(found, 2).clip(0, 255).astype(np.uint8)
+
+
 def corrupt(x: Tensor, name: str, severity: int, ids: Tensor | None = None, seed: int = 0) -> Tensor:
     """Corrupt a batch, as uint8 images, with the strengths of ImageNet-C.
 
@@ -101,6 +140,9 @@ def corrupt(x: Tensor, name: str, severity: int, ids: Tensor | None = None, seed
     parts = []
     for image, number in zip(pixels, numbers.tolist(), strict=True):
         entropy = np.random.SeedSequence([seed, number % 2**64, place, severity])
+        if name == "elastic_transform":
+            parts.append(_elastic(image, severity, np.random.default_rng(entropy)))
+            continue
         with _seeded(int(entropy.generate_state(1)[0])):
             parts.append(library.corrupt(image, corruption_name=name, severity=severity))
     if not parts:

@@ -349,8 +349,9 @@ class DetectionReport:
                 row[kind] = {
                     **{key: vars(value) for key, value in vars(found).items()},
                     "flagged": _values(self.flagged(name, kind)),
-                    "model": _values(self.damage(name, kind)),
                 }
+                if self.groups[kind] != "foreign":  # whose labels nobody knows
+                    row[kind]["model"] = _values(self.damage(name, kind))
         return {
             "figure": self.figure,
             "images": self.images,
@@ -366,7 +367,7 @@ def _values(estimate: Estimate) -> dict[str, Any]:
     return {"value": estimate.value, "error": error}
 
 
-RATES = (0.05, 0.5)
+RATES = (0.05, 0.1, 0.2, 0.5)
 """Of false positives, at which attackers evade."""
 
 

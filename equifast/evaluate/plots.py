@@ -153,21 +153,16 @@ def rates(curves: Mapping[str, Rates], title: str = "") -> Figure:
 
 
 def front(report: Report, costs: Mapping[str, Cost]) -> Figure:
-    """Clean images and the worst case of each defense over its time, in forward passes of the model."""
-    table, figure = report.table(), _figure(7, 4.5)
+    """Clean images, circles, and the worst case, squares, of each defense over its time, in forward passes."""
+    figure = _figure(7.5, 4.5)
     axis = figure.subplots()
-    for column, marker in ((CLEAN, "o"), ("worst", "s")):
-        names = [name for name in table if column in table[name]]
-        found = [table[name][column] for name in names]
-        if not names:
-            continue
-        label = "worst case" if column == "worst" else column
-        _points(axis, [costs[name].times for name in names], found, label, marker=marker, linestyle="")
-        for name, estimate in zip(names, found, strict=True):
-            place = (costs[name].times, estimate.value)
-            axis.annotate(name, place, fontsize=7, xytext=(4, 3), textcoords="offset points")
+    for number, (name, row) in enumerate(report.table().items()):
+        for column, marker in ((CLEAN, "o"), ("worst", "s")):
+            if column in row:
+                label, color = name if column == CLEAN else "", colormaps["tab20"](number % 20)
+                _points(axis, [costs[name].times], [row[column]], label, marker=marker, color=color)
     axis.set_xscale("log")
-    _finish(axis, report, "", "time, in forward passes of the model")
+    _finish(axis, report, "circles: clean images, squares: worst case\n", "time, in forward passes of the model")
     return figure
 
 

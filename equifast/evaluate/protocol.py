@@ -113,8 +113,8 @@ def known(strength: Strength) -> dict[str, Attacker]:
         """Of those without a defense (bench/attack_strength.py)."""
         return attacks.CW(model, confidence=5.0, **s.settings(**changed))
 
-    def margin(draw: int | None = None) -> Callable[[nn.Module, DefendedModel], Attacked]:
-        return lambda model, defended: BPDA(strongest(model), defended, draw=draw)
+    def margin(draw: int | None = None, eot: int = 1) -> Callable[[nn.Module, DefendedModel], Attacked]:
+        return lambda model, defended: BPDA(strongest(model), defended, eot, draw=draw)
 
     def trajectory(model: nn.Module, defended: DefendedModel) -> Attacked | None:
         if _purifier(defended) is None or _detector(defended) is not None:
@@ -129,25 +129,28 @@ def known(strength: Strength) -> dict[str, Attacker]:
         # with noise the steps before the last draw corners (docs/corner.md)
         start = "corner" if purifier.ascent.noise else purifier.ascent.start
         short.ascent = replace(purifier.ascent, steps=1, start=start, noise=False)
-        return BPDA(PGD(model, **s.settings()), Defended(model, short, detector=_detector(defended)))
+        as_is = {"detector": _detector(defended), "dtype": defended.dtype}
+        return BPDA(PGD(model, **s.settings()), Defended(model, short, **as_is))
 
     def through(model: nn.Module, defended: DefendedModel) -> Defended | None:
         purifier = _purifier(defended)
         if purifier is None:
             return None
-        last = min(s.last, purifier.ascent.steps)
-        return Defended(model, purifier, gradient="unrolled", last=last, detector=_detector(defended))
+        as_is = {"detector": _detector(defended), "dtype": defended.dtype}
+        return Defended(model, purifier, gradient="unrolled", last=min(s.last, purifier.ascent.steps), **as_is)
 
     def unrolled(model: nn.Module, defended: DefendedModel) -> Attacked | None:
         followed = through(model, defended)
         return None if followed is None else BPDA(PGD(model, **s.settings(dtype="float32")), followed)
 
-    def unrolled_margin(draw: int | None = None) -> Callable[[nn.Module, DefendedModel], Attacked | None]:
+    def unrolled_margin(draw: int | None = None, eot: int = 1) -> Callable[[nn.Module, DefendedModel], Attacked | None]:
         def make(model: nn.Module, defended: DefendedModel) -> Attacked | None:
             followed = through(model, defended)
-            return None if followed is None else BPDA(strongest(model, dtype="float32"), followed, draw=draw)
+            return None if followed is None else BPDA(strongest(model, dtype="float32"), followed, eot, draw=draw)
 
         return make
+
+    several = min(s.eot, 4)  # each takes three to four times as long as one of BPDA
 
     def both(model: nn.Module, defended: DefendedModel) -> Attacked | None:
         purifier = defended.purifier if isinstance(defended, Defended) else None
@@ -165,11 +168,14 @@ def known(strength: Strength) -> dict[str, Attacker]:
     def averaging(model: nn.Module, defended: DefendedModel) -> Attacked:
         return BPDA(PGD(model, **s.settings()), Averaging(model))
 
-    def square(model: nn.Module, defended: DefendedModel) -> Attacked | None:
-        if s.norm != "linf":
-            return None
-        # from predictions as they are: what is won by a hair in bfloat16 is not won
-        return BPDA(attacks.Square(model, steps=s.queries, **s.task), defended)
+    def square(draw: int | None = None) -> Callable[[nn.Module, DefendedModel], Attacked | None]:
+        def make(model: nn.Module, defended: DefendedModel) -> Attacked | None:
+            if s.norm != "linf":
+                return None
+            # from predictions as they are: what is won by a hair in bfloat16 is not won
+            return BPDA(attacks.Square(model, steps=s.queries, **s.task), defended, draw=draw)
+
+        return make
 
     def larger(radius: float) -> Attacker:
         def make(model: nn.Module, defended: DefendedModel) -> Attacked:
@@ -214,15 +220,18 @@ def known(strength: Strength) -> dict[str, Attacker]:
         Attacker("BPDA", knowing()),
         Attacker(f"BPDA, {s.eot} draws", knowing(s.eot)),
         Attacker("BPDA, margin", margin()),
+        Attacker(f"BPDA, margin, {s.eot} draws", margin(eot=s.eot)),
         Attacker("BPDA, one draw, margin", margin(draw=0)),
         Attacker("BPDA, trajectory", trajectory),
         Attacker("BPDA, one step", shorter),
         Attacker("unrolled", unrolled),
         Attacker("unrolled, margin", unrolled_margin()),
+        Attacker(f"unrolled, margin, {several} draws", unrolled_margin(eot=several)),
         Attacker("unrolled, one draw, margin", unrolled_margin(draw=0)),
         Attacker("Adaptive", both),
         Attacker("Adaptive, evading", overlooked),
-        Attacker(f"Square, {s.queries} queries", square),
+        Attacker(f"Square, {s.queries} queries", square()),
+        Attacker(f"Square, one draw, {s.queries} queries", square(draw=0)),
         *(larger(radius) for radius in RADII),
     ]
     return {attacker.name: attacker for attacker in found}
@@ -234,9 +243,9 @@ def adaptive(strength: Strength) -> list[Attacker]:
     PGD on the model, whose points every defense is tested on; the attack through averaging over views; BPDA that knows
     the defender's draw; BPDA with another draw at each step, with expectation, on the margin (also at the defender's
     draw), and along the trajectory; through a purifier of one step, transferred; unrolled through the last steps, on
-    cross-entropy and on the margin (also at that draw); the paper's adaptive attack; the same evading the detector,
-    where there is one; and random search. Then BPDA at other radii: in larger balls it is no part of the worst case,
-    and must leave nothing in the end.
+    cross-entropy and on the margin (also with a few draws per step, and at that draw); the paper's adaptive attack; the
+    same evading the detector, where there is one; and random search. Then BPDA at other radii: in larger balls it is no
+    part of the worst case, and must leave nothing in the end.
     """
     everyone = known(strength)
     names = (
@@ -247,6 +256,7 @@ def adaptive(strength: Strength) -> list[Attacker]:
             "BPDA, one step",
             "unrolled",
             "unrolled, margin",
+            f"unrolled, margin, {min(strength.eot, 4)} draws",
             "unrolled, one draw, margin",
             "Adaptive",
             "Adaptive, evading",

@@ -28,6 +28,7 @@ __all__ = [
     "item",
     "judged",
     "list_images",
+    "listed",
 ]
 
 Array = NDArray[Any]
@@ -44,28 +45,43 @@ class Image:
     index: int
     shape: tuple[int, ...]
     digest: str = ""  # of the image alone
+    label: int | None = None  # where it has one
 
 
 def list_images(data: Dataset[Any]) -> list[Image]:
     """The images of a data set in an order of their own: that of the digests of image and label."""
     found, seen = [], dict[str, int]()
     for index in range(len(cast(Sized, data))):
-        (x, y), alone = item(data, index), ""
-        digest = hashlib.sha256()
-        for tensor in (x, y):
-            digest.update(repr((tuple(tensor.shape), tensor.dtype)).encode())
-            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-            alone = alone or digest.hexdigest()[:16]
-        key = digest.hexdigest()[:16]
+        x, y = item(data, index)
+        alone, key = _digests(x, y)
         again = seen[key] = seen.get(key, -1) + 1
         name = key if not again else f"{key}-{again}"
-        found.append(Image(name, int(key[:15], 16), index, tuple(x.shape), alone))
+        found.append(Image(name, int(key[:15], 16), index, tuple(x.shape), alone, int(y) if y.dim() == 0 else None))
     if not found:
         raise ValueError("data has no images; there must be at least one")
     return sorted(found, key=lambda image: image.key)
 
 
+def _digests(x: Tensor, y: Tensor) -> tuple[str, str]:
+    """Of an image alone, and of image and label."""
+    digest, found = hashlib.sha256(), []
+    for tensor in (x, y):
+        digest.update(repr((tuple(tensor.shape), tensor.dtype)).encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        found.append(digest.hexdigest()[:16])
+    return found[0], found[1]
+
+
+def listed(data: Dataset[Any], image: Image) -> tuple[Tensor, Tensor]:
+    """Image and label as they were when they were listed; ValueError where the data gives others now."""
+    x, y = item(data, image.index)
+    if _digests(x, y)[1] != image.key.partition("-")[0]:
+        raise ValueError(f"data gives another image or label at {image.index} than before; it must always be the same")
+    return x, y
+
+
 def item(data: Dataset[Any], index: int) -> tuple[Tensor, Tensor]:
+    """Image and label, checked."""
     x, y = data[index][:2]
     y = torch.as_tensor(y)
     if not isinstance(x, Tensor) or x.dim() != 3 or not x.is_floating_point():

@@ -28,9 +28,9 @@ from equifast.evaluate.records import (
     as_aimed,
     as_array,
     batches,
-    item,
     judged,
     list_images,
+    listed,
 )
 from equifast.evaluate.worst import worst_accuracy, worst_iou
 from equifast.features import evaluating, output
@@ -92,6 +92,7 @@ class Evaluation:
         eps: the radius that no attack may leave; None for attacks that have none.
         norm: in which that is, ``"linf"`` or ``"l2"``.
         target: the class that attackers aim at, who must be targeted then; None for the true labels, which they flee.
+            Images of which it is the one label are left out: there is nothing to turn.
         votes: draws of each defense that vote on every image, label by label, beside the single one that counts; 0 for
             no vote.
         score: whose similarity (:meth:`equifast.Purifier.score`) is recorded of every image that a model predicts from,
@@ -101,8 +102,9 @@ class Evaluation:
         arguments: what else decides the results, as values that JSON can hold.
 
     Raises:
-        ValueError: for data without images, names that are given twice or are taken; for attacks of ours that are
-            targeted where there is no target, or are not where there is one, or leave out another dense label.
+        ValueError: for data without images, names that are given twice or are taken; for a defense or an attack of ours
+            with ``seed=None``, whose results cannot be repeated; for attacks of ours that are targeted where there is
+            no target, or are not where there is one, or leave out another dense label.
     """
 
     def __init__(
@@ -135,7 +137,18 @@ class Evaluation:
         self.votes = _checks.integer("votes", votes, 0, 1000)
         self.batch = _checks.integer("batch", batch, 1, 2**31)
         self.ignore_index = ignore_index
-        self.images = list_images(data)
+        every = list_images(data)
+        self.images = [image for image in every if target is None or image.label != target]
+        self.left_out = len(every) - len(self.images)
+        if not self.images:
+            raise ValueError(f"target is {target}, which all images are labeled with already")
+        for name, defended in self.defenses.items():
+            for part in (defended, getattr(defended, "purifier", None)):
+                if getattr(part, "seed", 0) is None:
+                    raise ValueError(
+                        f"{name} has seed=None, numbers that nobody can draw again; give it a seed, of which attackers "
+                        "without its draw know as little"
+                    )
         # a model without parameters is where the images are
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._arguments = {
@@ -151,7 +164,7 @@ class Evaluation:
             "score": describe(score),
             "ignore_index": ignore_index,
         }
-        self._dense = item(data, 0)[1].dim() == 2
+        self._dense = every[0].label is None
 
     def run(self, folder: str | Path, progress: Advance | None = None) -> "Report":
         """Compute what the folder lacks, and the table of all.
@@ -183,7 +196,7 @@ class Evaluation:
             defense, attack: names.
         """
         image, defended = self.images[place], self.defenses[defense]
-        x, y = (part[None].to(self._device) for part in item(self.data, image.index))
+        x, y = (part[None].to(self._device) for part in listed(self.data, image))
         ids = torch.tensor([image.id], device=self._device)
         made = self._cells()[defense, attack]
         attacked = x if made is None else self._attack(made, x, y, ids)[0]
@@ -206,6 +219,8 @@ class Evaluation:
         """ValueError where an attack would be measured by something else than what it is after."""
         if not isinstance(attack, Attack):
             return
+        if attack.seed is None:
+            raise ValueError(f"{name} has seed=None, numbers that nobody can draw again; it must have a seed")
         if attack.targeted != (self.target is not None):
             aims = "there is none" if self.target is None else f"target is {self.target}"
             raise ValueError(f"{name} has targeted={attack.targeted}, and {aims}; they must go together")
@@ -241,7 +256,7 @@ class Evaluation:
             left = [image for image in batch if (image.key, name, attack_name) not in records.results]
             if not left:
                 continue
-            items = [item(self.data, image.index) for image in left]
+            items = [listed(self.data, image) for image in left]
             x, y = (torch.stack(parts).to(self._device) for parts in zip(*items, strict=True))
             ids = torch.tensor([image.id for image in left], device=self._device)
             started, spent = time.perf_counter(), 0.0
@@ -375,7 +390,7 @@ class Report:
     images' digests; ``voted`` the same of the majority of draws, where they vote; ``aimed``, where there is a target,
     with the target in place of the true labels. ``worst`` of a defense takes, image by image, the attack that leaves
     fewest labels right, or the image as it is; of dense labels the attacks that make the mean IoU least
-    (:func:`equifast.evaluate.worst_iou`).
+    (:func:`equifast.evaluate.worst_iou`), but for the accuracy over all labels, which is that of the former.
     """
 
     def __init__(
@@ -386,7 +401,7 @@ class Report:
     ) -> None:
         self.dense = evaluation._dense
         self.figure = "mIoU in %" if self.dense else "accuracy in %"
-        self.images = len(evaluation.images)
+        self.images, self.left_out = len(evaluation.images), evaluation.left_out
         self.votes, self.target = evaluation.votes, evaluation.target
         self.radius = {CLEAN: 0.0, **{attacker.name: attacker.radius for attacker in evaluation.attackers}}
         self.results: dict[str, dict[str, Array]] = {}
@@ -440,14 +455,16 @@ class Report:
         """The attacks among which the worst is sought: those within the radius of the evaluation."""
         return [attack for attack in self.results[defense] if 0 < self.radius[attack] <= 1]
 
-    def worst(self, defense: str, voted: bool = False) -> Array:
+    def worst(self, defense: str, voted: bool = False, fewest: bool = False) -> Array:
         """The results of a defense under the worst of its attackers, image by image; the image itself is one of them.
 
         It lies in the ball of every attack, and a random defense may be right under all of these and wrong without.
+        With ``fewest`` the worst leaves fewest labels right, of dense labels too.
         """
         results = (self.voted if voted else self.results)[defense]
         stacked = np.stack([results[attack] for attack in (CLEAN, *self.attacks(defense))])
-        worst: Array = stacked[self._worst(stacked), np.arange(stacked.shape[1])]
+        chosen = worst_accuracy(stacked) if fewest else self._worst(stacked)
+        worst: Array = stacked[chosen, np.arange(stacked.shape[1])]
         return worst
 
     def worst_attacks(self, defense: str) -> list[str]:
@@ -507,9 +524,10 @@ class Report:
         for defense, row in self.table().items():
             within = self.attacks(defense)
             blind = {name: row[name] for name in within if name.startswith("Square")}
-            seeing = [row[name] for name in within if name not in blind]
             for name, estimate in blind.items():
-                if seeing and estimate.value < min(e.value for e in seeing) - estimate.standard_error:
+                # whoever has the draw has more than gradients
+                alike = [n for n in within if n not in blind and ("one draw" in name or "one draw" not in n)]
+                if alike and estimate.value < min(row[n].value for n in alike) - estimate.standard_error:
                     found.append(f"{defense}: {name}, a black box, does more damage than every attacker with gradients")
             for name, losses in self.losses.get(defense, {}).items():
                 still = ~(losses[:, :, -1] > losses[:, :, 0])  # run by run, of restarts or weights; NaN too
@@ -523,9 +541,12 @@ class Report:
                     )
             for name, steps in self.no_gradient.get(defense, {}).items():
                 # where nothing is left to turn, a margin has none
-                stuck = int(((steps > 0) & (_right(self.results[defense][name]) >= 0.5)).sum())
-                if stuck:
-                    found.append(f"{defense}: {name} has steps without any gradient on {stuck} images that are right")
+                held = _right(self.results[defense][name]) >= 0.5
+                if self.target is not None:
+                    held = _right(self.aimed[defense][name]) < 0.5
+                if stuck := int(((steps > 0) & held).sum()):
+                    where = "that are right" if self.target is None else "that are not as aimed"
+                    found.append(f"{defense}: {name} has steps without any gradient on {stuck} images {where}")
             if self.probabilities.get(defense):
                 found.append(f"{defense}: its outputs look like probabilities; losses are made for logits")
             largest = max((name for name in self.results[defense]), key=lambda name: self.radius[name])
@@ -543,10 +564,15 @@ class Report:
                 results = self.results[defense].get(attack, self.worst(defense) if attack == "worst" else None)
                 if results is not None and self.dense:
                     cell.update(_per_class(results))
+                    if attack == "worst":
+                        cell["accuracy"] = _per_class(self.worst(defense, fewest=True))["accuracy"]
                 if attack in self.voted.get(defense, {}):
                     cell["vote"] = _values(self.estimate(self.voted[defense][attack]))
                 if attack in self.aimed.get(defense, {}):
                     cell["target"] = _values(self.reached(defense, attack))
+                elif attack == "worst" and self.target is not None and not self.dense:
+                    every = [self.aimed[defense][name] for name in self.attacks(defense)]
+                    cell["target"] = _values(accuracy(np.logical_or.reduce(every)))
                 if attack in self.similarities.get(defense, {}):
                     cell["similarity"] = _values(self.similarity(defense, attack))
                 if attack in self.purified.get(defense, {}):
@@ -556,6 +582,7 @@ class Report:
                     cell["loss"] = [float(f"{value:.5g}") for value in mean]
                 rows.setdefault(defense, {})[attack] = cell
         kept = {"figure": self.figure, "images": self.images, "votes": self.votes, "target": self.target}
+        kept |= {} if self.target is None else {"left out": self.left_out}
         document = {**kept, "rows": rows, "warnings": self.warnings()}
         if against is not None:
             apart = self.differences(against)
