@@ -33,6 +33,7 @@ def _no_waits() -> Iterator[None]:
     here, waits = threading.get_ident(), []
     with warnings.catch_warnings():
         warnings.filterwarnings("always", "called a synchronizing CUDA operation")
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
         show = warnings.showwarning
 
         def note(message: Warning | str, *rest: Any, **more: Any) -> None:

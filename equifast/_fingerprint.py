@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import inspect
 import sys
 import types
 from collections.abc import Iterable, Mapping
@@ -98,6 +99,8 @@ def describe(thing: object, known: Known | None = None, seen: tuple[int, ...] = 
         given = [inner, thing.__defaults__ or [], thing.__kwdefaults__ or {}, _named_by(thing)]
         told = {"given": describe(given, known, seen)} if any(given) else {}
         return {"function": thing.__qualname__, "code": _code(thing.__code__), **told}
+    if callable(thing) and (inner := inspect.unwrap(thing)) is not thing:  # a cached function
+        return describe(inner, known, seen)
     names = set(getattr(thing, "__dict__", ()))
     if dataclasses.is_dataclass(thing):
         names |= {field.name for field in dataclasses.fields(thing)}  # which may lie in slots
@@ -133,10 +136,11 @@ _MAIN = frozenset(("__main__",))
 
 
 def _plain_function(value: object) -> object:
-    """The function in a method, class method, static method or property."""
+    """The function in a method, class method, static method or property, without what decorates it."""
     if isinstance(value, staticmethod | classmethod):
-        return value.__func__
-    return value.fget if isinstance(value, property) else value
+        value = value.__func__
+    value = value.fget if isinstance(value, property) else getattr(value, "func", value)  # of a cached one
+    return inspect.unwrap(value) if callable(value) else value
 
 
 def _code(code: types.CodeType) -> str:

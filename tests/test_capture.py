@@ -118,7 +118,12 @@ def test_what_cannot_be_captured_runs_after_one_warning() -> None:
 def test_a_wait_for_the_device_is_seen_before_anything_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     modes: list[Any] = [0]
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
-    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def set_mode(mode: Any) -> None:
+        warnings.warn("Synchronization debug mode is a prototype feature (as PyTorch says)", UserWarning, stacklevel=1)
+        modes.append(mode)
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
 
     def wait() -> None:
         assert modes[-1] == "warn"
@@ -130,8 +135,9 @@ def test_a_wait_for_the_device_is_seen_before_anything_is_captured(monkeypatch: 
         other = threading.Thread(target=wait)
         other.start()
         other.join()
-    with pytest.warns(UserWarning, match="something else"), _no_waits():
+    with pytest.warns(UserWarning, match="something else") as told, _no_waits():
         warnings.warn("something else", UserWarning, stacklevel=1)
+    assert len(told) == 1
     with pytest.raises(ZeroDivisionError), _no_waits():
         raise ZeroDivisionError
     assert modes == [0] + ["warn", 0] * 4

@@ -573,7 +573,8 @@ def _tempered(n: int) -> nn.Module:
 
 def _compiled(text: str) -> dict[str, Any]:
     """The names of a user's module."""
-    names: dict[str, Any] = {"__name__": "users", "nn": nn, "DefendedModel": DefendedModel, "MODEL": MODEL}
+    names: dict[str, Any] = {"__name__": "users", "nn": nn, "torch": torch, "functools": functools}
+    names |= {"DefendedModel": DefendedModel, "MODEL": MODEL}
     exec(text, names)
     return names
 
@@ -587,6 +588,11 @@ def _compiled(text: str) -> dict[str, Any]:
         "def made(x): return [y * {} for y in x]",
         "class Kind:\n    def __call__(self, x): return x * {}\nmade = Kind()",
         "class Kind:\n    @property\n    def size(self): return {}\nmade = Kind()",
+        "class Kind:\n    @torch.no_grad()\n    def __call__(self, x): return x * {}\nmade = Kind()",
+        "class Kind:\n    @functools.cached_property\n    def size(self): return {}\nmade = Kind()",
+        "class Kind:\n    @staticmethod\n    @functools.cache\n    def size(x): return {}\nmade = Kind()",
+        "@torch.no_grad()\ndef made(x): return x * {}",
+        "@functools.cache\ndef made(x): return x * {}",
         "class Kind(nn.Module):\n    def forward(self, x): return x * {}\nmade = Kind()",
         "class Kind(nn.Module):\n    def __init__(self):\n        super().__init__()\n        self._size = {}\n"
         "made = Kind()",
