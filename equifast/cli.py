@@ -634,9 +634,8 @@ def _report_detection(study: str, detection: Detection, output: Path) -> None:
         curve = plots.evasion(report)
         if curve is not None:
             plots.save(curve, output / "evasion")
-        tables = _detection_tables(study, report)
-        _write(output / "table.md", _markdown(tables, (), ""))
-    _print(tables, (), "")
+        _write(output / "table.md", _markdown(_detection_tables(study, report, every=True), (), ""))
+    _print(_detection_tables(study, report), (), "")
 
 
 _SEPARATION = {
@@ -661,15 +660,18 @@ def _separation_tables(
     ]
 
 
-def _detection_tables(study: str, report: DetectionReport) -> list[tuple[str, list[str], list[list[str]]]]:
+def _detection_tables(
+    study: str, report: DetectionReport, every: bool = False
+) -> list[tuple[str, list[str], list[list[str]]]]:
+    """All tables; of corruptions those of severity 3 where not ``every`` is wanted, and the mean of each severity."""
     names, kinds = list(report.scores), list(report.groups)
     first = names[0]
     of = f"{report.images} images (95% by bootstrap)"
     if study == "corruptions":
         means = report.means()
-        chosen = [kind for kind in kinds if kind.endswith(" 3")]
+        chosen = {kind if every else kind.rsplit(" ", 1)[0]: kind for kind in kinds if every or kind.endswith(" 3")}
         groups = list(dict.fromkeys(group for group in report.groups.values() if group))
-        found = _separation_tables(report, {kind.rsplit(" ", 1)[0]: kind for kind in chosen}, f"severity 3, {of}")
+        found = _separation_tables(report, chosen, of if every else f"severity 3, {of}")
         found[0][2].extend([f"mean, {group}", *(str(means[n][group]) for n in names)] for group in groups)
         return found
     rates = [[kind, *(f"{report.flagged(n, kind).value:.1f}" for n in names)] for kind in (CLEAN, *kinds)]

@@ -38,9 +38,9 @@ from equifast.evaluate.records import (
     Records,
     as_array,
     batches,
-    item,
     judged,
     list_images,
+    listed,
 )
 from equifast.evaluate.study import arithmetic, check_range
 from equifast.features import evaluating, output
@@ -210,7 +210,7 @@ class Detection:
         self.ignore_index = ignore_index
         self.images = list_images(data)
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        self.dense = item(data, 0)[1].dim() == 2
+        self.dense = self.images[0].label is None
         self._arguments = {
             **(arguments or {}),
             "kind": "detection",
@@ -253,7 +253,7 @@ class Detection:
             started = time.perf_counter()
             if not all(image.key in made for image in left):
                 x, y = (
-                    torch.stack(p).to(self._device) for p in zip(*(item(self.data, i.index) for i in left), strict=True)
+                    torch.stack(p).to(self._device) for p in zip(*(listed(self.data, i) for i in left), strict=True)
                 )
                 ids = torch.tensor([image.id for image in left], device=self._device)
                 changed = kind.make(self.model, detector)(x, y, ids, [place[image.key] for image in left])
