@@ -68,7 +68,7 @@ class Graph:
         RuntimeError: if the function cannot be recorded.
     """
 
-    _one_at_a_time = threading.Lock()  # in a process, asks PyTorch
+    _one_at_a_time = threading.RLock()  # in a process, asks PyTorch
 
     def __init__(self, function: Function, arguments: Sequence[Value], pool: Any, aside: torch.cuda.Stream) -> None:
         device = next(a.device for a in arguments if isinstance(a, Tensor))
@@ -77,8 +77,10 @@ class Graph:
             current = torch.cuda.current_stream()
             aside.wait_stream(current)
             try:
-                with torch.cuda.stream(aside), _no_waits():
-                    function(*self._static)  # kernels are compiled and algorithms chosen here
+                with torch.cuda.stream(aside):
+                    function(*self._static)  # kernels are compiled, algorithms chosen and constants made here
+                    with _no_waits():
+                        function(*self._static)
                 current.wait_stream(aside)
                 self._graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(self._graph, pool=pool, stream=aside, capture_error_mode="thread_local"):

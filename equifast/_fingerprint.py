@@ -1,9 +1,9 @@
 """What tells the weights of one model from those of another."""
 
 import dataclasses
+import dis
 import functools
 import hashlib
-import inspect
 import sys
 import types
 from collections.abc import Iterable, Mapping
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FRAMEWORK", "Known", "describe", "fingerprint", "stamp", "tensors_of", "weights"]
+__all__ = ["FRAMEWORK", "Known", "alike", "describe", "fingerprint", "stamp", "tensors_of", "weights"]
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:
@@ -40,23 +40,32 @@ def weights(module: nn.Module) -> str:
     return fingerprint(tensors_of(module))
 
 
+def alike(module: nn.Module, other: object) -> bool:
+    """Whether another module differs in its weights alone."""
+    if not isinstance(other, nn.Module) or type(module) is not type(other):
+        return False
+    shapes, others = ([(t.shape, t.dtype) for t in tensors_of(m)] for m in (module, other))
+    return shapes == others
+
+
 def stamp(module: nn.Module) -> tuple[tuple[int, int], ...]:
     """What changes when weights of a module are changed in place or replaced; it does not look at them."""
     return tuple((t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors_of(module))
 
 
 Known = dict[int, tuple[object, Any]]
-"""Modules by id, and what was told of each: their weights are read once."""
+"""Modules and functions by id, and what was told of each: weights are read once."""
 
 
 def describe(thing: object, known: Known | None = None, seen: tuple[int, ...] = ()) -> Any:
     """What decides the results of an attack, a defense, a view or whatever, as values that JSON can hold.
 
-    Of modules the class, the weights, and plain attributes of them and of their submodules; of other objects, users'
-    classes among them, all attributes; of functions the code, what they close over, their defaults, and plain values
-    and functions of their own module that they name. Of classes that are neither Python's, PyTorch's nor ours the code
-    of the methods counts too. An object may tell by itself, with ``_described()``. ``known`` may be given to calls that
-    follow each other.
+    Of modules the class, the weights, and plain attributes of them and of their submodules (so one that counts its
+    calls in such an attribute is another after each); of other objects, users' classes among them, all attributes; of
+    functions the code, what they close over, their defaults, and plain values and functions of their own module that
+    they name, but for values that they set. Of classes that are neither Python's, PyTorch's nor ours the methods, in
+    the same way, and plain attributes count too. An object may tell by itself, with ``_described()``. ``known`` may be
+    given to calls that follow each other.
     """
     known = {} if known is None else known
     if thing is None or isinstance(thing, bool | int | float | str):
@@ -66,8 +75,8 @@ def describe(thing: object, known: Known | None = None, seen: tuple[int, ...] = 
     seen = (*seen, id(thing))
     if isinstance(thing, type):
         return _class(thing)
-    if callable(own := getattr(thing, "_described", None)):
-        return describe(own(), known, seen)
+    if callable(own := getattr(type(thing), "_described", None)):  # of the class: an object may answer to every name
+        return describe(own(thing), known, seen)
     if isinstance(thing, Tensor):
         return {"tensor": fingerprint([thing])}
     if isinstance(thing, nn.Module):
@@ -95,13 +104,18 @@ def describe(thing: object, known: Known | None = None, seen: tuple[int, ...] = 
     if isinstance(thing, types.MethodType):
         return {"method": thing.__qualname__, "of": describe(thing.__self__, known, seen)}
     if isinstance(thing, types.FunctionType):
-        inner = [_content(cell) for cell in thing.__closure__ or ()]
-        given = [inner, thing.__defaults__ or [], thing.__kwdefaults__ or {}, _named_by(thing)]
-        told = {"given": describe(given, known, seen)} if any(given) else {}
-        return {"function": thing.__qualname__, "code": _code(thing.__code__), **told}
-    if callable(thing) and (inner := inspect.unwrap(thing)) is not thing:  # a cached function
-        return describe(inner, known, seen)
+        if id(thing) not in known:
+            inner = [_content(cell) for cell in thing.__closure__ or ()]
+            given = [inner, thing.__defaults__ or [], thing.__kwdefaults__ or {}]
+            told = {"given": describe(given, known, seen)} if any(given) else {}
+            known[id(thing)] = thing, {"function": thing.__qualname__, "code": _program([thing]), **told}
+        return known[id(thing)][1]
+    if isinstance(thing, _CACHED):
+        return describe(thing.__wrapped__, known, seen)
     names = set(getattr(thing, "__dict__", ()))
+    for k in type(thing).__mro__:
+        slots = vars(k).get("__slots__", ())
+        names |= {name for name in ((slots,) if isinstance(slots, str) else slots) if hasattr(thing, name)}
     if dataclasses.is_dataclass(thing):
         names |= {field.name for field in dataclasses.fields(thing)}  # which may lie in slots
     home = type(thing).__module__
@@ -114,38 +128,72 @@ def describe(thing: object, known: Known | None = None, seen: tuple[int, ...] = 
 _OTHERS = frozenset(("torch", "equifast", "builtins"))  # whose versions are told apart from these
 
 
+_NAMED = (torch.dtype, torch.device, torch.memory_format, Path, Enum, range, bytes, complex, slice, Fraction, Decimal)
+
+
+def _content(cell: types.CellType) -> object:
+    try:
+        return cell.cell_contents
+    except ValueError:  # a name that is not bound yet
+        return None
+
+
 def _home(thing: Any) -> str:
     """The package that something comes from."""
     return str(getattr(thing, "__module__", None) or "builtins").partition(".")[0]
 
 
 def _class(kind: type) -> str:
-    """Its name, and where its methods are a user's sixteen hexadecimal digits of their code."""
+    """Its name, and where it is a user's sixteen hexadecimal digits of its methods and plain attributes."""
     own = [k for k in kind.__mro__ if _home(k) not in _OTHERS and _home(k) not in sys.stdlib_module_names - _MAIN]
-    codes = [
-        (name, _code(function.__code__))
-        for k in own
-        for name, value in sorted(vars(k).items())
-        if isinstance(function := _plain_function(value), types.FunctionType)
-    ]
-    digest = hashlib.sha256(repr(codes).encode()).hexdigest()[:16]
-    return f"{kind.__qualname__} {digest}" if codes else kind.__qualname__
+    functions, plain = [], []
+    for k in own:
+        for name, value in sorted(vars(k).items()):
+            if isinstance(function := _plain_function(value), types.FunctionType):
+                functions.append(function)
+            elif _is_plain(value) and not name.startswith("__"):
+                plain.append((name, repr(value)))
+    if not functions and not plain:
+        return kind.__qualname__
+    return f"{kind.__qualname__} {_digest((_program(functions), plain))}"
 
 
 _MAIN = frozenset(("__main__",))
+_CACHED = type(functools.cache(len))
 
 
 def _plain_function(value: object) -> object:
-    """The function in a method, class method, static method or property, without what decorates it."""
+    """The function in a method, class method, static method, property or cache."""
     if isinstance(value, staticmethod | classmethod):
         value = value.__func__
-    value = value.fget if isinstance(value, property) else getattr(value, "func", value)  # of a cached one
-    return inspect.unwrap(value) if callable(value) else value
+    if isinstance(value, property):
+        value = value.fget
+    elif isinstance(value, functools.cached_property | functools.partialmethod):
+        value = value.func
+    return value.__wrapped__ if isinstance(value, _CACHED) else value
 
 
-def _code(code: types.CodeType) -> str:
-    """Sixteen hexadecimal digits of what a function does, wherever it stands in its file."""
-    return hashlib.sha256(repr(_parts(code)).encode()).hexdigest()[:16]
+def _digest(value: object) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+
+
+def _program(functions: Iterable[types.FunctionType]) -> str:
+    """Sixteen hexadecimal digits of what functions do, wherever they stand in their file, with those that they name."""
+    found: dict[int, tuple[types.FunctionType, Any]] = {}
+    left = list(functions)
+    while left:
+        function = left.pop()
+        if id(function) in found:
+            continue
+        names = _named_by(function)
+        cells = [_plain_function(_content(cell)) for cell in function.__closure__ or ()]
+        left += [f for f in (*map(_plain_function, names.values()), *cells) if isinstance(f, types.FunctionType)]
+        given = *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).items(), *names.items(), *cells
+        consts = function.__code__.co_consts
+        documented = bool(consts) and isinstance(consts[0], str) and consts[0] == function.__doc__
+        own = _parts(function.__code__.replace(co_consts=consts[1:] if documented else consts))
+        found[id(function)] = function, (function.__qualname__, own, [repr(v) for v in given if _is_plain(v)])
+    return _digest(sorted((told for _, told in found.values()), key=repr))
 
 
 def _parts(value: object) -> object:
@@ -157,32 +205,26 @@ def _parts(value: object) -> object:
 
 
 def _named_by(function: types.FunctionType) -> dict[str, object]:
-    """Plain values and functions of its own module that a function names."""
+    """Plain values and functions of its own module that a function names, and does not set."""
     if _home(function) in _OTHERS:
         return {}
-    names = {name for code in _inner(function.__code__) for name in code.co_names}
+    codes = _inner(function.__code__)
+    changed = {i.argval for code in codes for i in dis.get_instructions(code) if i.opname == "STORE_GLOBAL"}
+    names = {name for code in codes for name in code.co_names} - changed
     found = {name: function.__globals__[name] for name in sorted(names) if name in function.__globals__}
-    return {
-        name: value
-        for name, value in found.items()
-        if (_is_plain(value) and not name.startswith("__"))
-        or (isinstance(value, types.FunctionType) and value.__globals__ is function.__globals__)
-    }
+
+    def is_own(value: object) -> bool:
+        inner = _plain_function(value)
+        return isinstance(inner, types.FunctionType) and inner.__globals__ is function.__globals__
+
+    # a path is that of a machine
+    kept = {name: value for name, value in found.items() if not name.startswith("__") and not isinstance(value, Path)}
+    return {name: value for name, value in kept.items() if _is_plain(value) or is_own(value)}
 
 
 def _inner(code: types.CodeType) -> list[types.CodeType]:
     """A function's code, and that of functions in it."""
     return [code, *(c for const in code.co_consts if isinstance(const, types.CodeType) for c in _inner(const))]
-
-
-_NAMED = (torch.dtype, torch.device, torch.memory_format, Path, Enum, range, bytes, complex, slice, Fraction, Decimal)
-
-
-def _content(cell: types.CellType) -> object:
-    try:
-        return cell.cell_contents
-    except ValueError:  # a name that is not bound yet
-        return None
 
 
 FRAMEWORK = frozenset(vars(nn.Module()))

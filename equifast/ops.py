@@ -84,14 +84,12 @@ def _problem(device: torch.device) -> str:
         return f"there are no native kernels for {device.type}"
     if not torch.cuda.is_available():
         return "there is no CUDA device here"
-    return _load_cuda() or _too_old(device)
+    return _load_cuda() or _too_old(*torch.cuda.get_device_capability(device))
 
 
-@functools.cache
-def _too_old(device: torch.device) -> str:
+def _too_old(major: int, minor: int) -> str:
     """Why no kernel of this build runs on a GPU, or an empty string."""
     built = [int(name) for name in _C.cuda_architectures if name.isdecimal()]
-    major, minor = torch.cuda.get_device_capability(device)
     if not built or 10 * major + minor >= min(built):
         return ""
     return f"this build has kernels for sm_{min(built)} and later, and this GPU is sm_{major}{minor}"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from equifast import _checks, rng
 from equifast._capture import Capture
 from equifast._cheap import DTYPES, Cheap, autocast
-from equifast._fingerprint import FRAMEWORK, weights
+from equifast._fingerprint import FRAMEWORK, alike, weights
 from equifast._folded import Folded
 from equifast._memory import pass_bytes
 from equifast.ascent import Advance, Ascent, Progress
@@ -652,7 +652,7 @@ class Defended(DefendedModel):
         detector: with :meth:`equifast.detectors.Detector.predict`: only images that it suspects are purified, and the
             others are left to the model alone; None to purify all. Attackers have the gradient of the branch taken. A
             detector with this model and this ``dtype`` gives the model's output too, which saves a pass
-            (:meth:`equifast.detectors.Detector.examine`); one of a model with other weights is refused.
+            (:meth:`equifast.detectors.Detector.examine`); one of the same model with other weights is refused.
         dtype: of the predictions, as in :class:`DefendedModel`; what the purifier computes in is its own setting.
 
     Attributes:
@@ -673,9 +673,9 @@ class Defended(DefendedModel):
         super().__init__(model, dtype)
         if detector is not None and not callable(getattr(detector, "predict", None)):
             raise TypeError(f"detector is a {type(detector).__name__}; it must have predict(x, ids=None, draw=0)")
-        of = getattr(detector, "model", model)
-        if isinstance(of, nn.Module) and of is not model and weights(of) != weights(model):
-            raise ValueError("detector is of a model with other weights; it must be of the one that it guards")
+        of = getattr(detector, "model", None)
+        if alike(model, of) and weights(of) != weights(model):
+            raise ValueError("detector is of the same model with other weights; it must be of the one that it guards")
         self.detector = detector
         self.seen = self.purified = 0
         self.suspected: Tensor | None = None

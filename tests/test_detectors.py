@@ -526,9 +526,10 @@ def test_gradients_after_inference_mode() -> None:
 def test_a_detector_of_another_network_is_refused() -> None:
     model, other = cases.dense().eval(), cases.dense(seed=1).eval()
     detector = Deviation(other).fit(clean(40), false_positive_rate=0.1)
-    with pytest.raises(ValueError, match="detector is of a model with other weights; it must be of the one that it"):
+    with pytest.raises(ValueError, match="detector is of the same model with other weights; it must be of the"):
         Defended(model, Purifier(model), detector=detector)
     Defended(copy.deepcopy(other), Purifier(model), detector=detector)
+    Defended(nn.Sequential(model), Purifier(model), detector=detector)  # a part of it, or another network
 
 
 @pytest.mark.parametrize("make", [OutputVariance, Deviation], ids=lambda kind: kind.__name__)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import cases
 import numpy as np
@@ -594,6 +595,15 @@ def _compiled(text: str) -> dict[str, Any]:
         "@torch.no_grad()\ndef made(x): return x * {}",
         "@functools.cache\ndef made(x): return x * {}",
         "class Kind(nn.Module):\n    def forward(self, x): return x * {}\nmade = Kind()",
+        "class Kind:\n    def __call__(self, x, k={}): return x * k\nmade = Kind()",
+        "class Kind(nn.Module):\n    def forward(self, x, *, k={}): return x * k\nmade = Kind()",
+        "class Kind(nn.Module):\n    size = {}\n    def forward(self, x): return x * self.size\nmade = Kind()",
+        "SIZE = {}\nclass Kind(nn.Module):\n    def forward(self, x): return x * SIZE\nmade = Kind()",
+        "def inner(x): return x * {}\nclass Kind(nn.Module):\n    def forward(self, x): return inner(x)\nmade = Kind()",
+        "def make(k):\n    class Kind:\n        def size(self): return k\n    return Kind()\nmade = make({})",
+        "class Kind:\n    __slots__ = ('size',)\nmade = Kind()\nmade.size = {}",
+        "class Kind:\n    def __init__(self, f, k):\n        functools.update_wrapper(self, f)\n        self.k = k\n"
+        "made = Kind(len, {})",
         "class Kind(nn.Module):\n    def __init__(self):\n        super().__init__()\n        self._size = {}\n"
         "made = Kind()",
         "class Kind(DefendedModel):\n    def __init__(self, size):\n        super().__init__(MODEL)\n"
@@ -605,6 +615,40 @@ def test_what_users_code_does_is_told_apart(text: str) -> None:
     moved = json.dumps(describe(_compiled("\n\n" + text.format(2))["made"]))
     assert first == again == moved
     assert first != other
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "count = 0\ndef made(x):\n    global count\n    count += 1\n    return x",
+        "from pathlib import Path\nROOT = Path({!r})\ndef made(x): return ROOT",
+        "def made(x):\n    {!r}\n    return x",
+    ],
+)
+def test_what_does_not_decide_is_not_told(text: str) -> None:
+    one, two = (_compiled(text.format(word))["made"] for word in ("a", "b"))
+    before = describe(one)
+    one(torch.zeros(1))
+    assert describe(one) == before == describe(two)
+
+
+def test_code_that_names_much_code_is_described_in_no_time() -> None:
+    functions = [f"def f{i}(x): return x" + "".join(f" + f{j}(x)" for j in range(40)) for i in range(40)]
+    names = _compiled("\n".join(functions))
+    assert len(json.dumps(describe(names["f39"]))) < 1000
+
+
+def test_objects_that_answer_to_every_name_are_described() -> None:
+    class Delegates:
+        def __init__(self, inner: object, size: int) -> None:
+            self.inner, self.size = inner, size
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.inner, name)
+
+    one, two = (describe(Delegates(Purifier(MODEL), n)) for n in (1, 2))
+    assert one != two
+    describe(mock.MagicMock())
 
 
 def test_descriptions_are_the_same_in_every_process() -> None:

@@ -128,7 +128,7 @@ def mean_iou(confusions: Array, resamples: int = 1000) -> Estimate:
 
 
 def _totals(confusions: Array, index: Array) -> Array:
-    """(N, C, C) and indices (..., M) -> (..., C, C), the sums over the images chosen, in no more memory than both."""
+    """(N, C, C) and indices (..., M) -> (..., C, C), the sums over the images chosen; never (..., M, C, C)."""
     n, classes = len(confusions), confusions.shape[-1]
     rows = index.reshape(-1, index.shape[-1])
     places = rows + n * np.arange(len(rows))[:, None]

@@ -182,13 +182,13 @@ class Records:
             changed = [
                 f"{key}{_apart(was.get(key), now.get(key))}"
                 for key in keys
-                if key not in ("attackers", "defenses") and was.get(key) != now.get(key)
+                if key not in ("attackers", "defenses") and _told(was.get(key)) != _told(now.get(key))
             ]
             for kind in ("attackers", "defenses"):
                 changed += [
                     f"{kind[:-1]} {name}"
                     for name, settings in now[kind].items()
-                    if name in was[kind] and was[kind][name] != settings
+                    if name in was[kind] and _told(was[kind][name]) != _told(settings)
                 ]
                 now[kind] = {**was[kind], **now[kind]}
             if changed:
@@ -218,6 +218,11 @@ class Records:
             raise OSError(f"{self._path} took {written} of {len(content)} bytes: the disk is full")
         for line in found:
             self.results[line["image"], line["defense"], line["attack"]] = line
+
+
+def _told(value: object) -> str:
+    """As it is written: NaN equals itself there."""
+    return json.dumps(value, sort_keys=True)
 
 
 def _apart(was: Any, now: Any) -> str:

@@ -18,6 +18,7 @@ from equifast import __version__, _checks, ops, rng
 from equifast._cheap import has_fast_bfloat16
 from equifast._fingerprint import Known, describe
 from equifast.attacks import BPDA, Adaptive, Attack
+from equifast.defenses import RandomNoise
 from equifast.evaluate.metrics import Estimate, accuracy, average, class_iou, difference, mean_iou
 from equifast.evaluate.records import (
     CLEAN,
@@ -69,6 +70,16 @@ def arithmetic(device: torch.device) -> dict[str, Any]:
         "device": device.type,
         "auto": "bfloat16" if has_fast_bfloat16(device) else "float32",
     }
+
+
+def _check_seed(name: str, random: object) -> None:
+    """ValueError for what of ours draws numbers that nobody can draw again."""
+    for part in (random, getattr(random, "purifier", None)):
+        if isinstance(part, Attack | Purifier | RandomNoise | DefendedModel) and getattr(part, "seed", 0) is None:
+            raise ValueError(
+                f"{name} has seed=None, numbers that nobody can draw again; it must have a seed, of which an attacker "
+                "without its draw knows as little"
+            )
 
 
 def check_range(y: Tensor, classes: int, ignore_index: int) -> None:
@@ -142,13 +153,8 @@ class Evaluation:
         self.left_out = len(every) - len(self.images)
         if not self.images:
             raise ValueError(f"target is {target}, which all images are labeled with already")
-        for name, defended in self.defenses.items():
-            for part in (defended, getattr(defended, "purifier", None)):
-                if getattr(part, "seed", 0) is None:
-                    raise ValueError(
-                        f"{name} has seed=None, numbers that nobody can draw again; give it a seed, of which attackers "
-                        "without its draw know as little"
-                    )
+        for name, random in (*self.defenses.items(), ("score", score)):
+            _check_seed(name, random)
         # a model without parameters is where the images are
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._arguments = {
@@ -219,8 +225,8 @@ class Evaluation:
         """ValueError where an attack would be measured by something else than what it is after."""
         if not isinstance(attack, Attack):
             return
-        if attack.seed is None:
-            raise ValueError(f"{name} has seed=None, numbers that nobody can draw again; it must have a seed")
+        for random in (attack, attack.model):
+            _check_seed(name, random)
         if attack.targeted != (self.target is not None):
             aims = "there is none" if self.target is None else f"target is {self.target}"
             raise ValueError(f"{name} has targeted={attack.targeted}, and {aims}; they must go together")
