@@ -363,8 +363,11 @@ def test_a_study_of_corruptions_from_the_command_line(
     done = CliRunner().invoke(app, [str(a) for a in (*given, "--fit", clean, "--clean", clean, "--layer", "stem")])
     assert done.exit_code == 0, done.output
     text = (tmp_path / "out" / "table.md").read_text()
-    for row in ("| fog |", "| contrast |", "| mean, severity 1 |", "| mean, severity 3 |"):
+    for row in ("| fog 1 |", "| fog 3 |", "| contrast 3 |", "| mean, severity 1 |", "| mean, severity 3 |"):
         assert row in text
+    printed = " ".join(done.output.split())
+    assert "severity 3" in printed
+    assert "fog 1" not in printed
     assert (tmp_path / "out" / "corruptions-deviation.png").exists()
     assert json.loads((tmp_path / "out" / "study.json").read_text())["defenses"]["deviation"]["settings"][
         "features"
