@@ -651,7 +651,7 @@ def test_objects_that_answer_to_every_name_are_described() -> None:
     describe(mock.MagicMock())
 
 
-def test_descriptions_are_the_same_in_every_process() -> None:
+def test_descriptions_are_the_same_in_every_process(tmp_path: Path) -> None:
     """Sets of strings come in another order under another hash seed."""
     code = (
         "import json; from equifast._fingerprint import describe\n"
@@ -660,7 +660,11 @@ def test_descriptions_are_the_same_in_every_process() -> None:
     )
     found = {
         subprocess.run(
-            [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            cwd=tmp_path,  # not beside the sources, which are not built where the package is installed
+            capture_output=True,
+            check=True,
         ).stdout
         for seed in ("1", "2")
     }
