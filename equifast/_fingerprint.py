@@ -1,4 +1,4 @@
-"""What tells the weights of one model from those of another."""
+"""What tells one model, attack, defense or detector from another: its weights, its settings, its code."""
 
 import dataclasses
 import dis

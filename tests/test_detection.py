@@ -419,6 +419,54 @@ def test_a_model_that_purifies_what_it_suspects_from_the_command_line(tmp_path: 
         assert sentence in done.output.replace("\n", " ")
 
 
+def test_heads_and_thresholds_for_several_runs(tmp_path: Path, spec: str) -> None:
+    data, clean = write_data(tmp_path / "data", 3), write_data(tmp_path / "clean", 20, seed=5)
+    fixed = ["evaluate", data, "--model", spec, "--steps", "1", "--fit", clean, "--clean", clean]
+    fixed += ["--heads", tmp_path / "heads", "--detector", "combined"]
+    made: list[set[tuple[str, int]]] = []
+    for study in ("detection", "ood"):
+        out = tmp_path / study
+        done = CliRunner().invoke(app, [str(a) for a in (*fixed, "-o", out, "--study", study)])
+        assert done.exit_code == 0, done.output
+        made.append({(path.name, path.stat().st_mtime_ns) for path in (tmp_path / "heads").iterdir()})
+        assert not list(out.glob("*.safetensors"))
+    assert made[0] == made[1]
+    assert len(made[0]) == 2  # a head and a threshold, of the first run
+
+
+@pytest.mark.parametrize(
+    ("command", "more", "sentence"),
+    [
+        (
+            "evaluate",
+            ("--study", "detection", "--foreign", "DATA"),
+            "foreign is given with study 'detection'; it is for",
+        ),
+        (
+            "evaluate",
+            ("--study", "ood", "--foreign", "DATA", "--foreign", "DATA"),
+            "names and their folders' must differ",
+        ),
+        (
+            "detect",
+            ("--fit", "DATA", "--detector", "variance", "--layer", "stem"),
+            "layer is given with detector 'variance'",
+        ),
+        ("detect", ("--fit", "EMPTY"), "which has no PNG, JPEG or WebP file"),
+    ],
+)
+def test_what_the_commands_refuse(
+    command: str, more: tuple[str, ...], sentence: str, tmp_path: Path, spec: str
+) -> None:
+    data = write_data(tmp_path / "data", 3)
+    (tmp_path / "empty").mkdir()
+    folders = {"DATA": str(data), "EMPTY": str(tmp_path / "empty")}
+    given = [command, str(data), "-o", str(tmp_path / "out"), "--model", spec, *(folders.get(a, a) for a in more)]
+    done = CliRunner().invoke(app, given)
+    assert done.exit_code == 2, done.output
+    assert sentence in " ".join(done.output.split())
+
+
 @pytest.mark.parametrize("detector", ["similarity", "error", "deviation"])
 def test_detect(detector: str, tmp_path: Path, spec: str) -> None:
     clean = write_data(tmp_path / "clean", 30, seed=5) / "images"

@@ -25,7 +25,6 @@ __all__ = [
     "as_aimed",
     "as_array",
     "batches",
-    "item",
     "judged",
     "list_images",
     "listed",
