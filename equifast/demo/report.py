@@ -79,7 +79,7 @@ def run(
     stand_in = Purifier(model, where, preset="paper", eps=PURIFY_EPS, steps=1, start="corner", noise=False)
     noise = RandomNoise(PURIFY_EPS)
 
-    pgd = PGD(model, eps=ATTACK_EPS, steps=STEPS)
+    pgd = PGD(model, eps=ATTACK_EPS, step_size=1 / 255, steps=STEPS)  # docs/panel.png is of these
     adversarial = pgd(x, y, progress=lambda done, total: report("PGD", done, total))
 
     def knowing(defense: Any, name: str) -> Tensor:
