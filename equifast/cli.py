@@ -4,16 +4,20 @@ import contextlib
 import hashlib
 import json
 import math
+import multiprocessing
+import multiprocessing.connection
 import os
 import platform
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import partial
 from importlib import metadata
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,6 +39,7 @@ from equifast.evaluate import (
     PARTS,
     Cost,
     Evaluation,
+    Part,
     Report,
     Strength,
     adaptive,
@@ -45,7 +50,7 @@ from equifast.evaluate import (
 )
 from equifast.evaluate.detection import STUDIES as DETECTION
 from equifast.evaluate.detection import Detection, DetectionReport
-from equifast.evaluate.records import CLEAN, list_images
+from equifast.evaluate.records import CLEAN, Advance, list_images
 from equifast.evaluate.studies import STUDIES, Make, Sweep, nothing
 from equifast.features import Features, evaluating, suggest
 from equifast.models import find_images, first_line, load_model, read_image, write_image
@@ -63,7 +68,7 @@ _out = Console()
 _err = Console(stderr=True)
 
 WITH_HEADS: dict[str, type[Rotation] | type[Contrastive]] = {"rotation": Rotation, "contrastive": Contrastive}
-DEFENSES = ("none", "random", "averaging", "averaging-16", "flip", "invariance", *WITH_HEADS, *PRESETS, "detect")
+DEFENSES = ("none", "random", "averaging", "averaging-N", "flip", "invariance", *WITH_HEADS, *PRESETS, "detect")
 
 Layers = Annotated[
     list[str] | None,
@@ -118,6 +123,8 @@ def main(
 ) -> None:
     """Test-time purification by equivariance, and what it is worth."""
     keep_freed_memory()
+    # of kernels for views of every size; oneDNN's own 1024 are too few for those of one step of an expectation
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "4096")
 
 
 @app.command()
@@ -411,7 +418,8 @@ def evaluate(
         list[str] | None,
         typer.Option(
             help=f"Any of {', '.join(DEFENSES)}; none, averaging and fast where not given "
-            "(with a protocol averaging-16, of at least as many passes as fast). "
+            "(with a protocol averaging-12, of about as many passes as fast; averaging-N is over N views, the eight of "
+            "averaging and again from the first). "
             "With @SUBMODULE one takes its own features."
         ),
     ] = None,
@@ -473,6 +481,9 @@ def evaluate(
     ] = None,
     panels: Annotated[int, typer.Option(min=0, help="Images of the worst cases to show, of each defense.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 4,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes that share the images, and the cores of the CPU; not for a --study.")
+    ] = 1,
     seed: Annotated[int, typer.Option(help="Seed of defenses; attacks have the next.")] = 0,
     device: Device = "cpu",
 ) -> None:
@@ -480,7 +491,10 @@ def evaluate(
 
     Started again with the same settings it computes what is missing.
     """
+    arguments = dict(locals())
     try:
+        if workers > 1 and study is not None:
+            raise ValueError(f"workers is {workers} with a study; a study has one")
         if protocol not in (None, "adaptive"):
             raise ValueError(f"protocol is {protocol!r}; it must be 'adaptive'")
         if protocol is not None and attack:
@@ -537,15 +551,21 @@ def evaluate(
             heads = _Heads(kept or output, fit, clean, fit_images, shape, _device(device), chosen)
             rows = {
                 name: _defended(name, network, features, layer or (), radius, seed, heads, guards[0])
-                for name in defense or ("none", "averaging" if protocol is None else "averaging-16", "fast")
+                for name in defense or ("none", "averaging" if protocol is None else "averaging-12", "fast")
             }
         if against is not None and against not in rows:
             raise ValueError(f"there is no defense {against!r}; it must be one of {', '.join(rows)}")
-        arguments = {"size": size, "spec": model}
         votes = votes if votes is not None else 0 if protocol is None else 5
-        settings: dict[str, Any] = {"target": target, "votes": votes, "batch": batch, "arguments": arguments}
+        settings: dict[str, Any] = {"target": target, "votes": votes}
+        settings["arguments"] = {"size": size, "spec": model}
+        settings["batch"] = min(batch, math.ceil(len(chosen) / workers))
         score = None if sweep is None else sweep.score
         evaluation = Evaluation(network, chosen, attackers, rows, eps=strength.eps, norm=norm, score=score, **settings)
+        if _work is not None:
+            evaluation.run_part(output, _work.part, _work.tell)
+            return
+        if workers > 1 and evaluation.begin(output):
+            _share(arguments, workers)
         with _progress() as progress:
             task = progress.add_task("starting", total=1.0)
             report = evaluation.run(
@@ -570,6 +590,74 @@ def evaluate(
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         raise _fail(first_line(error)) from error
     _print(tables, document["warnings"])
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a worker does of an evaluation."""
+
+    part: Part
+    tell: Advance
+
+
+# That of this process, where it is a worker.
+_work: _Work | None = None
+
+
+def _share(arguments: Mapping[str, Any], workers: int) -> None:
+    """Run an evaluation in processes of their own, each a part; typer.Exit where one fails, once it has said why."""
+    context = multiprocessing.get_context("spawn")  # a forked process cannot use OpenMP
+    told: Any = context.SimpleQueue()
+    threads = max(1, torch.get_num_threads() // workers)
+    processes = [
+        context.Process(target=_run_worker, args=(arguments, Part(number, workers), threads, told), daemon=True)
+        for number in range(workers)
+    ]
+    seconds = [(0.0, 1.0)] * workers
+    with _progress() as progress:
+        task = progress.add_task("starting", total=1.0)
+        try:
+            for process in processes:
+                process.start()
+            while any(process.is_alive() for process in processes):
+                multiprocessing.connection.wait([process.sentinel for process in processes if process.is_alive()], 0.5)
+                while not told.empty():
+                    number, what, done, total = told.get()
+                    seconds[number] = (done, total)
+                    done, total = (sum(column) for column in zip(*seconds, strict=True))
+                    progress.update(task, description=what, completed=done, total=total)
+                for process in processes:
+                    if process.exitcode is not None and process.exitcode < 0:
+                        raise RuntimeError(
+                            f"a worker was ended by signal {-process.exitcode}; what was done is kept, start again"
+                        )
+                    if process.exitcode:
+                        raise typer.Exit(process.exitcode)
+        finally:
+            for process in processes:
+                if process.is_alive():
+                    process.terminate()
+                    process.join()
+
+
+def _run_worker(arguments: Mapping[str, Any], part: Part, threads: int, told: Any) -> None:
+    """What a worker's process runs. It ends when the process that started it does, however that ends."""
+
+    def follow() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+    main()
+    torch.set_num_threads(threads)
+    global _work
+    _work = _Work(part, lambda what, done, total: told.put((part.number, what, done, total)))
+    try:
+        evaluate(**arguments)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
 
 
 def _cost(network: nn.Module, defended: DefendedModel, data: Any, device: torch.device) -> Cost:
@@ -775,8 +863,8 @@ def _defended(
     features = where if own else features
     if name == "averaging":
         return Averaging(network, seed=seed)
-    if name == "averaging-16":
-        return Averaging(network, [*paper(), *paper()], seed=seed)
+    if count := re.fullmatch(r"averaging-([1-9]\d{0,2})", name):
+        return Averaging(network, list(islice(cycle(paper()), int(count[1]))), seed=seed)
     if name == "flip":
         return Averaging(network, [Flip()], seed=seed)
     if name == "none":

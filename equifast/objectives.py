@@ -89,7 +89,9 @@ def in_batches(run: Callable[[Tensor], Tensor], images: Sequence[Tensor], togeth
     found: dict[int, Tensor] = {}
     for batch in batched(len(images[0]), [image.shape[2:] for image in images], together):
         joined = images[batch[0]].clone() if len(batch) == 1 else torch.cat([images[i] for i in batch])
-        found.update(zip(batch, run(joined).chunk(len(batch)), strict=True))
+        result = run(joined)
+        # one alone is not cut out of itself, which would copy its gradient
+        found.update(zip(batch, result.chunk(len(batch)) if len(batch) > 1 else (result,), strict=True))
     return [found[i] for i in range(len(images))]
 
 
@@ -341,9 +343,8 @@ class Agreement:
         full = copy.copy(self)
         full._autocast = None
         image = x.view_as(x)
-        with ops.use("reference"):  # the native operators are differentiable once
-            columns = full.columns(image, self.step_views(x, t))
-            return torch.autograd.grad(columns.sum(), image, create_graph=True)[0]
+        columns = full.columns(image, self.step_views(x, t))
+        return torch.autograd.grad(columns.sum(), image, create_graph=True)[0]
 
 
 class Equivariance(Agreement):
@@ -490,19 +491,18 @@ class Equivariance(Agreement):
         full = copy.copy(self)
         full._autocast = None
         image, source, target = x.view_as(x), x.view_as(x), x.view_as(x)
-        with ops.use("reference"):  # the native operators are differentiable once
-            if self._pairing == "all":
-                value, _ = full._all_pairs(image, source, sampled)
-            else:
-                anchor = full.anchor(image)
-                values = [
-                    ops.similarity(anchor, [full.features(view)], drawn.theta[None], self._reduction)
-                    for drawn in sampled
-                    for view in self.render(source if drawn.followed else target, [drawn])
-                ]
-                value = torch.cat(values, 1)
-            wanted = [image, source] if self._view_gradient else [image]
-            own, *through = torch.autograd.grad(value.sum(), wanted, create_graph=True)
+        if self._pairing == "all":
+            value, _ = full._all_pairs(image, source, sampled)
+        else:
+            anchor = full.anchor(image)
+            values = [
+                ops.similarity(anchor, [full.features(view)], drawn.theta[None], self._reduction)
+                for drawn in sampled
+                for view in self.render(source if drawn.followed else target, [drawn])
+            ]
+            value = torch.cat(values, 1)
+        wanted = [image, source] if self._view_gradient else [image]
+        own, *through = torch.autograd.grad(value.sum(), wanted, create_graph=True)
         return own + self._weight(sampled) * through[0] if through else own
 
     def _all_pairs(self, image: Tensor, source: Tensor, sampled: Sequence[Sampled]) -> tuple[Tensor, Tensor]:

@@ -205,8 +205,8 @@ def warp_sampled(images: Tensor, theta: Tensor, sizes: Sequence[tuple[int, int]]
 def similarity(anchor: Tensor, views: Sequence[Tensor], theta: Tensor, reduction: str = "image") -> Tensor:
     """Cosine similarity of features and of those of views warped back; see :func:`equifast.reference.similarity`.
 
-    The native backend materializes neither warped features nor masks. It is differentiable once with respect to
-    ``anchor`` and ``views``, and refuses a ``theta`` that requires a gradient.
+    The native backend materializes neither warped features nor masks, but for a second derivative. It is differentiable
+    twice with respect to ``anchor`` and ``views``, and refuses a ``theta`` that requires a gradient.
     """
     _checks.similarity(anchor, views, theta, reduction)
     if not native(anchor):
@@ -601,8 +601,85 @@ class _Similarity(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # with a graph of its own
+            _, anchor, theta, *views = ctx.saved_tensors
+            derivative = _pixel_derivative if ctx.pixel else _image_derivative
+            first, *rest = derivative(upstream, anchor, views, theta)
+            return first, None, None, *rest
         for_anchor, for_views, *_ = _similarity_backward(ctx, upstream, None)
         return for_anchor, None, None, *for_views
+
+
+class _Dot(torch.autograd.Function):
+    """The inner products (N,) of maps (N, C, H, W), which keeps no product of maps; differentiable again."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return reference.row_sum((a * b).flatten(1))
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        a, b = ctx.saved_tensors
+        for_a, for_b = ctx.needs_input_grad
+        return _scaled(upstream, b) if for_a else None, _scaled(upstream, a) if for_b else None
+
+
+class _Scaled(torch.autograd.Function):
+    """Maps (N, C, H, W) times a number each, (N,): the derivative of :class:`_Dot`, as that is of this."""
+
+    @staticmethod
+    def forward(ctx: Any, numbers: Tensor, maps: Tensor) -> Tensor:
+        ctx.save_for_backward(numbers, maps)
+        return numbers.view(-1, 1, 1, 1) * maps
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        numbers, maps = ctx.saved_tensors
+        for_numbers, for_maps = ctx.needs_input_grad
+        return _dot(upstream, maps) if for_numbers else None, _scaled(numbers, upstream) if for_maps else None
+
+
+_dot: Callable[..., Tensor] = _Dot.apply
+_scaled: Callable[..., Tensor] = _Scaled.apply
+
+
+def _in_frame(anchor: Tensor, view: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """Features of a view in the frame of the anchor's, (N, C, H, W), and where it is seen, (N, 1, H, W)."""
+    size = [(anchor.shape[2], anchor.shape[3])]
+    seen = warp(torch.ones_like(view[:, :1].detach()), inverse[None], size)[0] > 0.5
+    return warp(view, inverse[None], size)[0], seen
+
+
+def _image_derivative(upstream: Tensor, anchor: Tensor, views: Sequence[Tensor], theta: Tensor) -> list[Tensor]:
+    """The derivatives of the similarities by anchor and views, of operations that have one themselves."""
+    wide, least = _accumulator(anchor), reference.SMALL**2
+    total, found = torch.zeros_like(anchor, dtype=wide), []
+    for view, inverse, weight in zip(views, reference.invert(theta), upstream.unbind(1), strict=True):
+        back, seen = _in_frame(anchor, view.to(wide), inverse)
+        own = torch.where(seen, anchor.to(wide), 0.0)
+        inner, square0, square1 = _dot(own, back), _dot(own, own), _dot(back, back)
+        valid = (square0 >= least) & (square1 >= least)
+        square0, square1 = (torch.where(valid, square, 1.0) for square in (square0, square1))
+        over = torch.where(valid, weight * (square0 * square1).rsqrt(), 0.0)
+        total = total + _scaled(over, back) - _scaled(over * inner / square0, own)
+        gradient = _scaled(over, own) - _scaled(over * inner / square1, back)
+        # what lies outside is 0 in it, as it is in maps
+        found.append(torch.ops.equifast.warp_adjoint([gradient], inverse[None], *view.shape[2:]).to(view.dtype))
+    return [total.to(anchor.dtype), *found]
+
+
+def _pixel_derivative(upstream: Tensor, anchor: Tensor, views: Sequence[Tensor], theta: Tensor) -> list[Tensor]:
+    """The same of the mean over positions."""
+    with use("reference"):
+        return _derivatives(similarity(anchor, views, theta, "pixel"), (anchor, *views), upstream)
+
+
+def _derivatives(value: Tensor, inputs: Sequence[Tensor], upstream: Tensor) -> list[Any]:
+    """By each input, with a graph; None for those that are constants."""
+    wanted = [given for given in inputs if given.requires_grad]
+    found = iter(torch.autograd.grad(value, wanted, upstream, create_graph=True, materialize_grads=True))
+    return [next(found) if given.requires_grad else None for given in inputs]
 
 
 class _PairSimilarity(torch.autograd.Function):
@@ -615,6 +692,9 @@ class _PairSimilarity(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            _, _, *maps = ctx.saved_tensors
+            return tuple(_derivatives(reference.pair_similarity(maps), maps, upstream[0]))
         return tuple(_pair_similarity_backward(ctx, *upstream)[0])
 
 
@@ -628,6 +708,9 @@ class _ColorJitter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None]:
+        if torch.is_grad_enabled():
+            _, images, parameters = ctx.saved_tensors
+            return _derivatives(reference.color_jitter(images, parameters), [images], upstream)[0], None
         return _color_jitter_backward(ctx, upstream, None)
 
 
@@ -671,7 +754,7 @@ def _no_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _no_second_derivative(name: str) -> Callable[..., Any]:
     def refuse(ctx: Any, *gradients: Any) -> Any:
-        raise RuntimeError(f"equifast.ops.{name} is differentiable once; equifast.reference.{name} is twice")
+        raise RuntimeError(f"torch.ops.equifast.{name} is differentiable once; equifast.ops.{name} is twice")
 
     return refuse
 

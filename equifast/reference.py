@@ -16,7 +16,7 @@ __all__ = ["color_jitter", "pair_similarity", "signed_step", "similarity", "turn
 
 _EDGE = 1 + 1e-6  # |q| up to this is inside the frame
 _CHUNK = 4096
-_SMALL = 1e-6  # a vector of smaller norm counts as zero
+SMALL = 1e-6  # a vector of smaller norm counts as zero
 
 
 def row_sum(rows: Tensor) -> Tensor:
@@ -190,7 +190,7 @@ def similarity(anchor: Tensor, views: Sequence[Tensor], theta: Tensor, reduction
 
 def _cosine(inner: Tensor, square0: Tensor, square1: Tensor) -> Tensor:
     """Inner product over norms, from squared norms; 0 with zero gradient where a norm is below 1e-6."""
-    valid = (square0 >= _SMALL**2) & (square1 >= _SMALL**2)
+    valid = (square0 >= SMALL**2) & (square1 >= SMALL**2)
     # The guarded operands keep the derivative of the square root finite where the result is discarded.
     norms = torch.where(valid, square0, 1.0).sqrt() * torch.where(valid, square1, 1.0).sqrt()
     return torch.where(valid, inner / norms, 0.0)
@@ -228,7 +228,7 @@ def _unit_sum(maps: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     total, scales = torch.zeros_like(maps[0]), []
     for f in maps:
         square = row_sum(_rows(f).square())
-        valid = square >= _SMALL**2
+        valid = square >= SMALL**2
         scale = torch.where(valid, torch.where(valid, square, 1.0).rsqrt(), 0.0).view(-1, 1, 1, 1)
         total = torch.addcmul(total, f, scale)
         scales.append(scale)

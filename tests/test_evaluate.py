@@ -1048,6 +1048,11 @@ def test_command(folder: Path) -> None:
         (("--protocol", "casual"), "protocol is 'casual'; it must be 'adaptive'"),
         (("--protocol", "adaptive", "--attack", "PGD"), "it brings its own"),
         (("--eps", "0"), "eps is 0"),
+        (("--workers", "2", "--study", "cost"), "workers is 2 with a study; a study has one"),
+        (
+            ("--defense", "averaging-0"),
+            "defense is 'averaging-0'; it must be one of none, random, averaging, averaging-N",
+        ),
         (("--against", "wall", "--attack", "PGD"), "there is no defense 'wall'; it must be one of none, averaging"),
         (("--target", "9"), "target is 9; the model has 5 classes"),
         (("--target", "-1"), "target is -1; it must be an integer from 0"),
@@ -1094,3 +1099,60 @@ def test_killed_at_any_moment(folder: Path) -> None:
     assert done.exit_code == 0, done.output
     assert records(folder / "out") == records(folder / "whole")
     assert (folder / "out" / "table.json").read_bytes() == (folder / "whole" / "table.json").read_bytes()
+
+
+def test_workers_share_the_images(folder: Path) -> None:
+    arguments = command(folder, "--batch", 1, "--defense", "fast", "--defense", "none", "--attack", "BPDA")
+    alone = [str(folder / "alone") if a == str(folder / "out") else a for a in arguments]
+    done = CliRunner().invoke(app, alone)
+    assert done.exit_code == 0, done.output
+    done = CliRunner().invoke(app, [*arguments, "--workers", "2"])
+    assert done.exit_code == 0, done.output
+    assert records(folder / "out") == records(folder / "alone")
+    assert [path.name for path in (folder / "out").glob("records*")] == ["records.jsonl"]
+    # with nothing left to do none is started
+    before = (folder / "out" / "records.jsonl").read_bytes()
+    done = CliRunner().invoke(app, [*arguments, "--workers", "64"])
+    assert done.exit_code == 0, done.output
+    assert (folder / "out" / "records.jsonl").read_bytes() == before
+
+
+def test_workers_end_with_who_started_them(folder: Path) -> None:
+    x, y = scenes(40, size=(10, 14)).tensors
+    np.savez(folder / "dense.npz", images=(x * 255).byte().permute(0, 2, 3, 1).numpy(), labels=y.numpy())
+    arguments = command(folder, "--batch", 1, "--defense", "fast", "--defense", "none", "--images", "40")
+    python = [sys.executable, "-P", "-m", "equifast.cli"]
+    run = subprocess.Popen([*python, *arguments, "--workers", "2"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    out = folder / "out"
+    while run.poll() is None and not any(path.stat().st_size for path in out.glob("records-*-of-2.jsonl")):
+        time.sleep(0.005)
+    run.send_signal(signal.SIGKILL)
+    printed, _ = run.communicate(timeout=60)  # which workers hold open as long as they are there
+    assert run.returncode == -signal.SIGKILL, printed.decode()
+    kept = b"".join(path.read_bytes() for path in out.glob("records-*-of-2.jsonl"))
+    with (out / "records-1-of-2.jsonl").open("ab") as file:
+        file.write(b'{"image": "half a li')
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert [path.name for path in out.glob("records*")] == ["records.jsonl"]
+    assert all(line in (out / "records.jsonl").read_bytes() for line in kept.splitlines(keepends=True)[:-1])
+    assert len(records(out)) == 40 * 2 * 4
+
+
+def test_a_worker_that_fails(folder: Path) -> None:
+    (folder / "model.py").write_text(
+        "import multiprocessing, torch\n"
+        "class Model(torch.nn.Module):\n"
+        "    def forward(self, x):\n"
+        "        if multiprocessing.parent_process() is not None:\n"
+        "            raise RuntimeError('this model does not work')\n"
+        "        return torch.cat([x, x], 1)\n"
+        "def dense():\n    return Model()\n"
+    )
+    arguments = command(folder, "--defense", "none", "--attack", "PGD", "--workers", "2", "--batch", "1")
+    python = [sys.executable, "-P", "-m", "equifast.cli"]
+    done = subprocess.run([*python, *arguments], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "this model does not work" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (folder / "out" / "table.json").exists()

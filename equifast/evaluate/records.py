@@ -21,6 +21,7 @@ __all__ = [
     "Advance",
     "Clock",
     "Image",
+    "Part",
     "Records",
     "as_aimed",
     "as_array",
@@ -143,35 +144,57 @@ class Clock:
         return sum(each[c] for c in seen) * self._effort.get(cell, 1.0) / sum(self._effort.get(c, 1.0) for c in seen)
 
 
-class Records:
-    """``study.json``, what is evaluated, and ``records.jsonl``, a line for each image and cell that is done."""
+@dataclass(frozen=True)
+class Part:
+    """One of several processes that evaluate together, each every ``parts``-th batch; ``number`` from 0."""
 
-    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+    number: int
+    parts: int
+
+
+class Records:
+    """``study.json``, what is evaluated, and ``records.jsonl``, a line for each image and cell that is done.
+
+    A part of an evaluation writes a file of its own beside, which who opens the folder next as a whole takes over: all
+    parts must have ended then.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], part: Part | None = None) -> None:
         self._manifest = json.loads(json.dumps(manifest))
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._path = folder, folder / "records.jsonl"
         self.results: dict[tuple[str, str, str], dict[str, Any]] = {}
-        self._compare()
-        whole, torn = b"", False
-        if self._path.exists():
-            content = self._path.read_bytes()
-            end = content.rfind(b"\n") + 1
-            whole, torn = content[:end], end < len(content)
-        for text in whole.splitlines():
+        self._compare(write=part is None)
+        lines, whole = self._read(self._path)
+        if part is not None:
+            self._path = folder / f"records-{part.number + 1}-of-{part.parts}.jsonl"
+            lines, whole = self._read(self._path)
+        others = sorted(folder.glob("records-*-of-*.jsonl")) if part is None else []
+        for other in others:
+            lines += self._read(other)[0]
+        if others or not whole:
+            beside = self._path.with_suffix(".partial")
+            beside.write_bytes(b"".join(lines))
+            beside.replace(self._path)
+        for other in others:
+            other.unlink()
+
+    def _read(self, path: Path) -> tuple[list[bytes], bool]:
+        """The lines of a file that are new, and whether the last was not torn by a run that was killed writing it."""
+        content = path.read_bytes() if path.exists() else b""
+        end, found = content.rfind(b"\n") + 1, []
+        for text in content[:end].splitlines(keepends=True):
             try:
                 line = json.loads(text)
                 key = (line["image"], line["defense"], line["attack"])
             except (json.JSONDecodeError, KeyError, TypeError):
-                raise ValueError(
-                    f"{self._path} has a line that equifast did not write; choose another folder"
-                ) from None
-            self.results.setdefault(key, line)
-        if torn:  # half a line, of a run that was killed while writing it
-            part = self._path.with_suffix(".partial")
-            part.write_bytes(whole)
-            part.replace(self._path)
+                raise ValueError(f"{path} has a line that equifast did not write; choose another folder") from None
+            if key not in self.results:
+                self.results[key] = line
+                found.append(text)
+        return found, end == len(content)
 
-    def _compare(self) -> None:
+    def _compare(self, write: bool) -> None:
         """Refuses a folder of other data or settings; more attackers and defenses may come."""
         path = self._folder / "study.json"
         now = self._manifest
@@ -194,9 +217,10 @@ class Records:
                 raise ValueError(f"{self._folder} holds results of another {', '.join(changed)}; choose another folder")
         elif self._path.exists():
             raise ValueError(f"{self._folder} has records and no study.json; choose another folder")
-        part = path.with_suffix(".partial")
-        part.write_text(json.dumps(now, indent=2) + "\n")
-        part.replace(path)
+        if write:
+            part = path.with_suffix(".partial")
+            part.write_text(json.dumps(now, indent=2) + "\n")
+            part.replace(path)
 
     def __enter__(self) -> "Records":
         self._file = self._path.open("ab", buffering=0)

@@ -25,6 +25,7 @@ from equifast.evaluate.records import (
     Advance,
     Clock,
     Image,
+    Part,
     Records,
     as_aimed,
     as_array,
@@ -172,6 +173,26 @@ class Evaluation:
         }
         self._dense = every[0].label is None
 
+    def begin(self, folder: str | Path) -> int:
+        """Open a folder as :meth:`run` does, so that parts can be run in it; how many cells of images it lacks."""
+        cells = self._cells()
+        with Records(Path(folder), self._manifest(cells)) as records:
+            return sum(self._missing(cells, records, self.images).values())
+
+    def run_part(self, folder: str | Path, part: Part, progress: Advance | None = None) -> None:
+        """Compute what a folder lacks of every ``part.parts``-th batch, beside other processes that do the others.
+
+        After :meth:`begin`; when all have ended, :meth:`run` has nothing left to compute, and makes the table. A
+        process with fewer threads may round predictions otherwise.
+
+        Raises:
+            ValueError, OSError: as :meth:`run`.
+        """
+        cells = self._cells()
+        with Records(Path(folder), self._manifest(cells), part) as records:
+            own = list(batches(self.images, self.batch))[part.number :: part.parts]
+            self._compute(own, cells, records, progress)
+
     def run(self, folder: str | Path, progress: Advance | None = None) -> "Report":
         """Compute what the folder lacks, and the table of all.
 
@@ -187,11 +208,20 @@ class Evaluation:
         folder = Path(folder)
         cells = self._cells()
         with Records(folder, self._manifest(cells)) as records:
-            missing = self._missing(cells, records)
-            clock = Clock(missing, progress, {cell: _effort(attack) for cell, attack in cells.items()})
-            for batch in batches(self.images, self.batch):
-                self._run(batch, cells, records, clock)
+            self._compute(list(batches(self.images, self.batch)), cells, records, progress)
             return Report(self, cells, records.results)
+
+    def _compute(
+        self,
+        parts: Sequence[list[Image]],
+        cells: Mapping[tuple[str, str], Attacked | None],
+        records: "Records",
+        progress: Advance | None,
+    ) -> None:
+        missing = self._missing(cells, records, [image for batch in parts for image in batch])
+        clock = Clock(missing, progress, {cell: _effort(attack) for cell, attack in cells.items()})
+        for batch in parts:
+            self._run(batch, cells, records, clock)
 
     def again(self, place: int, defense: str, attack: str) -> dict[str, Tensor]:
         """One image once more: ``image`` and ``attacked`` (3, H, W), ``labels``, and what the defense predicts
@@ -244,8 +274,10 @@ class Evaluation:
             "attackers": made,
         }
 
-    def _missing(self, cells: Mapping[tuple[str, str], object], records: "Records") -> dict[tuple[str, str], int]:
-        return {cell: sum((image.key, *cell) not in records.results for image in self.images) for cell in cells}
+    def _missing(
+        self, cells: Mapping[tuple[str, str], object], records: "Records", images: Sequence[Image]
+    ) -> dict[tuple[str, str], int]:
+        return {cell: sum((image.key, *cell) not in records.results for image in images) for cell in cells}
 
     def _run(
         self,
