@@ -12,7 +12,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import partial
@@ -83,6 +83,9 @@ DETECTORS: Mapping[str, Callable[[nn.Module, str | None, Sequence[str], int], De
     "error": lambda model, features, layers, seed: OutputVariance(model, error=True, seed=seed),
     "deviation": lambda model, features, layers, seed: Deviation(model, [features, *layers], seed=seed),
 }
+
+HEAD = "rotation.safetensors"
+"""Beside the detector.json of combined."""
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")]
 Model = Annotated[
@@ -265,7 +268,13 @@ def detect(
     ],
     features: WhereFeatures = None,
     layer: Layers = None,
-    detector: Annotated[str, typer.Option(help=f"One of {', '.join(DETECTORS)}.")] = "deviation",
+    detector: Annotated[
+        str,
+        typer.Option(
+            help=f"One of {', '.join(DETECTORS)}, or combined: deviation, and a head that tells how images are turned, "
+            "trained on every second image of --fit."
+        ),
+    ] = "deviation",
     rate: Annotated[
         float | None, typer.Option(help="Part of clean images that may be flagged; 0.05, or that of a detector.json.")
     ] = None,
@@ -274,30 +283,43 @@ def detect(
 ) -> None:
     """Score image files, the suspicious first: scores.json, detector.json, and an overlay of where views disagree."""
     try:
-        if detector not in DETECTORS:
-            raise ValueError(f"detector is {detector!r}; it must be one of {', '.join(DETECTORS)}")
+        if detector not in (*DETECTORS, "combined"):
+            raise ValueError(f"detector is {detector!r}; it must be one of {', '.join(DETECTORS)}, combined")
         targets = _targets(list(find_images(paths, output)), output / "overlays")
         if not targets:
             raise ValueError(f"no PNG, JPEG or WebP file in {', '.join(map(str, paths))}")
         network = load_model(model).to(_device(device))
         if features is None:
             features = _find_features(network, _first_readable(targets)[None].to(_device(device)))
-        if layer and detector != "deviation":
+        if layer and detector not in ("deviation", "combined"):
             raise ValueError(f"layer is given with detector {detector!r}; it is for 'deviation'")
-        chosen = DETECTORS[detector](network, features, layer or (), seed)
+        chosen = DETECTORS["deviation" if detector == "combined" else detector](network, features, layer or (), seed)
+        head = Rotation(network, features, seed=seed) if detector == "combined" else None
+        if head is not None:
+            chosen = Combined([chosen, Similarity(head)])
         with _progress() as progress:
             if fit.is_file():
+                if head is not None:
+                    head.load(fit.with_name(HEAD))
                 chosen.load(fit)
                 chosen = chosen if rate is None else chosen.at(rate)
             else:
                 clean = [source for source, _ in find_images([fit])]
                 if not clean:
                     raise ValueError(f"fit is {fit}, which has no PNG, JPEG or WebP file")
-                task = progress.add_task("clean images", total=len(clean))
-                tracked = progress.track((read_image(path)[None].to(_device(device)) for path in clean), task_id=task)
-                chosen.fit(tracked, false_positive_rate=0.05 if rate is None else rate)
+
+                def opened(paths: Sequence[Path], what: str) -> Iterable[Tensor]:
+                    tensors = (read_image(path)[None].to(_device(device)) for path in paths)
+                    return progress.track(tensors, task_id=progress.add_task(what, total=len(paths)))
+
+                if head is not None:  # what it was trained on is no measure of it
+                    head.fit(opened(clean[::2], "a head"))
+                    clean = clean[1::2]
+                chosen.fit(opened(clean, "clean images"), false_positive_rate=0.05 if rate is None else rate)
             (output / "overlays").mkdir(parents=True, exist_ok=True)
             chosen.save(output / "detector.json")
+            if head is not None:
+                head.save(output / HEAD)
             lines, failed = _scored(chosen, targets, output, _device(device), progress)
             if not lines:
                 raise ValueError(f"none of {failed} images can be read, {str(targets[0][0])!r} the first")

@@ -467,9 +467,9 @@ def test_what_the_commands_refuse(
     assert sentence in " ".join(done.output.split())
 
 
-@pytest.mark.parametrize("detector", ["similarity", "error", "deviation"])
+@pytest.mark.parametrize("detector", ["similarity", "error", "deviation", "combined"])
 def test_detect(detector: str, tmp_path: Path, spec: str) -> None:
-    clean = write_data(tmp_path / "clean", 30, seed=5) / "images"
+    clean = write_data(tmp_path / "clean", 60 if detector == "combined" else 30, seed=5) / "images"
     for i in range(3):
         write_image(tmp_path / "in" / f"a{i}.png", images(1, seed=20 + i)[0])
     write_image(tmp_path / "in" / "sub" / "noise.png", torch.rand(3, 32, 40))
@@ -518,9 +518,10 @@ def test_what_detect_refuses(tmp_path: Path, spec: str) -> None:
         ((clean,), "loader has 4 images; for false_positive_rate 0.05 it must have at least 19"),
         (
             (clean, "--detector", "magic"),
-            "detector is 'magic'; it must be one of similarity, variance, error, deviation",
+            "detector is 'magic'; it must be one of similarity, variance, error, deviation, combined",
         ),
         ((clean, "--fit", tmp_path / "model.py"), "is no JSON"),
+        ((clean, "--fit", tmp_path / "model.py", "--detector", "combined"), "rotation.safetensors"),
         ((tmp_path / "broken", "--fit", many), "none of 1 images can be read"),
         ((tmp_path / "broken", "--fit", many, "--features", "body"), "none of 1 images can be read"),
     ):
