@@ -9,6 +9,7 @@ import multiprocessing.connection
 import os
 import platform
 import re
+import signal
 import sys
 import threading
 import time
@@ -72,7 +73,7 @@ DEFENSES = ("none", "random", "averaging", "averaging-N", "flip", "invariance", 
 
 Layers = Annotated[
     list[str] | None,
-    typer.Option("--layer", help="Another submodule whose features the detector deviation compares; any number."),
+    typer.Option("--layer", help="Another submodule whose features deviation, or combined, compares; any number."),
 ]
 
 DETECTORS: Mapping[str, Callable[[nn.Module, str | None, Sequence[str], int], Detector]] = {
@@ -292,7 +293,7 @@ def detect(
         if features is None:
             features = _find_features(network, _first_readable(targets)[None].to(_device(device)))
         if layer and detector not in ("deviation", "combined"):
-            raise ValueError(f"layer is given with detector {detector!r}; it is for 'deviation'")
+            raise ValueError(f"layer is given with detector {detector!r}; it is for 'deviation' and 'combined'")
         chosen = DETECTORS["deviation" if detector == "combined" else detector](network, features, layer or (), seed)
         head = Rotation(network, features, seed=seed) if detector == "combined" else None
         if head is not None:
@@ -504,7 +505,12 @@ def evaluate(
     panels: Annotated[int, typer.Option(min=0, help="Images of the worst cases to show, of each defense.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 4,
     workers: Annotated[
-        int, typer.Option(min=1, help="Processes that share the images, and the cores of the CPU; not for a --study.")
+        int,
+        typer.Option(
+            min=1,
+            help="Processes that share the images, and the cores of the CPU; not for a --study. With fewer cores each, "
+            "predictions may round otherwise.",
+        ),
     ] = 1,
     seed: Annotated[int, typer.Option(help="Seed of defenses; attacks have the next.")] = 0,
     device: Device = "cpu",
@@ -580,6 +586,7 @@ def evaluate(
         votes = votes if votes is not None else 0 if protocol is None else 5
         settings: dict[str, Any] = {"target": target, "votes": votes}
         settings["arguments"] = {"size": size, "spec": model}
+        workers = min(workers, len(chosen))
         settings["batch"] = min(batch, math.ceil(len(chosen) / workers))
         score = None if sweep is None else sweep.score
         evaluation = Evaluation(network, chosen, attackers, rows, eps=strength.eps, norm=norm, score=score, **settings)
@@ -587,7 +594,7 @@ def evaluate(
             evaluation.run_part(output, _work.part, _work.tell)
             return
         if workers > 1 and evaluation.begin(output):
-            _share(arguments, workers)
+            _share({**arguments, "workers": workers}, workers)
         with _progress() as progress:
             task = progress.add_task("starting", total=1.0)
             report = evaluation.run(
@@ -609,6 +616,8 @@ def evaluate(
                 tables.append((f"minus {against}, paired over images", *_grid(_signed(document["differences"]))))
             _write(output / "table.md", _markdown(tables, document["warnings"]))
             plots.save(plots.front(report, costs), output / "cost")
+    except typer.Exit:  # of a worker, which has said why
+        raise
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         raise _fail(first_line(error)) from error
     _print(tables, document["warnings"])
@@ -648,18 +657,22 @@ def _share(arguments: Mapping[str, Any], workers: int) -> None:
                     seconds[number] = (done, total)
                     done, total = (sum(column) for column in zip(*seconds, strict=True))
                     progress.update(task, description=what, completed=done, total=total)
-                for process in processes:
-                    if process.exitcode is not None and process.exitcode < 0:
-                        raise RuntimeError(
-                            f"a worker was ended by signal {-process.exitcode}; what was done is kept, start again"
-                        )
-                    if process.exitcode:
-                        raise typer.Exit(process.exitcode)
+                _look(processes)
+            _look(processes)
         finally:
             for process in processes:
                 if process.is_alive():
                     process.terminate()
                     process.join()
+
+
+def _look(processes: Sequence[Any]) -> None:
+    """Raises for processes that failed."""
+    for process in processes:
+        if process.exitcode is not None and process.exitcode < 0:
+            raise RuntimeError(f"a worker was ended by signal {-process.exitcode}; what was done is kept, start again")
+        if process.exitcode:
+            raise typer.Exit(process.exitcode)
 
 
 def _run_worker(arguments: Mapping[str, Any], part: Part, threads: int, told: Any) -> None:
@@ -672,6 +685,7 @@ def _run_worker(arguments: Mapping[str, Any], part: Part, threads: int, told: An
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who started it is told too, and ends it
     main()
     torch.set_num_threads(threads)
     global _work

@@ -313,7 +313,7 @@ def pair_similarity(maps: Sequence[Tensor]) -> Tensor:
     """The sum of the cosines of all pairs of maps; see :func:`equifast.reference.pair_similarity`.
 
     On the CPU the native backend reads the maps three times and writes little but their gradients. It is differentiable
-    once. On CUDA it is the reference.
+    twice. On CUDA it is the reference.
     """
     _checks.maps(maps)
     if maps[0].device.type == "cuda" or not native(maps[0]):
@@ -357,7 +357,7 @@ def color_jitter(images: Tensor, parameters: Tensor) -> Tensor:
     """Change brightness, contrast, saturation and hue of images; see :func:`equifast.reference.color_jitter`.
 
     On the CPU the native backend makes one pass for the mean of each image and one for the rest, computes in float32,
-    or float64 where the images are, and keeps nothing but its arguments for its derivative. It is differentiable once
+    or float64 where the images are, and keeps nothing but its arguments for its derivative. It is differentiable twice
     with respect to ``images``, and refuses ``parameters`` that require a gradient. On CUDA it is the reference.
     """
     _checks.color_jitter(images, parameters)
@@ -604,6 +604,8 @@ class _Similarity(torch.autograd.Function):
         if torch.is_grad_enabled():  # with a graph of its own
             _, anchor, theta, *views = ctx.saved_tensors
             derivative = _pixel_derivative if ctx.pixel else _image_derivative
+            if any(f.numel() == 0 for f in (anchor, *views)):
+                derivative = _no_derivative
             first, *rest = derivative(upstream, anchor, views, theta)
             return first, None, None, *rest
         for_anchor, for_views, *_ = _similarity_backward(ctx, upstream, None)
@@ -661,7 +663,7 @@ def _image_derivative(upstream: Tensor, anchor: Tensor, views: Sequence[Tensor],
         inner, square0, square1 = _dot(own, back), _dot(own, own), _dot(back, back)
         valid = (square0 >= least) & (square1 >= least)
         square0, square1 = (torch.where(valid, square, 1.0) for square in (square0, square1))
-        over = torch.where(valid, weight * (square0 * square1).rsqrt(), 0.0)
+        over = torch.where(valid, weight * square0.rsqrt() * square1.rsqrt(), 0.0)
         total = total + _scaled(over, back) - _scaled(over * inner / square0, own)
         gradient = _scaled(over, own) - _scaled(over * inner / square1, back)
         # what lies outside is 0 in it, as it is in maps
@@ -671,15 +673,26 @@ def _image_derivative(upstream: Tensor, anchor: Tensor, views: Sequence[Tensor],
 
 def _pixel_derivative(upstream: Tensor, anchor: Tensor, views: Sequence[Tensor], theta: Tensor) -> list[Tensor]:
     """The same of the mean over positions."""
-    with use("reference"):
-        return _derivatives(similarity(anchor, views, theta, "pixel"), (anchor, *views), upstream)
+
+    def value(anchor: Tensor, *views: Tensor) -> Tensor:
+        return reference.similarity(anchor, views, theta, "pixel")
+
+    return _derivatives(value, (anchor, *views), upstream)
 
 
-def _derivatives(value: Tensor, inputs: Sequence[Tensor], upstream: Tensor) -> list[Any]:
-    """By each input, with a graph; None for those that are constants."""
-    wanted = [given for given in inputs if given.requires_grad]
+def _no_derivative(upstream: Tensor, anchor: Tensor, views: Sequence[Tensor], theta: Tensor) -> list[Tensor]:
+    """The same where there are no positions."""
+    return [torch.zeros_like(f) for f in (anchor, *views)]
+
+
+def _derivatives(function: Callable[..., Tensor], inputs: Sequence[Tensor], upstream: Tensor) -> list[Any]:
+    """Of a function by each of its arguments, with a graph; None for those that are constants."""
+    # other tensors of the same values: an argument may be made of another, whose way through it is not of this function
+    apart = [given.view_as(given) for given in inputs]
+    wanted = [given for given in apart if given.requires_grad]
+    value = function(*apart)
     found = iter(torch.autograd.grad(value, wanted, upstream, create_graph=True, materialize_grads=True))
-    return [next(found) if given.requires_grad else None for given in inputs]
+    return [next(found) if given.requires_grad else None for given in apart]
 
 
 class _PairSimilarity(torch.autograd.Function):
@@ -694,7 +707,7 @@ class _PairSimilarity(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             _, _, *maps = ctx.saved_tensors
-            return tuple(_derivatives(reference.pair_similarity(maps), maps, upstream[0]))
+            return tuple(_derivatives(lambda *maps: reference.pair_similarity(maps), maps, upstream[0]))
         return tuple(_pair_similarity_backward(ctx, *upstream)[0])
 
 
@@ -710,7 +723,7 @@ class _ColorJitter(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None]:
         if torch.is_grad_enabled():
             _, images, parameters = ctx.saved_tensors
-            return _derivatives(reference.color_jitter(images, parameters), [images], upstream)[0], None
+            return _derivatives(lambda x: reference.color_jitter(x, parameters), [images], upstream)[0], None
         return _color_jitter_backward(ctx, upstream, None)
 
 

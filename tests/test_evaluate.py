@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset, TensorDataset
 from typer.testing import CliRunner
 
-from equifast import Defended, Purifier, attacks, defenses, views
+from equifast import Defended, Purifier, attacks, cli, defenses, views
 from equifast._fingerprint import describe
 from equifast.attacks import BPDA
 from equifast.cli import app
@@ -43,7 +43,7 @@ from equifast.evaluate import (
     worst_iou,
 )
 from equifast.evaluate.metrics import _totals
-from equifast.evaluate.records import Records
+from equifast.evaluate.records import Part, Records
 from equifast.purifier import DefendedModel
 
 MODEL = cases.dense().eval()
@@ -1101,20 +1101,42 @@ def test_killed_at_any_moment(folder: Path) -> None:
     assert (folder / "out" / "table.json").read_bytes() == (folder / "whole" / "table.json").read_bytes()
 
 
-def test_workers_share_the_images(folder: Path) -> None:
+def test_workers_share_the_images(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = command(folder, "--batch", 1, "--defense", "fast", "--defense", "none", "--attack", "BPDA")
     alone = [str(folder / "alone") if a == str(folder / "out") else a for a in arguments]
     done = CliRunner().invoke(app, alone)
     assert done.exit_code == 0, done.output
+    # all is done by the workers
+    monkeypatch.setattr(Evaluation, "_compute", idle)
     done = CliRunner().invoke(app, [*arguments, "--workers", "2"])
     assert done.exit_code == 0, done.output
     assert records(folder / "out") == records(folder / "alone")
     assert [path.name for path in (folder / "out").glob("records*")] == ["records.jsonl"]
     # with nothing left to do none is started
+    monkeypatch.setattr(cli, "_share", None)
     before = (folder / "out" / "records.jsonl").read_bytes()
     done = CliRunner().invoke(app, [*arguments, "--workers", "64"])
     assert done.exit_code == 0, done.output
     assert (folder / "out" / "records.jsonl").read_bytes() == before
+
+
+def idle(made: Evaluation, parts: list[Any], cells: Any, kept: Records, progress: object) -> None:
+    """In the place of `Evaluation._compute`, where nothing must be left."""
+    assert all((image.key, *cell) in kept.results for batch in parts for image in batch for cell in cells)
+
+
+def test_a_folder_is_written_by_one_at_a_time(tmp_path: Path) -> None:
+    manifest: dict[str, Any] = {"data": {}, "attackers": {}, "defenses": {}}
+    with Records(tmp_path, manifest), pytest.raises(ValueError, match=r"records\.jsonl is being written by another"):
+        Records(tmp_path, manifest)
+    with Records(tmp_path, manifest, Part(0, 2)) as first, Records(tmp_path, manifest, Part(1, 2)):
+        first.add(iter([{"image": "a", "defense": "b", "attack": "c"}]))
+        with pytest.raises(ValueError, match=r"records-1-of-2\.jsonl is being written by another process; wait"):
+            Records(tmp_path, manifest)
+        with pytest.raises(ValueError, match="is being written"):
+            Records(tmp_path, manifest, Part(1, 2))
+    assert set(Records(tmp_path, manifest).results) == {("a", "b", "c")}
+    assert [path.name for path in tmp_path.glob("records*")] == ["records.jsonl"]
 
 
 def test_workers_end_with_who_started_them(folder: Path) -> None:
@@ -1155,4 +1177,5 @@ def test_a_worker_that_fails(folder: Path) -> None:
     assert done.returncode == 2
     assert "this model does not work" in done.stderr
     assert "Traceback" not in done.stderr
+    assert all("this model does not work" in line for line in done.stderr.splitlines() if line.startswith("equifast: "))
     assert not (folder / "out" / "table.json").exists()

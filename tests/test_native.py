@@ -382,6 +382,28 @@ def test_similarity_is_differentiable_twice(reduction: str, device: torch.device
     assert torch.autograd.gradgradcheck(lambda v: ops.similarity(anchor.detach(), [v], theta[:1]), views[0])
 
 
+def test_second_derivatives_of_maps_that_are_made_of_each_other(device: torch.device) -> None:
+    """What is differentiated is the operator, and not what its arguments were made of."""
+    anchor, _, theta = problem("odd", 0, "contiguous", torch.float64, device)
+    anchor.requires_grad_()
+    for reduction in ("image", "pixel"):
+        for view in (lambda a: a, lambda a: a.square(), lambda a: a.flip(3)):
+            assert torch.autograd.gradgradcheck(
+                lambda a, v=view, r=reduction: ops.similarity(a, [v(a)], theta[:1], r), anchor
+            )
+    assert torch.autograd.gradgradcheck(lambda f: ops.pair_similarity([f, f, f.square()]), anchor)
+
+
+@pytest.mark.parametrize("reduction", ["image", "pixel"])
+def test_second_derivative_of_nothing(reduction: str) -> None:
+    theta = torch.eye(2, 3).expand(1, 2, 2, 3)
+    for size, other in (((0, 4), (3, 3)), ((4, 4), (0, 3))):
+        leaves = [torch.rand(2, 3, *side, requires_grad=True) for side in (size, other)]
+        value = ops.similarity(leaves[0], leaves[1:], theta, reduction)
+        for leaf, gradient in zip(leaves, torch.autograd.grad(value.sum(), leaves, create_graph=True), strict=True):
+            assert torch.equal(gradient, torch.zeros_like(leaf))
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_second_derivative_is_that_of_the_reference(dtype: torch.dtype, layout: str, device: torch.device) -> None:

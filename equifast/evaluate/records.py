@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
@@ -155,8 +155,8 @@ class Part:
 class Records:
     """``study.json``, what is evaluated, and ``records.jsonl``, a line for each image and cell that is done.
 
-    A part of an evaluation writes a file of its own beside, which who opens the folder next as a whole takes over: all
-    parts must have ended then.
+    A part of an evaluation writes a file of its own beside, which who opens the folder next as a whole takes over. What
+    another process is writing is refused.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any], part: Part | None = None) -> None:
@@ -170,14 +170,34 @@ class Records:
             self._path = folder / f"records-{part.number + 1}-of-{part.parts}.jsonl"
             lines, whole = self._read(self._path)
         others = sorted(folder.glob("records-*-of-*.jsonl")) if part is None else []
+        for path in (self._path, *others):
+            if path.exists():
+                with path.open("rb") as file:
+                    self._lock(file, path)
         for other in others:
             lines += self._read(other)[0]
         if others or not whole:
             beside = self._path.with_suffix(".partial")
-            beside.write_bytes(b"".join(lines))
+            with beside.open("wb") as file:
+                file.write(b"".join(lines))
+                file.flush()
+                os.fsync(file.fileno())
             beside.replace(self._path)
         for other in others:
             other.unlink()
+
+    def _lock(self, file: IO[bytes], path: Path) -> None:
+        """For as long as the file is open, or its process lives; ValueError where another has it."""
+        try:
+            import fcntl
+        except ImportError:  # no Unix
+            return
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{path} is being written by another process; wait for it, or stop it") from None
+        except OSError:  # a file system without locks
+            return
 
     def _read(self, path: Path) -> tuple[list[bytes], bool]:
         """The lines of a file that are new, and whether the last was not torn by a run that was killed writing it."""
@@ -224,6 +244,11 @@ class Records:
 
     def __enter__(self) -> "Records":
         self._file = self._path.open("ab", buffering=0)
+        try:
+            self._lock(self._file, self._path)
+        except ValueError:
+            self._file.close()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
