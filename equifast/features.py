@@ -314,29 +314,57 @@ def _resized(
     return resized.contiguous(memory_format=torch.channels_last) if interleaved else resized
 
 
-class _PairwiseBackward(torch.autograd.Function):
-    """A convolution in two dimensions whose gradient runs two images at a time; its weight has none."""
+def _convolution_gradient(upstream: Tensor, x: Tensor, weight: Tensor, settings: tuple[Any, ...]) -> Tensor:
+    """The gradient of a convolution by its input; on the CPU an image's has the same bits in any batch (_batchless)."""
+    stride, padding, dilation, groups = settings
+    rest = (None, stride, padding, dilation, False, (0, 0), groups, (True, False, False))
+    pairs, alone = set(stride) != {1}, len(x) == 1 and x.numel() <= _LARGE and not _is_lowered(x)
+    if x.device.type != "cpu" or not (pairs or alone):
+        gradient: Tensor = torch.ops.aten.convolution_backward(upstream, x, weight, *rest)[0]
+        return gradient
+    found = []
+    for given, images in zip(upstream.split(2), x.split(2), strict=True):
+        if len(images) == 1:
+            given, images = torch.cat((given, given)), torch.cat((images, images))
+        found.append(torch.ops.aten.convolution_backward(given, images, weight, *rest)[0])
+    return torch.cat(found)[: len(x)]
+
+
+class _Frozen(torch.autograd.Function):
+    """A convolution in two dimensions whose weight is a constant, of which derivatives of any order know."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple[Any, ...]) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.settings = settings
-        return torch.conv2d(x, weight, bias, *settings)
+        if x.device.type != "cpu":
+            return torch.conv2d(x, weight, bias, *settings)
+        convolved: Tensor = _batchless(torch.conv2d, (x, weight, bias, *settings), {})
+        return convolved
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:
         x, weight = ctx.saved_tensors
-        stride, padding, dilation, groups = ctx.settings
-        rest = (None, stride, padding, dilation, False, (0, 0), groups, (True, False, False))
-        found = []
-        for given, images in zip(upstream[0].split(2), x.split(2), strict=True):
-            if len(images) == 1:
-                given, images = torch.cat((given, given)), torch.cat((images, images))
-            found.append(torch.ops.aten.convolution_backward(given, images, weight, *rest)[0])
-        return torch.cat(found)[: len(x)], None, None, None
+        gradient = _FrozenGradient.apply if torch.is_grad_enabled() else _convolution_gradient
+        return gradient(upstream[0], x.detach(), weight, ctx.settings), None, None, None  # type: ignore[no-untyped-call, unused-ignore]
 
 
-def _pairwise(
+class _FrozenGradient(torch.autograd.Function):
+    """That gradient: linear, and its own derivative is the convolution."""
+
+    @staticmethod
+    def forward(ctx: Any, upstream: Tensor, x: Tensor, weight: Tensor, settings: tuple[Any, ...]) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.settings = settings
+        return _convolution_gradient(upstream, x, weight, settings)
+
+    @staticmethod
+    def backward(ctx: Any, *second: Tensor) -> tuple[Tensor, None, None, None]:
+        (weight,) = ctx.saved_tensors
+        return _Frozen.apply(second[0], weight, None, ctx.settings), None, None, None  # type: ignore[no-untyped-call, unused-ignore]
+
+
+def _frozen(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -345,7 +373,7 @@ def _pairwise(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Tensor | None:
-    """``torch.conv2d``, called alike, with that backward pass; None where it is not for it."""
+    """``torch.conv2d``, called alike, as :class:`_Frozen`; None where it is not for it."""
     trained = weight.requires_grad or (bias is not None and bias.requires_grad)
     watched = torch.compiler.is_compiling() or _checks.transformed()
     if isinstance(padding, str) or trained or watched:
@@ -356,7 +384,7 @@ def _pairwise(
         lowered = torch.get_autocast_dtype("cpu")
         x, weight = x.to(lowered), _lowered(weight, lowered)
         bias = None if bias is None else bias.to(lowered)
-    convolved: Tensor = _PairwiseBackward.apply(x, weight, bias, (*map(tuple, sides), groups))
+    convolved: Tensor = _Frozen.apply(x, weight, bias, (*map(tuple, sides), groups))
     return convolved
 
 
@@ -396,7 +424,7 @@ def _batchless(func: Any, args: Any, kwargs: Any) -> Any:
     if strided and func is torch.conv2d and len(x) > 1:
         if not (torch.is_grad_enabled() and x.requires_grad):
             return func(*args, **kwargs)
-        if (convolved := _pairwise(*args, **kwargs)) is not None:
+        if (convolved := _frozen(*args, **kwargs)) is not None:
             return convolved
     if strided and (len(x) > 1 or x.numel() <= _HEAVY):
         pairs = x.split(2)
@@ -448,6 +476,8 @@ class _Running(TorchFunctionMode):
 
     Args:
         batchless: see :func:`_batchless`.
+        frozen: convolutions of constant weights are :class:`_Frozen`: their second derivatives cost no gradient of
+            the weight, which PyTorch's own computes.
         lean: for less, at the price of other last bits. Batch norm in eval mode is run as the affine map that it is:
             where neither its statistics nor its weights need a gradient, the backward pass wants only the scale;
             PyTorch's own operator keeps its whole input all the same, which is about half of what a network's graph
@@ -455,15 +485,19 @@ class _Running(TorchFunctionMode):
             of autocast are not made anew at each call.
     """
 
-    def __init__(self, batchless: bool, lean: bool) -> None:
+    def __init__(self, batchless: bool, lean: bool, frozen: bool) -> None:
         super().__init__()
-        self.batchless, self.lean = batchless, lean
+        self.batchless, self.lean, self.frozen = batchless, lean, frozen
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is functional.linear and self.batchless and _is_batch(*args):
             return _rowwise(*args, **kwargs)
         if func in _CONVOLUTIONS:
+            if self.frozen and func is torch.conv2d and _followed(*args):
+                convolved = _frozen(*args, **kwargs)
+                if convolved is not None:
+                    return convolved
             if self.lean and func is torch.conv2d:
                 args = _with_kept_weight(args)
             if self.batchless and _batched(*args) and args[0].device.type == "cpu":
@@ -479,7 +513,12 @@ class _Running(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _running(batchless: bool, lean: bool) -> contextlib.AbstractContextManager[object]:
+def _followed(x: Any = None, *_: Any) -> bool:
+    """Whether a gradient by the first argument of a convolution, a batch, is wanted."""
+    return isinstance(x, Tensor) and x.dim() == 4 and x.requires_grad and torch.is_grad_enabled()
+
+
+def _running(batchless: bool, lean: bool, frozen: bool) -> contextlib.AbstractContextManager[object]:
     """A mode for what no other does here: an attack runs a purifier.
 
     By PyTorch's own stack: a backward pass that was started inside a mode runs outside it.
@@ -487,7 +526,8 @@ def _running(batchless: bool, lean: bool) -> contextlib.AbstractContextManager[o
     for other in _get_current_function_mode_stack():
         if isinstance(other, _Running):
             batchless, lean = batchless and not other.batchless, lean and not other.lean
-    return _Running(batchless, lean) if batchless or lean else contextlib.nullcontext()
+            frozen = frozen and not other.frozen
+    return _Running(batchless, lean, frozen) if batchless or lean or frozen else contextlib.nullcontext()
 
 
 _LOCK = threading.Lock()
@@ -519,12 +559,13 @@ def _release(key: tuple[int, str]) -> Exception | None:
 
 
 @contextlib.contextmanager
-def evaluating(x: Tensor, *models: Model, lean: bool = False) -> Iterator[None]:
+def evaluating(x: Tensor, *models: Model, lean: bool = False, frozen: bool = False) -> Iterator[None]:
     """Run models in eval mode, without gradients for their parameters, and leave them as they were found.
 
     Also when an exception passes through. Inside, an image on the CPU gets the same result alone as in a batch.
     With ``lean`` the graphs of float32 models with batch norm hold about half as much, and some operations take less
-    time, but round otherwise than the model's own. A function that is no Module is run as it is.
+    time, but round otherwise than the model's own. With ``frozen`` second derivatives take less time. A function that
+    is no Module is run as it is.
 
     Raises:
         ValueError: if a model is on another device than ``x``.
@@ -542,7 +583,7 @@ def evaluating(x: Tensor, *models: Model, lean: bool = False) -> Iterator[None]:
                     _hold(module, "training", held)
                 for parameter in model.parameters():
                     _hold(parameter, "requires_grad", held)
-        with _running(x.device.type == "cpu", lean):
+        with _running(x.device.type == "cpu", lean, frozen):
             yield
     finally:
         with _LOCK:

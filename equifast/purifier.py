@@ -432,7 +432,7 @@ class Purifier:
                 return x.clone()
 
             def slope(at: Tensor, t: int) -> Tensor:
-                with evaluating(at, self.model, *self._features.modules(), lean=True):
+                with evaluating(at, self.model, *self._features.modules(), lean=True, frozen=True):
                     return objective.slope(at, t)
 
             # the clamp lets through what rounding put outside [0, 1]

@@ -44,6 +44,7 @@ from equifast.evaluate import (
 )
 from equifast.evaluate.metrics import _totals
 from equifast.evaluate.records import Part, Records
+from equifast.evaluate.studies import nothing
 from equifast.purifier import DefendedModel
 
 MODEL = cases.dense().eval()
@@ -388,6 +389,11 @@ def test_the_adaptive_protocol(tmp_path: Path) -> None:
     ascent = made._attack.model.purifier.ascent  # type: ignore[attr-defined]
     assert (ascent.steps, ascent.start, ascent.noise) == (1, "corner", False)
     assert known(strength)["BPDA, one step"].make(MODEL, Defended(MODEL, Purifier(MODEL, steps=1))) is None
+    for name in ("BPDA, 2 draws", "BPDA, margin, 2 draws"):  # without a defense the draws are one
+        for purifier, draws in ((nothing, 1), (Purifier(MODEL), 2)):
+            attack = known(strength)[name].make(MODEL, Defended(MODEL, purifier))
+            assert isinstance(attack, BPDA)
+            assert attack._attack.eot == draws
     names = set(known(strength))
     assert {"PGD", "MIM", "CW", "Houdini", "SegPGD", "CosPGD", "APGD", "FGSM", "IFGSM"} <= names
     assert {"APGD, DLR", "APGD, targeted DLR"} <= names

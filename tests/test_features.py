@@ -344,3 +344,64 @@ def test_a_linear_layer_gives_an_image_the_same_bits_in_any_batch(shape: tuple[i
     other = Keywords(37, 19)
     other.load_state_dict(layer.state_dict())
     torch.testing.assert_close(both(slice(None), other), whole, rtol=0.02, atol=0.02)
+
+
+class Convolving(nn.Module):
+    """Convolutions of several kinds one after the other, and something that bends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Conv2d(3, 4, 3, stride=2, padding=1)
+        self.second = nn.Conv2d(4, 4, 3, padding=2, dilation=2, groups=2)
+        self.third = nn.Conv2d(4, 2, (1, 3), stride=(1, 2), padding=(0, 1), bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.third(self.second(self.first(x).tanh()).sin())
+
+
+def test_second_derivatives_of_frozen_convolutions() -> None:
+    model = Convolving().double().requires_grad_(False)
+    for n in (1, 3):
+        x = cases.images(n, 9, 7).double().requires_grad_()
+
+        def first(x: Tensor, frozen: bool) -> Tensor:
+            with evaluating(x, model, frozen=frozen):
+                return torch.autograd.grad(model(x).square().sum(), x, create_graph=True)[0]
+
+        def second(x: Tensor, frozen: bool) -> tuple[Tensor, ...]:
+            gradient = first(x, frozen)
+            return gradient.detach(), torch.autograd.grad(gradient.square().sum(), x)[0]
+
+        for actual, expected in zip(second(x, True), second(x, False), strict=True):
+            torch.testing.assert_close(actual, expected)
+        assert torch.autograd.gradgradcheck(lambda x: first(x, True), x)
+    # PyTorch's own takes a gradient of the weight too
+    for frozen in (True, False):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            second(x, frozen)
+        assert ("aten::_convolution_double_backward" in {event.name for event in profile.events()}) != frozen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_second_derivatives_of_an_image_have_the_same_bits_in_any_batch(dtype: torch.dtype) -> None:
+    model = Convolving().to(dtype).requires_grad_(False)
+    x = cases.images(5, 33, 41).to(dtype)
+
+    def second(x: Tensor) -> Tensor:
+        leaf = x.clone().requires_grad_()
+        with evaluating(leaf, model, lean=True, frozen=True):
+            gradient = torch.autograd.grad(model(leaf).square().sum(), leaf, create_graph=True)[0]
+        return torch.autograd.grad(gradient.square().sum(), leaf)[0]
+
+    together = second(x)
+    for n in (1, 2, 3):
+        assert torch.equal(torch.cat([second(part) for part in x.split(n)]), together)
+
+
+def test_frozen_is_for_weights_that_are() -> None:
+    model = Convolving()
+    x = cases.images(2, 9, 7).float().requires_grad_()
+    with evaluating(x, nn.Identity(), frozen=True):  # the model is not held, and trains
+        model(x).sum().backward()
+    assert model.first.weight.grad is not None

@@ -12,6 +12,7 @@ from torch import nn
 from equifast import attacks
 from equifast.attacks import BPDA, PGD
 from equifast.defenses import Averaging
+from equifast.evaluate.studies import nothing
 from equifast.evaluate.study import Attacked, Attacker
 from equifast.purifier import Defended, DefendedModel, Purifier
 
@@ -106,15 +107,19 @@ def known(strength: Strength) -> dict[str, Attacker]:
     def plain(kind: type[attacks.Attack], **changed: Any) -> Callable[[nn.Module, DefendedModel], Attacked]:
         return lambda model, defended: kind(model, **s.settings(**changed))
 
+    def draws(defended: DefendedModel, eot: int) -> int:
+        """Without a defense all are the same."""
+        return 1 if isinstance(defended, Defended) and defended.purifier is nothing else eot
+
     def knowing(eot: int = 1, **how: Any) -> Callable[[nn.Module, DefendedModel], Attacked]:
-        return lambda model, defended: BPDA(PGD(model, **s.settings()), defended, eot, **how)
+        return lambda model, defended: BPDA(PGD(model, **s.settings()), defended, draws(defended, eot), **how)
 
     def strongest(model: nn.Module, **changed: Any) -> attacks.Attack:
         """Of those without a defense (bench/attack_strength.py)."""
         return attacks.CW(model, confidence=5.0, **s.settings(**changed))
 
     def margin(draw: int | None = None, eot: int = 1) -> Callable[[nn.Module, DefendedModel], Attacked]:
-        return lambda model, defended: BPDA(strongest(model), defended, eot, draw=draw)
+        return lambda model, defended: BPDA(strongest(model), defended, draws(defended, eot), draw=draw)
 
     def trajectory(model: nn.Module, defended: DefendedModel) -> Attacked | None:
         if _purifier(defended) is None or _detector(defended) is not None:
