@@ -519,7 +519,7 @@ def evaluate(
 
     Started again with the same settings it computes what is missing.
     """
-    arguments = dict(locals())
+    asked = dict(locals())
     try:
         if workers > 1 and study is not None:
             raise ValueError(f"workers is {workers} with a study; a study has one")
@@ -584,17 +584,17 @@ def evaluate(
         if against is not None and against not in rows:
             raise ValueError(f"there is no defense {against!r}; it must be one of {', '.join(rows)}")
         votes = votes if votes is not None else 0 if protocol is None else 5
-        settings: dict[str, Any] = {"target": target, "votes": votes}
-        settings["arguments"] = {"size": size, "spec": model}
         workers = min(workers, len(chosen))
-        settings["batch"] = min(batch, math.ceil(len(chosen) / workers))
+        batch = min(batch, math.ceil(len(chosen) / workers))
+        arguments = {"size": size, "spec": model}
+        settings: dict[str, Any] = {"target": target, "votes": votes, "batch": batch, "arguments": arguments}
         score = None if sweep is None else sweep.score
         evaluation = Evaluation(network, chosen, attackers, rows, eps=strength.eps, norm=norm, score=score, **settings)
         if _work is not None:
             evaluation.run_part(output, _work.part, _work.tell)
             return
         if workers > 1 and evaluation.begin(output):
-            _share({**arguments, "workers": workers}, workers)
+            _share({**asked, "workers": workers}, workers)
         with _progress() as progress:
             task = progress.add_task("starting", total=1.0)
             report = evaluation.run(

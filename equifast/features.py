@@ -345,8 +345,8 @@ class _Frozen(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:
         x, weight = ctx.saved_tensors
-        gradient = _FrozenGradient.apply if torch.is_grad_enabled() else _convolution_gradient
-        return gradient(upstream[0], x.detach(), weight, ctx.settings), None, None, None  # type: ignore[no-untyped-call, unused-ignore]
+        gradient = _frozen_gradient if torch.is_grad_enabled() else _convolution_gradient
+        return gradient(upstream[0], x.detach(), weight, ctx.settings), None, None, None
 
 
 class _FrozenGradient(torch.autograd.Function):
@@ -361,7 +361,11 @@ class _FrozenGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *second: Tensor) -> tuple[Tensor, None, None, None]:
         (weight,) = ctx.saved_tensors
-        return _Frozen.apply(second[0], weight, None, ctx.settings), None, None, None  # type: ignore[no-untyped-call, unused-ignore]
+        return _frozen_convolution(second[0], weight, None, ctx.settings), None, None, None
+
+
+_frozen_convolution: Callable[..., Tensor] = _Frozen.apply
+_frozen_gradient: Callable[..., Tensor] = _FrozenGradient.apply
 
 
 def _frozen(
@@ -384,8 +388,7 @@ def _frozen(
         lowered = torch.get_autocast_dtype("cpu")
         x, weight = x.to(lowered), _lowered(weight, lowered)
         bias = None if bias is None else bias.to(lowered)
-    convolved: Tensor = _Frozen.apply(x, weight, bias, (*map(tuple, sides), groups))
-    return convolved
+    return _frozen_convolution(x, weight, bias, (*map(tuple, sides), groups))
 
 
 def _is_lowered(x: Tensor) -> bool:

@@ -598,9 +598,7 @@ def warped_back(
 
 def in_frame(maps: Tensor, view: Sampled, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Maps (N, C, h, w) of a view in the frame of the image, and the overlap (N, 1, h, w) of such a size, bool."""
-    inverse = invert(view.theta)[None]
-    ones = torch.ones_like(maps[:, :1].detach())
-    return ops.warp(maps, inverse, [size])[0], ops.warp(ones, inverse, [size])[0] > 0.5
+    return ops.in_frame(maps, view.theta, size)
 
 
 def average_predictions(

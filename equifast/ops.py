@@ -202,6 +202,17 @@ def warp_sampled(images: Tensor, theta: Tensor, sizes: Sequence[tuple[int, int]]
     return list(_Warp.apply(*arguments) if _eager(images) else torch.ops.equifast.warp(*arguments))
 
 
+def in_frame(maps: Tensor, theta: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Maps of a view (N, C, h, w), made by ``theta`` (N, 2, 3), in the frame of its image, and where it is seen.
+
+    Returns:
+        (N, C, H, W) and (N, 1, H, W) bool, of ``size``.
+    """
+    inverse = reference.invert(theta)[None]
+    ones = torch.ones_like(maps[:, :1].detach())
+    return warp(maps, inverse, [size])[0], warp(ones, inverse, [size])[0] > 0.5
+
+
 def similarity(anchor: Tensor, views: Sequence[Tensor], theta: Tensor, reduction: str = "image") -> Tensor:
     """Cosine similarity of features and of those of views warped back; see :func:`equifast.reference.similarity`.
 
@@ -646,19 +657,12 @@ _dot: Callable[..., Tensor] = _Dot.apply
 _scaled: Callable[..., Tensor] = _Scaled.apply
 
 
-def _in_frame(anchor: Tensor, view: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
-    """Features of a view in the frame of the anchor's, (N, C, H, W), and where it is seen, (N, 1, H, W)."""
-    size = [(anchor.shape[2], anchor.shape[3])]
-    seen = warp(torch.ones_like(view[:, :1].detach()), inverse[None], size)[0] > 0.5
-    return warp(view, inverse[None], size)[0], seen
-
-
 def _image_derivative(upstream: Tensor, anchor: Tensor, views: Sequence[Tensor], theta: Tensor) -> list[Tensor]:
     """The derivatives of the similarities by anchor and views, of operations that have one themselves."""
     wide, least = _accumulator(anchor), reference.SMALL**2
     total, found = torch.zeros_like(anchor, dtype=wide), []
-    for view, inverse, weight in zip(views, reference.invert(theta), upstream.unbind(1), strict=True):
-        back, seen = _in_frame(anchor, view.to(wide), inverse)
+    for view, own_theta, weight in zip(views, theta, upstream.unbind(1), strict=True):
+        back, seen = in_frame(view.to(wide), own_theta, (anchor.shape[2], anchor.shape[3]))
         own = torch.where(seen, anchor.to(wide), 0.0)
         inner, square0, square1 = _dot(own, back), _dot(own, own), _dot(back, back)
         valid = (square0 >= least) & (square1 >= least)
@@ -667,7 +671,8 @@ def _image_derivative(upstream: Tensor, anchor: Tensor, views: Sequence[Tensor],
         total = total + _scaled(over, back) - _scaled(over * inner / square0, own)
         gradient = _scaled(over, own) - _scaled(over * inner / square1, back)
         # what lies outside is 0 in it, as it is in maps
-        found.append(torch.ops.equifast.warp_adjoint([gradient], inverse[None], *view.shape[2:]).to(view.dtype))
+        inverse = reference.invert(own_theta)[None]
+        found.append(torch.ops.equifast.warp_adjoint([gradient], inverse, *view.shape[2:]).to(view.dtype))
     return [total.to(anchor.dtype), *found]
 
 

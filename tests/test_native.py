@@ -388,10 +388,16 @@ def test_second_derivatives_of_maps_that_are_made_of_each_other(device: torch.de
     anchor.requires_grad_()
     for reduction in ("image", "pixel"):
         for view in (lambda a: a, lambda a: a.square(), lambda a: a.flip(3)):
-            assert torch.autograd.gradgradcheck(
-                lambda a, v=view, r=reduction: ops.similarity(a, [v(a)], theta[:1], r), anchor
-            )
-    assert torch.autograd.gradgradcheck(lambda f: ops.pair_similarity([f, f, f.square()]), anchor)
+            both_derivatives(lambda a, v=view, r=reduction: ops.similarity(a, [v(a)], theta[:1], r), anchor)
+    both_derivatives(lambda f: ops.pair_similarity([f, f, f.square()]), anchor)
+
+
+def both_derivatives(function: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    """The second is that of the first, and the first is the same whether it has a graph or not."""
+    assert torch.autograd.gradgradcheck(function, x)
+    assert torch.autograd.gradcheck(function, x)
+    plain, followed = (torch.autograd.grad(function(x).sum(), x, create_graph=graph)[0] for graph in (False, True))
+    torch.testing.assert_close(followed, plain)
 
 
 @pytest.mark.parametrize("reduction", ["image", "pixel"])
@@ -420,9 +426,10 @@ def test_second_derivative_is_that_of_the_reference(dtype: torch.dtype, layout: 
         torch.testing.assert_close(own, expected, rtol=0, atol=scale * (1e-4 if dtype == torch.float32 else 0.03))
 
 
-def test_second_derivative_where_nothing_overlaps() -> None:
-    anchor, view = torch.rand(1, 2, 4, 4, requires_grad=True), torch.zeros(1, 2, 4, 4, requires_grad=True)
-    theta = torch.tensor([[1.0, 0, 0], [0, 1, 0]]).expand(1, 1, 2, 3)
+@pytest.mark.parametrize(("scale", "shift"), [(0.0, 0.0), (1.0, 4.0)], ids=["zero", "beside"])
+def test_second_derivative_where_there_is_no_cosine(scale: float, shift: float) -> None:
+    anchor, view = torch.rand(1, 2, 4, 4, requires_grad=True), (scale * torch.rand(1, 2, 4, 4)).requires_grad_()
+    theta = torch.tensor([[1.0, 0, shift], [0, 1, 0]]).expand(1, 1, 2, 3)
     (first,) = torch.autograd.grad(ops.similarity(anchor, [view], theta).sum(), anchor, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), anchor)
     assert torch.equal(first, torch.zeros_like(first))
@@ -764,6 +771,10 @@ def test_opcheck_of_pair_similarity(layout: str, dtype: torch.dtype) -> None:
 def test_pair_similarity_is_differentiable_twice() -> None:
     leaves = [f.requires_grad_() for f in several(3, (2, 3, 4, 5), torch.float64)]
     assert torch.autograd.gradgradcheck(lambda *maps: ops.pair_similarity(maps), leaves)
+    plain, followed = (
+        torch.autograd.grad(ops.pair_similarity(leaves).sum(), leaves, create_graph=graph) for graph in (False, True)
+    )
+    torch.testing.assert_close(followed, plain)
 
 
 def test_pair_similarity_refuses_what_does_not_fit() -> None:
