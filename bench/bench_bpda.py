@@ -3,11 +3,13 @@
     python bench/bench_bpda.py --output bench/results/bpda.json
 
 A step of BPDA purifies, and takes the gradient of the prediction on the result: it cannot cost less than a
-purification. Timed in turns, in one process.
+purification. Beside it a step of an attack that goes through the last two steps of the ascent, by the native operators and
+by the reference. Timed in turns, in one process.
 """
 
 import statistics
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any
 
@@ -20,7 +22,14 @@ from rich.console import Console
 from rich.table import Table
 
 import equifast
+from equifast import ops
 from equifast.attacks import BPDA, PGD
+
+
+def by_reference(task: Callable[[], object]) -> None:
+    """Run something with the operators in plain PyTorch."""
+    with ops.use("reference"):
+        task()
 
 
 def main(
@@ -32,7 +41,10 @@ def main(
     """A table for CamVid and CIFAR-10."""
     equifast.keep_freed_memory()
     table = Table(title=f"BPDA, {steps} steps, against fast; medians of {rounds}")
-    headings = ("", "ms/image: purification", "prediction", "BPDA", "BPDA / purification", "BPDA / prediction")
+    headings = (
+        *("", "ms/image: purification", "prediction", "BPDA", "BPDA / purification", "BPDA / prediction"),
+        *("a step, unrolled", "by the reference"),
+    )
     for heading in headings:
         table.add_column(heading, justify="right" if heading else "left")
     found: dict[str, Any] = {}
@@ -43,12 +55,18 @@ def main(
         defended = equifast.Defended(study.model, purifier)
         attack = PGD(study.model, eps=study.eps, step_size=study.step_size, steps=steps, seed=ATTACK_SEED, dtype="auto")
         knowing = BPDA(attack, purifier)
-        times: dict[str, list[float]] = {"purification": [], "prediction": [], "BPDA": []}
+        through = equifast.Defended(study.model, purifier, gradient="unrolled", last=2)
+        one = PGD(study.model, eps=study.eps, step_size=study.step_size, steps=1, seed=ATTACK_SEED)
+        following = BPDA(one, through, draw=0)
+
         runs = (
             ("purification", partial(purifier, x, ids)),
             ("prediction", partial(defended, x, ids)),
             ("BPDA", partial(knowing, x, y, ids)),
+            ("unrolled", partial(following, x, y, ids)),
+            ("unrolled, reference", partial(by_reference, partial(following, x, y, ids))),
         )
+        times: dict[str, list[float]] = {name: [] for name, _ in runs}
         with torch.no_grad():
             for number in range(rounds + 1):
                 for name, run in runs:
@@ -60,7 +78,7 @@ def main(
         ratios = [entry["BPDA"] / entry[name] for name in ("purification", "prediction")]
         found[data_set] = {**entry, "over purification": ratios[0], "over prediction": ratios[1], "steps": steps}
         milliseconds = [f"{1e3 * entry[name]:.1f}" for name in times]
-        table.add_row(data_set, *milliseconds, *(f"{ratio:.1f}" for ratio in ratios))
+        table.add_row(data_set, *milliseconds[:3], *(f"{ratio:.1f}" for ratio in ratios), *milliseconds[3:])
     Console().print(table)
     if output is not None:
         write({**found, "versions": versions(), "machine": machine()}, output)
