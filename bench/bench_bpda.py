@@ -3,8 +3,8 @@
     python bench/bench_bpda.py --output bench/results/bpda.json
 
 A step of BPDA purifies, and takes the gradient of the prediction on the result: it cannot cost less than a
-purification. Beside it a step of an attack that goes through the last two steps of the ascent, by the native operators and
-by the reference. Timed in turns, in one process.
+purification. Beside it a step of an attack that goes through the last two steps of the ascent, by the native
+operators and by the reference. Timed in turns, in one process.
 """
 
 import statistics
