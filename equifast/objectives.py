@@ -314,9 +314,13 @@ class Agreement:
 
         The value, which is of all views, is multiplied by ``value_factor``.
         """
+        return Scaled(self._unscaled(), factor, value_factor)
+
+    def _unscaled(self) -> Self:
+        """The same, not in float16, which needs a scale of its own for every derivative."""
         part = copy.copy(self)
-        part._autocast = None if self._autocast == torch.float16 else self._autocast  # which needs another scale
-        return Scaled(part, factor, value_factor)
+        part._autocast = None if self._autocast == torch.float16 else self._autocast
+        return part
 
     def to_anchor(self) -> Self:
         """The same, views compared with the image alone."""
@@ -339,11 +343,9 @@ class Agreement:
         return column_sum(columns.detach()), gradient
 
     def slope(self, x: Tensor, t: int) -> Tensor:
-        """(N, C, H, W) -> the gradient at step ``t``, with a graph of its own derivative by ``x``; no autocast."""
-        full = copy.copy(self)
-        full._autocast = None
+        """(N, C, H, W) -> the gradient at step ``t``, with a graph of its own derivative by ``x``; not in float16."""
         image = x.view_as(x)
-        columns = full.columns(image, self.step_views(x, t))
+        columns = self._unscaled().columns(image, self.step_views(x, t))
         return torch.autograd.grad(columns.sum(), image, create_graph=True)[0]
 
 
@@ -487,23 +489,21 @@ class Equivariance(Agreement):
         return _scale(features) if self._scales else None
 
     def slope(self, x: Tensor, t: int) -> Tensor:
-        sampled = self.step_views(x, t)
-        full = copy.copy(self)
-        full._autocast = None
+        sampled, own = self.step_views(x, t), self._unscaled()
         image, source, target = x.view_as(x), x.view_as(x), x.view_as(x)
         if self._pairing == "all":
-            value, _ = full._all_pairs(image, source, sampled)
+            value, _ = own._all_pairs(image, source, sampled)
         else:
-            anchor = full.anchor(image)
+            anchor = own.anchor(image)
             values = [
-                ops.similarity(anchor, [full.features(view)], drawn.theta[None], self._reduction)
+                ops.similarity(anchor, [own.features(view)], drawn.theta[None], self._reduction)
                 for drawn in sampled
                 for view in self.render(source if drawn.followed else target, [drawn])
             ]
             value = torch.cat(values, 1)
         wanted = [image, source] if self._view_gradient else [image]
-        own, *through = torch.autograd.grad(value.sum(), wanted, create_graph=True)
-        return own + self._weight(sampled) * through[0] if through else own
+        gradient, *through = torch.autograd.grad(value.sum(), wanted, create_graph=True)
+        return gradient + self._weight(sampled) * through[0] if through else gradient
 
     def _all_pairs(self, image: Tensor, source: Tensor, sampled: Sequence[Sampled]) -> tuple[Tensor, Tensor]:
         """The values (N,), and what to multiply their gradients by."""

@@ -623,53 +623,75 @@ class _Similarity(torch.autograd.Function):
         return for_anchor, None, None, *for_views
 
 
-class _Dot(torch.autograd.Function):
-    """The inner products (N,) of maps (N, C, H, W), which keeps no product of maps; differentiable again."""
+def _layout(maps: Tensor) -> torch.memory_format:
+    """In which order maps (N, C, H, W) are in memory."""
+    interleaved = maps.is_contiguous(memory_format=torch.channels_last) and not maps.is_contiguous()
+    return torch.channels_last if interleaved else torch.contiguous_format
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """The inner products (N,) of maps (N, C, H, W) of one layout, summed in the order in which they are in memory."""
+    product = a * b
+    if _layout(product) == torch.channels_last:
+        product = product.movedim(1, 3)
+    return reference.row_sum(product.flatten(1))
+
+
+def _combined(*terms: tuple[Tensor, Tensor]) -> Tensor:
+    """The sum of maps (N, C, H, W) times a number each, (N,)."""
+    (number, maps), *rest = terms
+    total = number.view(-1, 1, 1, 1) * maps
+    for number, maps in rest:
+        total.addcmul_(number.view(-1, 1, 1, 1), maps)
+    return total
+
+
+class _CosineDerivative(torch.autograd.Function):
+    """A weight (N,) times the derivatives of the cosine of maps a and b (N, C, H, W) by both; differentiable once.
+
+    With ``o = weight / (|a| |b|)`` and ``p = <a, b>`` they are ``o (b - a p / |a|^2)`` and ``o (a - b p / |b|^2)``.
+    """
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
-        ctx.save_for_backward(a, b)
-        return reference.row_sum((a * b).flatten(1))
+    def forward(ctx: Any, weight: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        inner, of_a, of_b = _inner(a, b), _inner(a, a), _inner(b, b)
+        least = reference.SMALL**2
+        valid = (of_a >= least) & (of_b >= least)
+        of_a, of_b = (torch.where(valid, square, 1.0) for square in (of_a, of_b))
+        share = torch.where(valid, of_a.rsqrt() * of_b.rsqrt(), 0.0)
+        over, to_a, to_b = weight * share, inner / of_a, inner / of_b
+        ctx.save_for_backward(share, over, to_a, to_b, of_a, of_b, a, b)
+        return _combined((over, b), (-over * to_a, a)), _combined((over, a), (-over * to_b, b))
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        a, b = ctx.saved_tensors
-        for_a, for_b = ctx.needs_input_grad
-        return _scaled(upstream, b) if for_a else None, _scaled(upstream, a) if for_b else None
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        share, over, to_a, to_b, of_a, of_b, a, b = ctx.saved_tensors
+        u, v = (upstream.contiguous(memory_format=_layout(a)) for upstream in (u, v))
+        along_a, along_b = _inner(u, a) / of_a, _inner(v, b) / of_b
+        value = _inner(u, b) + _inner(v, a) - to_a * along_a * of_a - to_b * along_b * of_b
+        across = -over * (along_a + along_b)
+        by_a = over * (2 * to_a * along_a - value / of_a)
+        by_b = over * (2 * to_b * along_b - value / of_b)
+        return (
+            share * value,
+            _combined((over, v), (-over * to_a, u), (across, b), (by_a, a)),
+            _combined((over, u), (-over * to_b, v), (across, a), (by_b, b)),
+        )
 
 
-class _Scaled(torch.autograd.Function):
-    """Maps (N, C, H, W) times a number each, (N,): the derivative of :class:`_Dot`, as that is of this."""
-
-    @staticmethod
-    def forward(ctx: Any, numbers: Tensor, maps: Tensor) -> Tensor:
-        ctx.save_for_backward(numbers, maps)
-        return numbers.view(-1, 1, 1, 1) * maps
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        numbers, maps = ctx.saved_tensors
-        for_numbers, for_maps = ctx.needs_input_grad
-        return _dot(upstream, maps) if for_numbers else None, _scaled(numbers, upstream) if for_maps else None
-
-
-_dot: Callable[..., Tensor] = _Dot.apply
-_scaled: Callable[..., Tensor] = _Scaled.apply
+_cosine_derivative: Callable[..., tuple[Tensor, Tensor]] = _CosineDerivative.apply
 
 
 def _image_derivative(upstream: Tensor, anchor: Tensor, views: Sequence[Tensor], theta: Tensor) -> list[Tensor]:
     """The derivatives of the similarities by anchor and views, of operations that have one themselves."""
-    wide, least = _accumulator(anchor), reference.SMALL**2
-    total, found = torch.zeros_like(anchor, dtype=wide), []
+    layout, wide = _layout(anchor), anchor.to(_accumulator(anchor)).contiguous(memory_format=_layout(anchor))
+    total, found = torch.zeros_like(wide), []
     for view, own_theta, weight in zip(views, theta, upstream.unbind(1), strict=True):
-        back, seen = in_frame(view.to(wide), own_theta, (anchor.shape[2], anchor.shape[3]))
-        own = torch.where(seen, anchor.to(wide), 0.0)
-        inner, square0, square1 = _dot(own, back), _dot(own, own), _dot(back, back)
-        valid = (square0 >= least) & (square1 >= least)
-        square0, square1 = (torch.where(valid, square, 1.0) for square in (square0, square1))
-        over = torch.where(valid, weight * square0.rsqrt() * square1.rsqrt(), 0.0)
-        total = total + _scaled(over, back) - _scaled(over * inner / square0, own)
-        gradient = _scaled(over, own) - _scaled(over * inner / square1, back)
+        back, seen = in_frame(view.to(wide.dtype), own_theta, (anchor.shape[2], anchor.shape[3]))
+        own = torch.where(seen, wide, 0.0).contiguous(memory_format=layout)
+        for_anchor, gradient = _cosine_derivative(weight, own, back.contiguous(memory_format=layout))
+        total = total + for_anchor
         # what lies outside is 0 in it, as it is in maps
         inverse = reference.invert(own_theta)[None]
         found.append(torch.ops.equifast.warp_adjoint([gradient], inverse, *view.shape[2:]).to(view.dtype))

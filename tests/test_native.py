@@ -372,14 +372,29 @@ def test_gradcheck(reduction: str, device: torch.device) -> None:
     assert torch.autograd.gradgradcheck(lambda a: ops.warp(a, theta, sizes), anchor)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("reduction", ["image", "pixel"])
-def test_similarity_is_differentiable_twice(reduction: str, device: torch.device) -> None:
-    anchor, views, theta = problem("odd", 0, "contiguous", torch.float64, device)
+def test_similarity_is_differentiable_twice(reduction: str, layout: str, device: torch.device) -> None:
+    anchor, views, theta = problem("odd", 0, layout, torch.float64, device)
     leaves = [f.requires_grad_() for f in (anchor, *views)]
     assert torch.autograd.gradgradcheck(lambda a, *v: ops.similarity(a, v, theta, reduction), leaves)
     # constants have none, and take none from the others
     assert torch.autograd.gradgradcheck(lambda a: ops.similarity(a, [v.detach() for v in views], theta), anchor)
     assert torch.autograd.gradgradcheck(lambda v: ops.similarity(anchor.detach(), [v], theta[:1]), views[0])
+
+
+def test_second_derivatives_of_features_that_are_zero(device: torch.device) -> None:
+    """Their similarity is a constant, and so is its first derivative."""
+    anchor, views, theta = problem("odd", 0, "contiguous", torch.float64, device)
+    anchor, view = torch.cat([anchor, 0 * anchor]).requires_grad_(), torch.cat([views[0], views[0]]).requires_grad_()
+    value = ops.similarity(anchor, [view], torch.cat([theta[:1], theta[:1]], 1))
+    first = torch.autograd.grad(value.sum(), (anchor, view), create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in first), (anchor, view))
+    half = len(views[0])
+    for g in (*first, *second):
+        assert g.isfinite().all()
+        assert g[:half].any()
+        assert not g[half:].any()
 
 
 def test_second_derivatives_of_maps_that_are_made_of_each_other(device: torch.device) -> None:

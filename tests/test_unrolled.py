@@ -128,6 +128,25 @@ def test_an_image_without_a_gradient(settings: dict[str, Any], start: str) -> No
     torch.testing.assert_close(found[:1], derivative(purifier, x[:1], weights[:1], 2))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("pairing", ["anchor", "all"])
+def test_what_is_lowered_points_the_same_way(pairing: str, dtype: str) -> None:
+    model, x = Smooth(), 0.3 + 0.4 * cases.images()
+    weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    ran: list[torch.dtype] = []
+    model.conv2.register_forward_hook(lambda module, inputs, result: ran.append(result.dtype))
+    found = {}
+    for each in (dtype, "float32"):
+        # one step: after it the points are others
+        rest = {"steps": 1, "noise": False, "fold": False, "start": "origin", "pairing": pairing}
+        ran.clear()
+        found[each] = derivative(Purifier(model, eps=0.1, dtype=each, **rest), x, weights, 1) - weights
+        # the step again for its derivative: float16 would overflow in it
+        assert ran[-1] == (torch.bfloat16 if each == "bfloat16" else torch.float32)
+    cosine = torch.nn.functional.cosine_similarity(found[dtype].flatten(1), found["float32"].flatten(1))
+    assert cosine.min() > 0.95
+
+
 def test_half_precision_is_refused() -> None:
     with pytest.raises(TypeError, match="x is float16"):
         Purifier(Smooth().half()).unrolled(cases.images().half(), 1)
