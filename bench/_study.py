@@ -3,9 +3,6 @@
 import functools
 import hashlib
 import json
-import os
-import platform
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -13,10 +10,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import scipy
 import torch
 import typer
 from _data import spread
+from _write import machine, write_json
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -265,34 +262,6 @@ def _entry(estimate: Estimate, images: int) -> dict[str, float]:
     return {"value": estimate.value, "error": estimate.standard_error, "images": images}
 
 
-def machine() -> dict[str, object]:
-    """CPU model, cores that may be used, threads; no names."""
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists() and (found := re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)):
-        model = found[1]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"cpu": model, "cores": cores, "threads": torch.get_num_threads(), "system": platform.system()}
-
-
-def versions() -> dict[str, str]:
-    return {
-        "equifast": equifast.__version__,
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "scipy": scipy.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def write(document: Mapping[str, object], output: Path) -> None:
-    """The results file: whole, or as it was before."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    beside = output.with_name(output.name + ".partial")
-    beside.write_text(json.dumps(document, indent=2) + "\n")
-    beside.replace(output)
-
-
 def _cells(study: Study, progress: Progress) -> Iterator[tuple[str, str, Cell]]:
     runner = Runner(study, lambda row: defended(study, row), progress)
     task = progress.add_task(study.name, total=len(ROWS) * len(COLUMNS))
@@ -346,9 +315,7 @@ def run(study: Study, output: Path | None) -> dict[str, object]:
         "speed_fast_over_paper": speed,
         "settings": study.settings(),
         "purifiers": {row: defended(study, row).purifier.settings() for row in ("paper", "fast")},
-        "versions": versions(),
-        "machine": machine(),
     }
     if output is not None:
-        write(document, output)
+        write_json(output, document)
     return document

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import typer
 from _data import load_cifar
-from _write import write, write_json
+from _write import write
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
@@ -115,7 +115,7 @@ class Kept:
             if changed:
                 raise typer.BadParameter(f"{folder} holds a study with other settings: {', '.join(changed)}")
         else:
-            write_json(path, given)
+            write(path, json.dumps(given, indent=2) + "\n")
 
     def trained(
         self, name: str, build: Callable[[], nn.Module], data: TensorDataset, recipe: Recipe, seed: int, **how: Any

@@ -19,7 +19,8 @@ import torch
 import torchattacks
 import typer
 from _data import DATA
-from _study import ATTACK_SEED, Data, Output, Quick, Study, machine, versions, write
+from _study import ATTACK_SEED, Data, Output, Quick, Study
+from _write import write_json
 from front import study_of
 from rich.console import Console
 from rich.progress import track
@@ -198,7 +199,7 @@ def main(
         Console().print(table)
         Console().print({label: f"{seconds:.2f} s" for label, seconds in beside["PGD"]["seconds"].items()})
     if output is not None:
-        write({**document, "versions": versions(), "machine": machine()}, Path(output))
+        write_json(Path(output), document)
 
 
 if __name__ == "__main__":

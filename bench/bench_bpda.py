@@ -16,7 +16,8 @@ from typing import Annotated, Any
 import torch
 import typer
 from _data import DATA
-from _study import ATTACK_SEED, DEFENSE_SEED, Data, Output, machine, versions, write
+from _study import ATTACK_SEED, DEFENSE_SEED, Data, Output
+from _write import write_json
 from front import study_of
 from rich.console import Console
 from rich.table import Table
@@ -81,7 +82,7 @@ def main(
         table.add_row(data_set, *milliseconds[:3], *(f"{ratio:.1f}" for ratio in ratios), *milliseconds[3:])
     Console().print(table)
     if output is not None:
-        write({**found, "versions": versions(), "machine": machine()}, output)
+        write_json(output, found)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import torch
 import typer
 from _models import SegmentationNet
 from _published import published_similarity, published_warp
-from _study import machine, versions, write
+from _write import write_json
 from bench_step import seconds
 from rich.console import Console
 from rich.table import Table
@@ -115,8 +115,7 @@ def main(
     print(f"{guarded.purified} of {guarded.seen} images were suspected")
     if output is not None:
         settings = {"images": images, "slow_images": slow_images, "height": height, "width": width, "rounds": rounds}
-        document = {"seconds": rows, "settings": settings, "versions": versions(), "machine": machine()}
-        write(document, output)
+        write_json(output, {"seconds": rows, "settings": settings})
 
 
 if __name__ == "__main__":

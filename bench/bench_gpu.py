@@ -19,7 +19,7 @@ import torch
 import typer
 from _models import SegmentationNet
 from _published import Published
-from _study import machine, versions, write
+from _write import write_json
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -81,7 +81,7 @@ def main(
         document[name] = medians
         if output is not None:  # after each network: the larger one may not fit
             card = torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu"
-            write({"seconds": document, "device": card, "versions": versions(), "machine": machine()}, output)
+            write_json(output, {"seconds": document, "device": card})
 
 
 if __name__ == "__main__":

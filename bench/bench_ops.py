@@ -26,7 +26,7 @@ import pytest
 import torch
 import typer
 from _published import published_similarity, published_step, published_warp
-from _study import machine, versions, write
+from _write import machine, write_json
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -239,10 +239,8 @@ def main(
             "device": torch.cuda.get_device_name() if device == "cuda" else machine()["cpu"],
             "dtype": dtype,
             "seconds": rows,
-            "versions": versions(),
-            "machine": machine(),
         }
-        write(document, output)
+        write_json(output, document)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Annotated
 import torch
 import typer
 from _models import SegmentationNet
-from _study import machine, versions, write
+from _write import write_json
 from rich.console import Console
 from rich.table import Table
 
@@ -97,8 +97,7 @@ def main(
     Console().print(table)
     if output is not None:
         settings = {"images": images, "height": height, "width": width, "rounds": rounds}
-        document = {"seconds": rows, "settings": settings, "versions": versions(), "machine": machine()}
-        write(document, output)
+        write_json(output, {"seconds": rows, "settings": settings})
 
 
 if __name__ == "__main__":

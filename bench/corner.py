@@ -14,7 +14,8 @@ import numpy as np
 import torch
 import typer
 from _data import DATA
-from _study import Data, Images, Output, Steps, machine, versions, write
+from _study import Data, Images, Output, Steps
+from _write import write_json
 from camvid import attacked, judge
 from rich.console import Console
 from rich.progress import track
@@ -115,7 +116,7 @@ def main(data: Data = DATA, images: Images = 24, steps: Steps = 30, output: Outp
     if output is not None:
         settings = {"images": len(y), "steps": steps}
         document = {"steps": watched, "results": found, "settings": settings}
-        write({**document, "versions": versions(), "machine": machine()}, output)
+        write_json(output, document)
 
 
 if __name__ == "__main__":

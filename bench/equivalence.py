@@ -16,7 +16,8 @@ import numpy as np
 import torch
 import typer
 from _data import DATA, load_camvid
-from _study import ATTACK_SEED, BpdaSteps, Data, Images, Output, Steps, machine, versions, write
+from _study import ATTACK_SEED, BpdaSteps, Data, Images, Output, Steps
+from _write import write_json
 from camvid import attacked, judge
 from rich.console import Console
 from rich.progress import track
@@ -128,7 +129,7 @@ def main(
     by_dtype = attacks_by_dtype(model, *load_camvid(data, "val", images), steps, bpda_steps)
     if output is not None:
         document = {"results": found, "attacks": by_dtype, "steps": steps}
-        write(document | {"versions": versions(), "machine": machine()}, output)
+        write_json(output, document)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ size and what has no ascent lack (it takes many times as long: `--last-steps` an
 `--margin` all but the attack on the candidate's own views are there a second time, on the margin of the logits with
 confidence 5 (CW) in place of the cross-entropy. The worst case takes, image by image, the attack that leaves fewest
 labels right. Attacks take their gradients from a folded copy in bfloat16, where the hardware has it, which is as strong
-(`bench/equivalence.py`); gradients through steps are float32. Settings are chosen on `val` (CIFAR-10: on images of its
-test set that no table uses) and reported on `test`.
+(`bench/equivalence.py`); gradients through steps are in the purifier's dtype. Settings are chosen on `val` (CIFAR-10:
+on images of its test set that no table uses) and reported on `test`.
 
 `seconds` times all candidates in turns, in one process, each after an untimed call of its own; all predict as cheaply
 as `--dtype` allows, averaging as what purifies, but the published code, which predicts in float32. Nothing else should
@@ -38,7 +38,8 @@ import torch
 import typer
 from _data import DATA, load_camvid, load_cifar
 from _published import Published
-from _study import DEFENSE_SEED, MARGIN, Cell, Data, Runner, Study, figure, machine, paired, versions, write
+from _study import DEFENSE_SEED, MARGIN, Cell, Data, Runner, Study, figure, paired
+from _write import machine, versions, write_json
 from camvid import judge as judge_dense
 from camvid import network as camvid_network
 from cifar import EPS, EPS_PURIFY
@@ -547,8 +548,9 @@ def _figures(entry: Mapping[str, Any]) -> list[tuple[str, Mapping[str, float]]]:
 
 def _merge(output: Path, key: str, part: Mapping[str, Any]) -> None:
     document = json.loads(output.read_text()) if output.exists() else {}
-    document = {**document, key: {**document.get(key, {}), **part}, "versions": versions(), "machine": machine()}
-    write(document, output)
+    # parts may be of several machines
+    own = {**document.get(key, {}), **part, "versions": versions(), "machine": machine()}
+    write_json(output, {**document, key: own})
 
 
 @app.command()

@@ -18,7 +18,7 @@ from typing import Annotated
 import torch
 import typer
 from _models import SegmentationNet
-from _study import machine, versions, write
+from _write import write_json
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -97,10 +97,8 @@ def main(
             "peak_mib": peaks,
             "images_mib": returned,
             "settings": settings,
-            "versions": versions(),
-            "machine": machine(),
         }
-        write(document, output)
+        write_json(output, document)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ from equifast._cheap import has_fast_bfloat16
 from equifast._fingerprint import weights
 from equifast.defenses import Averaging, Contrastive, Invariance, RandomNoise, Rotation
 from equifast.demo import report
-from equifast.detectors import Combined, Detector, Deviation, OutputVariance, Similarity
+from equifast.detectors import Combined, Detector, Deviation, OutputVariance, Similarity, needed
 from equifast.evaluate import (
     PARTS,
     Cost,
@@ -310,10 +311,16 @@ def detect(
                     raise ValueError(f"fit is {fit}, which has no PNG, JPEG or WebP file")
 
                 def opened(paths: Sequence[Path], what: str) -> Iterable[Tensor]:
-                    tensors = (read_image(path)[None].to(_device(device)) for path in paths)
+                    tensors = (_readable(path)[None].to(_device(device)) for path in paths)
                     return progress.track(tensors, task_id=progress.add_task(what, total=len(paths)))
 
                 if head is not None:  # what it was trained on is no measure of it
+                    least = needed(0.05 if rate is None else rate)
+                    if len(clean) < 2 * least:
+                        raise ValueError(
+                            f"fit has {len(clean)} images, every second one for the head; "
+                            f"it must have at least {2 * least}"
+                        )
                     head.fit(opened(clean[::2], "a head"))
                     clean = clean[1::2]
                 chosen.fit(opened(clean, "clean images"), false_positive_rate=0.05 if rate is None else rate)
@@ -333,7 +340,7 @@ def detect(
         table.add_column(heading, justify="right" if heading == "score" else "left")
     for line in lines[:20]:
         score = "NaN" if line["score"] is None else f"{line['score']:.4g}"
-        table.add_row(line["image"], score, "yes" if line["flagged"] else "")
+        table.add_row(escape(line["image"]), score, "yes" if line["flagged"] else "")
     _out.print(table)
     low, high = chosen.interval
     _out.print(
@@ -345,6 +352,13 @@ def detect(
     )
     if failed:
         raise typer.Exit(1)
+
+
+def _readable(path: Path) -> Tensor:
+    try:
+        return read_image(path)
+    except OSError as error:
+        raise OSError(f"{path}: {first_line(error)}") from error
 
 
 def _first_readable(targets: Sequence[tuple[Path, Path]]) -> Tensor:
@@ -986,12 +1000,12 @@ def _markdown(
 def _print(
     tables: Sequence[tuple[str, list[str], list[list[str]]]], warnings: Sequence[str], footnote: str = _FOOTNOTE
 ) -> None:
-    for title, headings, rows in tables:
-        table = Table(title=title)
+    for title, headings, rows in tables:  # names are a user's, who may have put brackets into them
+        table = Table(title=escape(title))
         for heading in headings:
-            table.add_column(heading, justify="right" if heading else "left")
+            table.add_column(escape(heading), justify="right" if heading else "left")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(escape, row))
         _out.print(table)
     if footnote:
         _out.print(footnote, highlight=False, soft_wrap=True)

@@ -1,6 +1,7 @@
 """The defenses that purification is measured against."""
 
 import math
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -239,7 +240,7 @@ class _WithHead(_Other):
     def save(self, path: str | Path) -> None:
         """Write the head, and what it needs, to a safetensors file; RuntimeError where there is none yet."""
         path = Path(path)
-        beside = path.with_name(path.name + ".partial")
+        beside = path.with_name(f"{path.name}.{os.getpid()}.partial")  # others may save to the folder too
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self._state().items()}
         try:
             save_file(tensors, beside, self._origin())
@@ -344,7 +345,7 @@ class Contrastive(_WithHead):
         ]
 
     def _training_loss(self, head: nn.Module, found: Tensor) -> Tensor:
-        pick = torch.rand(found.shape[:2], device=found.device).argsort(1)[:, :2]  # two views of each image
+        pick = torch.rand(found.shape[:2]).argsort(1)[:, :2].to(found.device)  # two views of each image
         embedded = [
             functional.normalize(head(found[torch.arange(len(found), device=found.device), pick[:, i]])) for i in (0, 1)
         ]

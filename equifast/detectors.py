@@ -4,6 +4,7 @@ import contextlib
 import copy
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -100,7 +101,7 @@ class Detector:
             ValueError: if there are too few images for the rate, with the number that it needs, or a score is NaN.
         """
         parts, ids = [], []
-        needed = _needed(false_positive_rate, confidence)  # refuses bad numbers before any work
+        least = needed(false_positive_rate, confidence)  # refuses bad numbers before any work
         for item in loader:
             images = item[0] if isinstance(item, list | tuple) else item
             images = _checks.images("loader's images", images, channels=3)
@@ -108,9 +109,9 @@ class Detector:
                 parts.append(self._seen(images).double().cpu())
                 ids.append(own_ids(images).cpu())
         n = sum(map(len, parts))
-        if n < needed:
+        if n < least:
             raise ValueError(
-                f"loader has {n} images; for false_positive_rate {false_positive_rate} it must have at least {needed}"
+                f"loader has {n} images; for false_positive_rate {false_positive_rate} it must have at least {least}"
             )
         seen = torch.cat(parts)
         if seen.isnan().any():
@@ -232,7 +233,7 @@ class Detector:
         """
         self._known("threshold")
         path = Path(path)
-        beside = path.with_name(path.name + ".partial")
+        beside = path.with_name(f"{path.name}.{os.getpid()}.partial")  # others may save to the folder too
         try:
             beside.write_text(json.dumps(self._fitted, indent=1) + "\n")
             beside.replace(path)
@@ -281,7 +282,7 @@ def own_ids(x: Tensor) -> Tensor:
     return bits.sum(1, dtype=torch.int64) if bits.shape[1] else torch.zeros(len(x), dtype=torch.int64, device=x.device)
 
 
-def _needed(false_positive_rate: float, confidence: float) -> int:
+def needed(false_positive_rate: float, confidence: float = 0.95) -> int:
     """How many clean images a rate takes."""
     for name, value in (("false_positive_rate", false_positive_rate), ("confidence", confidence)):
         if _checks.number(name, value, above=0) >= 1:
@@ -291,8 +292,8 @@ def _needed(false_positive_rate: float, confidence: float) -> int:
 
 def _threshold(scores: Tensor, rate: float, confidence: float) -> dict[str, Any]:
     """The threshold of clean scores (n,), and between which rates of false positives it lies."""
-    scores, n, needed = scores.sort().values, len(scores), _needed(rate, confidence)
-    if n < needed:
+    scores, n = scores.sort().values, len(scores)
+    if n < needed(rate, confidence):
         raise ValueError(f"false_positive_rate is {rate}; of {n} clean images it must be at least {1 / (n + 1):.3g}")
     place = min(n, math.ceil((n + 1) * (1 - rate) - 1e-9))
     # the part of all images above the place-th smallest of n is Beta(n + 1 - place, place)
@@ -707,9 +708,9 @@ class Deviation(_OfViews):
         return _distance(measured.double(), mean, precision).to(measured.dtype)
 
     def _learn(self, seen: Tensor) -> tuple[dict[str, Any], Tensor]:
-        needed = seen.shape[1] + 2
-        if len(seen) < needed:
-            raise ValueError(f"loader has {len(seen)} images; for a covariance it must have at least {needed}")
+        least = seen.shape[1] + 2
+        if len(seen) < least:
+            raise ValueError(f"loader has {len(seen)} images; for a covariance it must have at least {least}")
         folds, scores = min(len(seen), self._FOLDS), torch.zeros(len(seen), dtype=torch.float64)
         place = torch.arange(len(seen)) * folds // len(seen)
         for fold in range(folds):
@@ -834,6 +835,9 @@ class Combined(Detector):
         found = type(self).__new__(type(self))
         found.__dict__.update(self.__dict__, detectors=tuple(map(copy.copy, self.detectors)))
         return found
+
+    def _state(self) -> object:
+        return super()._state(), *(detector._state() for detector in self.detectors)
 
     def settings(self) -> dict[str, Any]:
         return {"parts": [[type(detector).__name__, detector.settings()] for detector in self.detectors]}

@@ -383,9 +383,10 @@ def _frozen(
     if isinstance(padding, str) or trained or watched:
         return None
     sides = [side if isinstance(side, Sequence) else (side, side) for side in (stride, padding, dilation)]
-    if torch.is_autocast_enabled("cpu") and x.is_floating_point() and x.dtype != torch.float64:
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
         # on the way back it is off
-        lowered = torch.get_autocast_dtype("cpu")
+        lowered = torch.get_autocast_dtype(kind)
         x, weight = x.to(lowered), _lowered(weight, lowered)
         bias = None if bias is None else bias.to(lowered)
     return _frozen_convolution(x, weight, bias, (*map(tuple, sides), groups))

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from equifast import demo
-from equifast.evaluate.data import SUFFIXES
+from equifast.evaluate.data import SUFFIXES, first_line
 
 __all__ = ["SUFFIXES", "Normalized", "find_images", "first_line", "load_model", "read_image", "write_image"]
 
@@ -58,11 +58,6 @@ def load_model(spec: str) -> nn.Module:
     if colon and path.endswith(".py"):
         return _from_file(Path(path), function).eval()
     raise ValueError(f"model is {spec!r}; it must be demo, torchvision:NAME[:WEIGHTS], timm:NAME or file.py:function")
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception says, in one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _torchvision(name: str, weights: str) -> nn.Module:

@@ -712,6 +712,7 @@ class Defended(DefendedModel):
         if self.detector is None:
             logits, suspected = self._purified(x, ids, draw), len(x)
         else:
+            _checks.tensor("x", x, 4, "(N, 3, H, W)")
             own, examine = None, getattr(self.detector, "examine", None)
             with torch.no_grad():
                 if examine is None:
@@ -729,8 +730,9 @@ class Defended(DefendedModel):
 
     def _by_branch(self, x: Tensor, ids: Tensor | None, draw: int, mask: Tensor, own: Tensor | None) -> Tensor:
         """Logits of images that are purified where the mask says so; of others those that there are, or the model's."""
-        if mask.dtype != torch.bool or mask.shape != (len(x),):
-            got = f"{mask.dtype} of shape {_checks.shape(mask)}"
+        known = isinstance(mask, Tensor)
+        if not known or mask.dtype != torch.bool or mask.shape != (len(x),):
+            got = f"{mask.dtype} of shape {_checks.shape(mask)}" if known else f"a {type(mask).__name__}"
             raise ValueError(f"detector predicts {got} for images {_checks.shape(x)}; it must be bool, one for each")
         if bool(mask.all()):
             return self._purified(x, ids, draw)

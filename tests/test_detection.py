@@ -472,22 +472,23 @@ def test_detect(detector: str, tmp_path: Path, spec: str) -> None:
     clean = write_data(tmp_path / "clean", 60 if detector == "combined" else 30, seed=5) / "images"
     for i in range(3):
         write_image(tmp_path / "in" / f"a{i}.png", images(1, seed=20 + i)[0])
-    write_image(tmp_path / "in" / "sub" / "noise.png", torch.rand(3, 32, 40))
+    write_image(tmp_path / "in" / "sub" / "noise [/x].png", torch.rand(3, 32, 40))
     (tmp_path / "in" / "0-broken.png").write_text("no image")  # the first
     out = tmp_path / "out"
     given = ["detect", tmp_path / "in", "-o", out, "--model", spec, "--fit", clean, "--detector", detector]
-    done = CliRunner().invoke(app, [str(a) for a in given])
+    done = CliRunner().invoke(app, [str(a) for a in given], env={"COLUMNS": "300"})
     assert done.exit_code == 1, done.output  # one cannot be read, the others are done
     assert "0-broken.png" in done.output
+    assert "noise [/x].png" in done.output  # brackets are no markup
     scores = json.loads((out / "scores.json").read_text())
-    names = ("a0.png", "a1.png", "a2.png", "sub/noise.png")
+    names = ("a0.png", "a1.png", "a2.png", "sub/noise [/x].png")
     assert {line["image"] for line in scores["images"]} == {str(tmp_path / "in" / name) for name in names}
     assert all(line["flagged"] == (line["score"] > scores["threshold"]) for line in scores["images"])
     values = [line["score"] for line in scores["images"]]
     assert values == sorted(values, reverse=True)
     assert len(values) == 4
     overlays = sorted(path.relative_to(out / "overlays").as_posix() for path in (out / "overlays").rglob("*.png"))
-    assert overlays == ["a0.png", "a1.png", "a2.png", "sub/noise.png"]
+    assert overlays == ["a0.png", "a1.png", "a2.png", "sub/noise [/x].png"]
     with Image.open(out / "overlays" / "a0.png") as image:
         assert image.size == (40, 32)
     # the threshold of an earlier run
@@ -523,6 +524,9 @@ def test_what_detect_refuses(tmp_path: Path, spec: str) -> None:
         ((clean, "--fit", tmp_path / "model.py"), "is no JSON"),
         ((clean, "--fit", tmp_path / "model.py", "--detector", "combined"), "rotation.safetensors"),
         ((tmp_path / "broken", "--fit", many), "none of 1 images can be read"),
+        ((clean, "--fit", tmp_path / "broken"), "a.png: "),
+        ((clean, "--fit", many, "--detector", "combined"), "fit has 20 images, every second one for the head; it must"),
+        ((clean, "--fit", many, "--detector", "combined", "--rate", "1.5"), "false_positive_rate is 1.5; it must"),
         ((tmp_path / "broken", "--fit", many, "--features", "body"), "none of 1 images can be read"),
     ):
         given = ["detect", *arguments[:1], "-o", out, "--model", spec, "--fit", clean, *arguments[1:]]

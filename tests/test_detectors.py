@@ -416,10 +416,13 @@ def test_weights_that_changed_without_a_trace_are_noticed(name: str) -> None:
 def test_a_head_that_is_trained_again_is_noticed() -> None:
     purifier = defenses.Rotation(cases.dense()).fit(clean(8), epochs=2)
     detector, x = Similarity(purifier).fit(clean()), cases.images()
+    combined = Combined([OutputVariance(purifier.model), Similarity(purifier)]).fit(clean())
     detector.predict(x)
+    combined.predict(x)
     purifier.fit(clean(8), epochs=3)
-    with pytest.raises(ValueError, match=r"model has settings .* call fit again"):
-        detector.predict(x)
+    for use in (detector.predict, combined.predict, lambda x: combined.objective(x).__enter__()):
+        with pytest.raises(ValueError, match=r"model has settings .* call fit again"):
+            use(x)
 
 
 def test_several_of_several_are_saved_and_loaded(tmp_path: Path) -> None:
@@ -753,6 +756,10 @@ def test_an_attack_goes_through_both_branches() -> None:
     for wrong in (lambda x: x.mean((1, 2, 3)), lambda x: x > 0.5):
         with pytest.raises(ValueError, match=r"detector predicts .* it must be bool, one for each"):
             Defended(model, Purifier(model), detector=Saying(wrong))(x)
+    with pytest.raises(ValueError, match="detector predicts a list for images"):
+        Defended(model, Purifier(model), detector=Saying(lambda x: [True] * len(x)))(x)  # type: ignore[arg-type, return-value]
+    with pytest.raises(TypeError, match="x is a ndarray; it must be a tensor"):
+        defended(x.numpy())
     with pytest.raises(TypeError, match="detector is given; a trajectory"):
         next(defended.trajectory(x))
     with pytest.raises(TypeError, match="detector is a Purifier"):

@@ -205,6 +205,28 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path, changed: dict[str
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
+def test_what_has_no_results_yet_may_change(tmp_path: Path) -> None:
+    """A run that stopped before its first result has written its settings, and binds nobody to them."""
+    x, y = scenes(2).tensors
+    wrong = evaluation(TensorDataset(x, y + 100), attackers=[])
+    with pytest.raises(ValueError, match="labels"):
+        wrong.run(tmp_path)
+    assert (tmp_path / "study.json").exists()
+    attackers = [Attacker("late", lambda model, defended: attacks.PGD(model, steps=1), knows=False)]
+    evaluation(TensorDataset(x, y), attackers=attackers).begin(tmp_path)
+    report = evaluation(TensorDataset(x, y), attackers=[]).run(tmp_path)
+    attackers = [Attacker("late", lambda model, defended: attacks.PGD(model, steps=2), knows=False)]
+    assert evaluation(TensorDataset(x, y), attackers=attackers).begin(tmp_path) == 2 * len(report.table())
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"attackers": {}, "defenses": 3}'])
+def test_a_damaged_study_is_refused(tmp_path: Path, content: str) -> None:
+    evaluation(scenes(2), attackers=[]).run(tmp_path)
+    (tmp_path / "study.json").write_text(content)
+    with pytest.raises(ValueError, match=r"study\.json is not as equifast wrote it; choose another folder"):
+        evaluation(scenes(2), attackers=[]).run(tmp_path)
+
+
 def test_a_line_of_somebody_else_is_refused(tmp_path: Path) -> None:
     evaluation(attackers=[]).run(tmp_path)
     with (tmp_path / "records.jsonl").open("a") as file:
@@ -1006,6 +1028,23 @@ def test_data_that_are_refused(folder: Path) -> None:
             open_data(folder / path, **settings)  # type: ignore[arg-type]
 
 
+def test_damaged_files_are_named(folder: Path) -> None:
+    whole = (folder / "dense.npz").read_bytes()
+    for content in (b"", b"hello", whole[: len(whole) // 2], whole[:40] + bytes(200) + whole[240:]):
+        (folder / "damaged.npz").write_bytes(content)
+        with pytest.raises(ValueError, match=r"damaged\.npz cannot be read"):
+            open_data(folder / "damaged.npz")
+    data = open_data(folder / "dense")
+    for kind in ("images", "labels"):
+        path = sorted((folder / "dense" / kind).iterdir())[0]
+        path.write_bytes(path.read_bytes()[:-30])
+        with pytest.raises(ValueError, match=f"{kind}/{path.name} cannot be read"):
+            data[0]
+        path.unlink()
+        with pytest.raises(FileNotFoundError, match=path.name):
+            data[0]
+
+
 def command(folder: Path, *more: object) -> list[str]:
     settings = ["--model", f"{folder / 'model.py'}:dense", "--steps", "2", "--images", "4", *map(str, more)]
     return ["evaluate", str(folder / "dense.npz"), "-o", str(folder / "out"), *settings]
@@ -1133,13 +1172,15 @@ def idle(made: Evaluation, parts: list[Any], cells: Any, kept: Records, progress
 
 def test_a_folder_is_written_by_one_at_a_time(tmp_path: Path) -> None:
     manifest: dict[str, Any] = {"data": {}, "attackers": {}, "defenses": {}}
-    with Records(tmp_path, manifest), pytest.raises(ValueError, match=r"records\.jsonl is being written by another"):
-        Records(tmp_path, manifest)
+    with Records(tmp_path, manifest):
+        for part in (None, Part(0, 2)):
+            with pytest.raises(ValueError, match="is being written by another process; wait"):
+                Records(tmp_path, manifest, part)
     with Records(tmp_path, manifest, Part(0, 2)) as first, Records(tmp_path, manifest, Part(1, 2)):
         first.add(iter([{"image": "a", "defense": "b", "attack": "c"}]))
-        with pytest.raises(ValueError, match=r"records-1-of-2\.jsonl is being written by another process; wait"):
+        with pytest.raises(ValueError, match="is being written by another process; wait"):
             Records(tmp_path, manifest)
-        with pytest.raises(ValueError, match="is being written"):
+        with pytest.raises(ValueError, match=r"records-2-of-2\.jsonl is being written by another process; wait"):
             Records(tmp_path, manifest, Part(1, 2))
     assert set(Records(tmp_path, manifest).results) == {("a", "b", "c")}
     assert [path.name for path in tmp_path.glob("records*")] == ["records.jsonl"]

@@ -70,6 +70,21 @@ def test_purifier_and_attack_run() -> None:
     assert (purifier.score(purifier(adversarial)) > purifier.score(adversarial)).all()
 
 
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_unrolled_gradients_are_those_of_the_cpu(dtype: str) -> None:
+    model, x = cases.dense(), cases.images()
+    weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+
+    def gradient(device: str, dtype: str) -> torch.Tensor:
+        purifier = Purifier(model.to(device), steps=1, noise=False, start="origin", dtype=dtype)
+        leaf = x.to(device, copy=True).requires_grad_()
+        loss = (purifier.unrolled(leaf, 1) * weights.to(device)).sum()
+        return torch.autograd.grad(loss, leaf)[0].cpu() - weights
+
+    found, expected = gradient("cuda", dtype).flatten(1), gradient("cpu", "float32").flatten(1)
+    assert torch.nn.functional.cosine_similarity(found, expected).min() > (0.999 if dtype == "float32" else 0.9)
+
+
 @pytest.mark.usefixtures("_native")
 def test_results_are_the_same_in_every_run() -> None:
     anchor, views, theta = test_native.problem("wide", 0, "channels_last", torch.bfloat16, "cuda")

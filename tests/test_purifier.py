@@ -18,6 +18,7 @@ from equifast import Defended, Purifier, views
 from equifast.ascent import Ascent
 from equifast.attacks import BPDA, PGD
 from equifast.balls import Linf
+from equifast.defenses import Invariance
 from equifast.evaluate import PARTS, profile_step
 from equifast.features import suggest
 from equifast.objectives import Equivariance, number_of_pairs, pairwise
@@ -447,6 +448,8 @@ def test_what_has_no_step_to_profile() -> None:
     for purifier, x in ((Purifier(cases.dense()), cases.images(0)), (Purifier(cases.dense(), steps=0), cases.images())):
         with pytest.raises(ValueError, match="there must be a step to profile"):
             profile_step(purifier, x)
+    with pytest.raises(TypeError, match="purifier is a Invariance; a profile is of one that climbs equivariance"):
+        profile_step(Invariance(cases.dense()), cases.images())
 
 
 def test_freed_memory_is_kept() -> None:

@@ -83,12 +83,19 @@ def test_a_study_runs(tmp_path: Path, name: str, model: nn.Module) -> None:
     with torch.no_grad():
         y = model(x).argmax(1)
     pgd = Attacker("PGD", lambda model, defended: attacks.PGD(model, steps=2), knows=False)
-    made = Evaluation(model, TensorDataset(x, y), [pgd], sweep.defenses, eps=4 / 255, score=sweep.score)
+    first = next(iter(sweep.defenses.values()))
+
+    def some(model: nn.Module, defended: DefendedModel) -> attacks.PGD | None:
+        return None if defended is first else attacks.PGD(model, steps=1)
+
+    attackers = [pgd, Attacker("some", some)]  # of some rows alone
+    made = Evaluation(model, TensorDataset(x, y), attackers, sweep.defenses, eps=4 / 255, score=sweep.score)
     report = made.run(tmp_path)
     assert set(report.table()) == set(sweep.defenses)
     if sweep.places is not None:
         assert set(sweep.places) == set(sweep.defenses)
     settings = [json.dumps(_settings(defended), sort_keys=True) for defended in sweep.defenses.values()]
+    assert set(report.table()[next(iter(sweep.defenses))]) < {"clean", "PGD", "some", "worst"}
     assert len(set(settings)) == len(settings), "two rows are the same"
     for path in plots.save(plots.sweep(report, sweep), tmp_path / name):
         assert path.stat().st_size > 1000

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from equifast import Defended, Purifier, attacks, rng
+from equifast.evaluate.studies import Constrained
 
 
 class Smooth(nn.Module):
@@ -38,6 +39,7 @@ def derivative(purifier: Purifier, x: Tensor, weights: Tensor, last: int) -> Ten
         {"view_gradient": 0},
         {"followed": 2},
         {"reduction": "pixel"},
+        {"positions": 3},
     ],
     ids=str,
 )
@@ -45,7 +47,8 @@ def test_against_differences_of_values(settings: dict[str, Any]) -> None:
     """Steps in an L2 ball are smooth: all of them, from the image on, have the derivative of the values."""
     model = Smooth().double()
     settings = {"noise": False, "momentum": 0, **settings}
-    purifier = Purifier(model, norm="l2", eps=0.3, steps=3, step_size=0.15, start="origin", **settings)
+    kind: type[Purifier] = Constrained if "positions" in settings else Purifier
+    purifier = kind(model, norm="l2", eps=0.3, steps=3, step_size=0.15, start="origin", **settings)
     generator = torch.Generator().manual_seed(1)
     x = 0.3 + 0.4 * torch.rand(1, 3, 6, 7, generator=generator, dtype=torch.float64)
     weights, direction = (torch.randn(x.shape, generator=generator, dtype=torch.float64) for _ in range(2))

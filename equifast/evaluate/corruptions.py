@@ -40,7 +40,7 @@ def _library() -> ModuleType:
     except ImportError as error:
         raise RuntimeError(
             f"corruptions need imagecorruptions-imaug, which cannot be imported ({error}); "
-            "pip install 'equifast[corruptions]'"
+            "pip install it, or equifast with the extra 'corruptions'"
         ) from None
     module: ModuleType = imagecorruptions
     return module

@@ -1,5 +1,7 @@
 """Labeled images from files: what an evaluation runs on."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-__all__ = ["SUFFIXES", "Arrays", "ClassFolders", "LabelFolders", "open_data"]
+__all__ = ["SUFFIXES", "Arrays", "ClassFolders", "LabelFolders", "first_line", "open_data"]
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
 
@@ -27,6 +29,22 @@ def _pick(total: int, count: int | None, what: str) -> list[int]:
     return [int(i) for i in np.linspace(0, total - 1, count).round()]
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """What goes wrong with a file names it, and is a ValueError or an OSError."""
+    try:
+        yield
+    except Exception as error:  # Pillow, NumPy and zipfile raise many kinds for broken files
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
+        raise ValueError(f"{path} cannot be read: {first_line(error)}") from error
+
+
 class Arrays(Dataset[Item]):
     """An ``.npz`` file with ``images``, uint8 (N, H, W, 3), and ``labels``, integers (N,) or (N, H, W).
 
@@ -36,10 +54,12 @@ class Arrays(Dataset[Item]):
     """
 
     def __init__(self, path: Path, images: int | None = None) -> None:
-        with np.load(path) as arrays:
-            if not {"images", "labels"} <= set(arrays.files):
-                raise ValueError(f"{path} has {', '.join(arrays.files) or 'nothing'}; it must have images and labels")
-            pixels, labels = arrays["images"], arrays["labels"]
+        with _reading(path), path.open("rb") as file, np.load(file) as arrays:
+            found = {name: arrays[name] for name in arrays.files if name in ("images", "labels")}
+            names = ", ".join(arrays.files) or "nothing"
+        if len(found) < 2:
+            raise ValueError(f"{path} has {names}; it must have images and labels")
+        pixels, labels = found["images"], found["labels"]
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3 or len(pixels) != len(labels):
             raise ValueError(
                 f"{path} has images {pixels.shape} of {pixels.dtype} and {len(labels)} labels; "
@@ -71,7 +91,7 @@ class _Files(Dataset[Item]):
         return len(self._paths)
 
     def _image(self, path: Path) -> Tensor:
-        with Image.open(path) as file:
+        with _reading(path), Image.open(path) as file:
             image = file.convert("RGB")
         if self._size is not None:  # PIL's bilinear resize is antialiased
             image = image.resize(self._size[::-1], Image.Resampling.BILINEAR)
@@ -99,14 +119,16 @@ class LabelFolders(_Files):
                 raise ValueError(f"{path} is not there; every image must have a file of labels")
 
     def __getitem__(self, index: int) -> Item:
-        with Image.open(self._labels[index]) as file:
-            if file.mode not in ("L", "P"):
-                raise ValueError(f"{self._labels[index]} has mode {file.mode}; it must be gray or indexed")
-            label = file if self._size is None else file.resize(self._size[::-1], Image.Resampling.NEAREST)
-            y = torch.from_numpy(np.array(label)).long()
+        path = self._labels[index]
+        with _reading(path), Image.open(path) as file:
+            mode = file.mode
+            label = np.array(file if self._size is None else file.resize(self._size[::-1], Image.Resampling.NEAREST))
+        if mode not in ("L", "P"):
+            raise ValueError(f"{path} has mode {mode}; it must be gray or indexed")
+        y = torch.from_numpy(label).long()
         x = self._image(self._paths[index])
         if x.shape[1:] != y.shape:
-            raise ValueError(f"{self._labels[index]} has size {tuple(y.shape)}; its image has {tuple(x.shape[1:])}")
+            raise ValueError(f"{path} has size {tuple(y.shape)}; its image has {tuple(x.shape[1:])}")
         return x, y
 
 

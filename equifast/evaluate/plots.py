@@ -124,8 +124,10 @@ def sweep(report: Report, swept: Sweep) -> Figure:
     names = list(swept.defenses)
     places = [float(i) if swept.places is None else swept.places[name] for i, name in enumerate(names)]
     for attack in (CLEAN, *dict.fromkeys(attack for name in names for attack in report.attacks(name))):
-        found = [table[name][attack] for name in names]
-        _points(axis, places, found, attack, marker="o", linestyle="" if swept.places is None else "-")
+        # not every attacker is one of every defense
+        met = [(place, table[name][attack]) for place, name in zip(places, names, strict=True) if attack in table[name]]
+        line = "" if swept.places is None else "-"
+        _points(axis, [place for place, _ in met], [found for _, found in met], attack, marker="o", linestyle=line)
     if swept.places is None:
         axis.set_xticks(places, names, rotation=30, ha="right")
     elif max(places) > 100 * min(places):

@@ -3,10 +3,11 @@
 import hashlib
 import json
 import os
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -155,8 +156,8 @@ class Part:
 class Records:
     """``study.json``, what is evaluated, and ``records.jsonl``, a line for each image and cell that is done.
 
-    A part of an evaluation writes a file of its own beside, which who opens the folder next as a whole takes over. What
-    another process is writing is refused.
+    A part of an evaluation writes a file of its own beside, which who opens the folder next as a whole takes over. From
+    its opening until it is left it holds ``study.lock``, a part its own file: who else wants them is refused.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any], part: Part | None = None) -> None:
@@ -164,43 +165,53 @@ class Records:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._path = folder, folder / "records.jsonl"
         self.results: dict[tuple[str, str, str], dict[str, Any]] = {}
-        self._compare(write=part is None)
-        lines, whole = self._read(self._path)
+        self._held: list[Callable[[], object]] = []
+        try:
+            self._hold(folder / "study.lock", shared=part is not None)
+            self._open(part)
+        except BaseException:
+            self._release()
+            raise
+
+    def _open(self, part: Part | None) -> None:
+        lines, end = self._read(self._path)
         if part is not None:
-            self._path = folder / f"records-{part.number + 1}-of-{part.parts}.jsonl"
-            lines, whole = self._read(self._path)
-        others = sorted(folder.glob("records-*-of-*.jsonl")) if part is None else []
-        for path in (self._path, *others):
-            if path.exists():
-                with path.open("rb") as file:
-                    self._lock(file, path)
+            self._path = self._folder / f"records-{part.number + 1}-of-{part.parts}.jsonl"
+            self._hold(self._path)
+            _, end = self._read(self._path)
+        others = sorted(self._folder.glob("records-*-of-*.jsonl")) if part is None else []
         for other in others:
             lines += self._read(other)[0]
-        if others or not whole:
-            beside = self._path.with_suffix(".partial")
-            with beside.open("wb") as file:
-                file.write(b"".join(lines))
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(self._path)
+        self._compare(write=part is None)
+        if others:
+            _replace(self._path, b"".join(lines))
+        elif self._path.exists() and self._path.stat().st_size > end:
+            os.truncate(self._path, end)
         for other in others:
             other.unlink()
 
-    def _lock(self, file: IO[bytes], path: Path) -> None:
-        """For as long as the file is open, or its process lives; ValueError where another has it."""
+    def _hold(self, path: Path, shared: bool = False) -> None:
+        """Until it is left, or its process ends; ValueError where another has it."""
         try:
             import fcntl
         except ImportError:  # no Unix
             return
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        self._held.append(weakref.finalize(self, os.close, descriptor))
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{path} is being written by another process; wait for it, or stop it") from None
+            what = path.parent if path.suffix == ".lock" else path
+            raise ValueError(f"{what} is being written by another process; wait for it, or stop it") from None
         except OSError:  # a file system without locks
             return
 
-    def _read(self, path: Path) -> tuple[list[bytes], bool]:
-        """The lines of a file that are new, and whether the last was not torn by a run that was killed writing it."""
+    def _release(self) -> None:
+        for release in self._held:
+            release()
+
+    def _read(self, path: Path) -> tuple[list[bytes], int]:
+        """The lines of a file that are new, and where they end: a run that was killed may have torn the last one."""
         content = path.read_bytes() if path.exists() else b""
         end, found = content.rfind(b"\n") + 1, []
         for text in content[:end].splitlines(keepends=True):
@@ -212,47 +223,46 @@ class Records:
             if key not in self.results:
                 self.results[key] = line
                 found.append(text)
-        return found, end == len(content)
+        return found, end
 
     def _compare(self, write: bool) -> None:
-        """Refuses a folder of other data or settings; more attackers and defenses may come."""
+        """Refuses results of other data or settings; more attackers and defenses may come."""
         path = self._folder / "study.json"
         now = self._manifest
         if path.exists():
-            was = json.loads(path.read_text())
-            keys = dict.fromkeys((*now, *was))
+            was = _manifest(path)
+            every = bool(self.results) or not write  # a part has them as they were just written
+            keys = dict.fromkeys((*now, *was) if every else ())
             changed = [
                 f"{key}{_apart(was.get(key), now.get(key))}"
                 for key in keys
                 if key not in ("attackers", "defenses") and _told(was.get(key)) != _told(now.get(key))
             ]
-            for kind in ("attackers", "defenses"):
+            seen: dict[str, set[str]] = {"defenses": {defense for _, defense, _ in self.results}}
+            seen["attackers"] = {
+                name for _, defense, attack in self.results for name in (attack, f"{defense} / {attack}")
+            }
+            for kind, found in seen.items():  # of others there is only what a run had before it
                 changed += [
                     f"{kind[:-1]} {name}"
                     for name, settings in now[kind].items()
-                    if name in was[kind] and _told(was[kind][name]) != _told(settings)
+                    if (name in found or not write) and _told(was[kind].get(name)) != _told(settings)
                 ]
-                now[kind] = {**was[kind], **now[kind]}
+                now[kind] = {name: was[kind][name] for name in was[kind] if name in found} | now[kind]
             if changed:
                 raise ValueError(f"{self._folder} holds results of another {', '.join(changed)}; choose another folder")
-        elif self._path.exists():
+        elif self.results:
             raise ValueError(f"{self._folder} has records and no study.json; choose another folder")
         if write:
-            part = path.with_suffix(".partial")
-            part.write_text(json.dumps(now, indent=2) + "\n")
-            part.replace(path)
+            _replace(path, (json.dumps(now, indent=2) + "\n").encode())
 
     def __enter__(self) -> "Records":
         self._file = self._path.open("ab", buffering=0)
-        try:
-            self._lock(self._file, self._path)
-        except ValueError:
-            self._file.close()
-            raise
         return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+        self._release()
 
     def add(self, lines: Iterator[dict[str, Any]]) -> None:
         found = list(lines)
@@ -266,6 +276,27 @@ class Records:
             raise OSError(f"{self._path} took {written} of {len(content)} bytes: the disk is full")
         for line in found:
             self.results[line["image"], line["defense"], line["attack"]] = line
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """A ``study.json``, as it was written."""
+    try:
+        found = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(found.get(kind), dict) for kind in ("attackers", "defenses")):
+        raise ValueError(f"{path} is not as equifast wrote it; choose another folder")
+    return found
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file beside, which takes the place of the one that was there once it is on the disk."""
+    beside = path.with_suffix(".partial")
+    with beside.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
 
 
 def _told(value: object) -> str:

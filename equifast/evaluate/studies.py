@@ -70,6 +70,9 @@ class _Subset(Equivariance):
     def gradient(self, x: Tensor, t: int) -> tuple[Tensor, Tensor]:
         return Agreement.gradient(self, x, t)
 
+    def slope(self, x: Tensor, t: int) -> Tensor:
+        return Agreement.slope(self, x, t)
+
 
 class Constrained(Purifier):
     """A purifier whose views must agree at some positions of the features alone (paper: Figure 3).

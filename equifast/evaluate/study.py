@@ -617,7 +617,7 @@ class Report:
                     cell["purified"] = _values(accuracy(self.purified[defense][attack]))
                 if attack in self.losses.get(defense, {}):
                     mean = self.losses[defense][attack].mean(0).flatten()
-                    cell["loss"] = [float(f"{value:.5g}") for value in mean]
+                    cell["loss"] = [float(f"{value:.5g}") if np.isfinite(value) else None for value in mean]
                 rows.setdefault(defense, {})[attack] = cell
         kept = {"figure": self.figure, "images": self.images, "votes": self.votes, "target": self.target}
         kept |= {} if self.target is None else {"left out": self.left_out}

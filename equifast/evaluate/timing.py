@@ -118,6 +118,7 @@ def profile_step(purifier: Purifier, x: Tensor, rounds: int = 5) -> Profile:
 
     Raises:
         ValueError: as a call of the purifier does; if ``x`` is empty, or the purifier makes no step.
+        TypeError: if it climbs another objective than equivariance.
     """
     _checks.integer("rounds", rounds, 1, 10**6)
     _checks.images("x", x, channels=3)
@@ -125,6 +126,8 @@ def profile_step(purifier: Purifier, x: Tensor, rounds: int = 5) -> Profile:
         raise ValueError("x is empty or the purifier has no steps; there must be a step to profile")
     found: list[dict[str, float]] = []
     with purifier._objective(x, None, 0, purifier.views_per_step) as (images, objective, seed, ids):
+        if type(objective) is not Equivariance:
+            raise TypeError(f"purifier is a {type(purifier).__name__}; a profile is of one that climbs equivariance")
         timed = copy.copy(objective)
         timed.__class__ = _Timed
         assert isinstance(timed, _Timed)
