@@ -411,7 +411,8 @@ class APGD(Attack):
         objective: ``"ce"``, cross-entropy; ``"dlr"``, the difference of logits ratio; ``"targeted-dlr"``, which in each
             restart aims at another class, the next in the order in which the model has them on the given image. Of
             several restarts each image keeps the one with the largest ratio. Ratios take at least three classes,
-            respectively four. Of dense labels a ratio counts up to 1, what the first is where the label has come third.
+            respectively four. Of dense labels, and through a defense, a ratio counts up to 1, what the first is where
+            the label has come third.
     """
 
     def __init__(self, model: Callable[..., Any], *, objective: str = "ce", **settings: Any) -> None:
@@ -435,8 +436,9 @@ class APGD(Attack):
 
     def _ratio(self, difference: Tensor, scale: Tensor, y: Tensor) -> Tensor:
         ratio = difference / (scale + 1e-12)
-        # Of one label it ends with the attack. Of many, those that are lost would take over: it grows without bound
-        return self._mean(ratio if y.dim() == 1 else ratio.clamp(max=1.0), y)
+        # Of one label it ends with the attack. Of many, or of many draws, those that are lost would take over: it grows
+        # without bound
+        return self._mean(ratio if y.dim() == 1 and self.eot is None else ratio.clamp(max=1.0), y)
 
     def _objective(self, predict: Prediction, x: Tensor, y: Tensor, ids: Tensor, ranked: bool = False) -> Objective:
         if self.objective != "targeted-dlr":
@@ -510,7 +512,7 @@ class Adaptive(Attack):
                 found = self._climb(Sum(task, Scaled(similarity, weight)), x, call, advance)
             value = judge.value(found)
             better = value > most
-            best[better], most[better] = found[better], value[better]
+            best[better], most[better] = found[better], value[better].to(most.dtype)
         return best
 
 
@@ -561,7 +563,8 @@ class Square(Attack):
         ball, steps, stream = self.ascent.ball, self.ascent.steps, rng.Stream.START.of(2)
         channels, height, width = x.shape[1:]
         stripes = rng.uniform(call.seed, stream, ids, 0, 0, channels * width).view(-1, channels, 1, width)
-        best, best_value = x.clone(), x.new_full((len(x),), -torch.inf)
+        wide = torch.promote_types(x.dtype, torch.float32)  # late squares change less than a step of 16 bits
+        best, best_value = x.clone(), torch.full((len(x),), -torch.inf, dtype=wide, device=x.device)
         on = torch.arange(len(x), device=x.device)  # images that still have labels to change
         for t in range(steps):
             if t == 0:
@@ -668,14 +671,17 @@ class CWL2(Attack):
                     distance = row_sum((image - x).flatten(1).square())
                     short, won = torch.zeros_like(least), torch.zeros_like(least)
                     for draw in draws:
-                        *_, logits = predict(image.to(given.dtype, copy=True), call.ids, draw)
-                        margin = margins(logits, y, self.ignore_index)
-                        margin = -margin if self.targeted else margin
-                        short = short + self._mean((self.confidence - margin).clamp(min=0), y) / len(draws)
+                        found = list(predict(image.to(given.dtype, copy=True), call.ids, draw))
+                        for logits in found:
+                            margin = margins(logits, y, self.ignore_index)
+                            margin = -margin if self.targeted else margin
+                            apart = (self.confidence - margin).clamp(min=0)
+                            short = short + self._mean(apart, y) / (len(draws) * len(found))
                         reached = (margin > 0) & (margin >= self.confidence)
-                        won = won + self._mean(reached.to(won.dtype), y) / len(draws)
+                        won = won + self._mean(reached.to(won.dtype), y)
                     (gradient,) = torch.autograd.grad((distance + c * short).sum(), [w])
-                success = won >= (1.0 if y.dim() == 1 else self.share)
+                # not their mean, which falls short of 1 by rounding
+                success = won >= len(draws) * (1.0 if y.dim() == 1 else self.share)
                 nearer = success & (distance < least)
                 best = torch.where(nearer.view(-1, 1, 1, 1), image, best).detach()
                 least, won_once = torch.where(nearer, distance, least).detach(), won_once | success
@@ -817,7 +823,7 @@ class Spatial(Attack):
         with torch.no_grad():
             *_, logits = predict(x.clone(), call.ids, draw)
         if self.search in ("grid", "everything"):
-            return self._through_grid(lambda images, ids: next(iter(predict(images, ids, draw))), x, y, call)
+            return self._through_grid(predict, x, y, call)
         task = self._task(predict, logits, y, call.ids)
         middle = x.new_full((len(x), 3, 1, 1), 0.5)
         found = self._climb(_Transformed(task, x, self._parameters, self.two_pass), middle, call, call.progress)
@@ -839,8 +845,13 @@ class Spatial(Attack):
 
         return TaskLoss(predict, loss, (clean,), ids, self._draws)
 
-    def _through_grid(self, predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor, call: Call) -> Tensor:
-        """What :meth:`find` gives of a grid: (N, 3); or, of everything, (N, P)."""
+    def _through_grid(self, predict: Prediction, x: Tensor, y: Tensor, call: Call) -> Tensor:
+        """What :meth:`find` gives of a grid: (N, 3); or, of everything, (N, P). A point fails where all draws do."""
+
+        def last(images: Tensor, ids: Tensor, draw: int) -> Tensor:
+            *_, logits = predict(images, ids, draw)
+            return logits
+
         everything = self.search == "everything"
         points = self.grid.points().to(x.device)[list(range(len(self.order)) if everything else self.order)]
         n, total = len(x), len(points)
@@ -862,9 +873,10 @@ class Spatial(Attack):
             fill[: len(row)] = torch.arange(len(row), device=x.device)
             moved = transform(x[image[fill]], points[point[fill]], two_pass=self.two_pass).clamp(0, 1)
             with torch.no_grad():
-                logits = predict(moved, call.ids[image[fill]])[: len(row)]
-                value = sign * self.loss(logits, y[image]).double()
-            failed = (logits.argmax(1) == y[image]) == self.targeted
+                ids = call.ids[image[fill]]
+                found = [last(moved.clone(), ids, draw)[: len(row)] for draw in self._draws(0)]
+                value = sign * torch.stack([self.loss(logits, y[image]).double() for logits in found]).mean(0)
+            failed = torch.stack([(logits.argmax(1) == y[image]) == self.targeted for logits in found]).all(0)
             place[at] += counts
             if everything:
                 failures[image, point] = failed.to(failures)

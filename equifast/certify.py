@@ -150,7 +150,7 @@ def clever(
     with evaluating(x, model):
         with torch.no_grad():
             # one by one, since a linear layer's last bits depend on the batch
-            logits = torch.cat([output(model(image)) for image in x.split(1)]) if len(x) else x.new_zeros(0, 2)
+            logits = torch.cat([output(model(image.clone())) for image in x.split(1)]) if len(x) else x.new_zeros(0, 2)
         if logits.dim() != 2 or logits.shape[1] < 2:
             raise ValueError(f"model gave {_checks.shape(logits)}; it must give logits (N, classes), 2 classes or more")
         labels = logits.argmax(1) if y is None else y
@@ -223,7 +223,7 @@ def _norms(model: Callable[..., Any], points: Tensor, label: int, asked: list[in
     """(S, len(asked)): the dual norms of the gradients of a label's margins over others."""
     with torch.enable_grad():
         leaf = points.requires_grad_()
-        logits = output(model(leaf))
+        logits = output(model(leaf.clone()))  # models may work in place
         if not logits.requires_grad:
             raise ValueError("model has an output that does not depend on the image by gradients")
         margins = (logits[:, label, None] - logits[:, asked]).sum(0)

@@ -225,7 +225,7 @@ def purify(
         ledger = _Ledger(output, _arguments(model, network, purifier, features))
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         raise _fail(first_line(error)) from error
-    failed = 0
+    failed, known = 0, features is not None
     with ledger, _progress() as progress:
         task = progress.add_task("purifying", total=len(targets))
         for source, name in targets:
@@ -239,8 +239,8 @@ def purify(
                 digest = hashlib.sha256(source.read_bytes()).hexdigest()
                 if not ledger.has(name, digest):
                     x = read_image(source)[None].to(_device(device))
-                    if features is None:  # found on the first image, the same for all
-                        features = _find_features(network, x)
+                    if not known:  # found on the first image, the same for all
+                        features, known = _find_features(network, x), True
                         purifier = Purifier(network, features, preset, radius, number)
                     line = _purify_one(purifier, features, x, output / name, advance)
                     ledger.add({"image": name.as_posix(), "source": str(source), "sha256": digest, **line})
@@ -1072,7 +1072,7 @@ def _find_features(network: nn.Module, x: Tensor) -> str | None:
     """The model's own output where it is dense, else its last dense submodule."""
     try:
         with evaluating(x, network), torch.no_grad():
-            Features(network)(x)
+            Features(network)(x.clone())  # models may work in place
     except ValueError:
         name = suggest(network, x)
         if name is None:

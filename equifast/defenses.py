@@ -268,7 +268,8 @@ class _WithHead(_Other):
 
     def _restore(self, tensors: dict[str, Tensor]) -> None:
         hidden, channels = tensors["first.weight"].shape
-        head = _Head(channels, self._OUT, hidden)
+        with torch.random.fork_rng(devices=[]):  # which its first weights, soon to be replaced, would advance
+            head = _Head(channels, self._OUT, hidden)
         head.load_state_dict(tensors)
         self.head = head.eval().requires_grad_(False)
 

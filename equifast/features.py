@@ -196,7 +196,7 @@ def suggest(model: nn.Module, x: Tensor) -> str | None:
             handles.append(module.register_forward_hook(note))
     try:
         with evaluating(x, model), torch.no_grad():
-            model(x)
+            model(x.clone())  # models may work in place
     finally:
         for handle in handles:
             handle.remove()

@@ -399,7 +399,7 @@ class Purifier:
                 return self.ascent.move(objective.given(given), x, momentum, origin, 0, place)
 
             views = tuple((self.views.index(view.view), view.size, view.followed) for view in sampled)
-            key = (x.shape, x.stride(), x.dtype, x.device, objective.lowered, views)
+            key = (self.ascent, x.shape, x.stride(), x.dtype, x.device, objective.lowered, views)
             x, momentum = capture(owner, key, move, (x, momentum, origin, theta, parameters, *drawn))
             return x, momentum
 

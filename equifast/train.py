@@ -248,19 +248,25 @@ def train(
         generator = torch.Generator().manual_seed(_mixed(seed, epoch))
         loader = DataLoader(data, batch, sampler=RandomSampler(data, generator=generator), drop_last=True)  # type: ignore[arg-type]
         # what the model draws itself comes from the global generator, which is left as it was
-        with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
-            torch.manual_seed(_mixed(seed, epoch) ^ 1)
+        on_cuda = run.device.type == "cuda"
+        with torch.random.fork_rng([run.device] if on_cuda else []):
+            torch.default_generator.manual_seed(_mixed(seed, epoch) ^ 1)  # torch.manual_seed is of all devices
+            if on_cuda:
+                with torch.cuda.device(run.device):
+                    torch.cuda.manual_seed(_mixed(seed, epoch) ^ 1)
             model.train()
-            for step, (x, y) in enumerate(loader):
-                done = epoch * steps + step
-                for group in optimizer.param_groups:
-                    group["lr"] = rate * _SCHEDULES[schedule]((done + 0.5) / (epochs * steps))
-                totals += run.step(x, y, generator)
-                if not math.isfinite(float(totals[0])):
-                    raise FloatingPointError(f"the loss is not finite at step {step + 1} of epoch {epoch + 1}")
-                if progress is not None:
-                    progress(done + 1, epochs * steps)
-        model.eval()
+            try:
+                for step, (x, y) in enumerate(loader):
+                    done = epoch * steps + step
+                    for group in optimizer.param_groups:
+                        group["lr"] = rate * _SCHEDULES[schedule]((done + 0.5) / (epochs * steps))
+                    totals += run.step(x, y, generator)
+                    if not math.isfinite(float(totals[0])):
+                        raise FloatingPointError(f"the loss is not finite at step {step + 1} of epoch {epoch + 1}")
+                    if progress is not None:
+                        progress(done + 1, epochs * steps)
+            finally:
+                model.eval()
         names = ("loss", "cross-entropy", "penalty", "accuracy")
         row = {"epoch": epoch + 1, **dict(zip(names, (totals / steps).tolist(), strict=True))}
         row["seconds"] = time.perf_counter() - start

@@ -2,7 +2,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import cases
 import numpy as np
@@ -14,6 +14,7 @@ from equifast import Defended, Purifier, attacks, defenses, reference, rng, view
 from equifast.evaluate import confusion
 from equifast.objectives import cross_entropy
 from equifast.purifier import DefendedModel
+from equifast.spatial import Grid
 
 
 def labels(model: nn.Module, x: Tensor, void: bool = True) -> Tensor:
@@ -490,6 +491,65 @@ def test_searches_turn_a_random_defense_in_other_draws_too() -> None:
         attacks.CWL2(model, steps=60, searches=3, constant=0.1, rate=0.02),
     ):
         assert wrong(attacks.BPDA(attack, noisy, eot=3)(x, y, ids)) > wrong(x) + 0.25
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_many_draws_that_all_turn_are_a_success(dtype: torch.dtype) -> None:
+    """Twelfths, and sixths in double, do not add up to 1."""
+    model, x = cases.classifier().to(dtype), cases.images(2, 16, 16).to(dtype)
+    model.eval()
+    defense = Defended(model, lambda x, ids=None, draw=0: x)
+    with torch.no_grad():
+        y = model(x).argmax(1)
+        turned = []
+        for eot in (1, 6, 12):
+            found = attacks.BPDA(attacks.CWL2(model, steps=20, searches=2, rate=0.05), defense, eot=eot)(x, y)
+            turned.append((model(found).argmax(1) != y).tolist())
+        assert any(turned[0])
+        assert turned[1] == turned[2] == turned[0]
+
+
+def test_a_grid_through_a_defense_takes_all_its_draws() -> None:
+    class Lucky(DefendedModel):
+        """Wrong at draw 1 alone, and at every draw where the image is turned."""
+
+        draws: ClassVar[list[int]] = []
+
+        def forward(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
+            self.draws.append(draw)
+            wrong = torch.full((len(x),), draw == 1) | (x[:, :, 0, 0].sum(1) == 0)
+            return torch.stack((~wrong, wrong), 1).to(x.dtype)
+
+    x, y = (cases.images(2, 16, 16) + 0.01).clamp(max=1), torch.zeros(2, dtype=torch.int64)
+    grid = Grid(degrees=30, pixels=0, counts=(3, 1, 1))
+    model = Lucky(cases.classifier())
+    for eot, turned in ((1, False), (3, True)):
+        found = attacks.BPDA(attacks.Spatial(model, grid=grid, order=(2, 0, 1)), model, eot=eot)
+        model.draws.clear()
+        moved = found(x, y)
+        assert set(model.draws) == set(range(1, eot + 1))
+        assert bool((moved[:, :, 0, 0].sum(1) == 0).all()) == turned
+
+
+def test_adaptive_in_double() -> None:
+    model = cases.dense().double()
+    x = cases.images().double()
+    found = attacks.Adaptive(model, Purifier(model), steps=2, weight=(0.1, 1.0))(x, labels(model, x))
+    assert found.dtype == torch.float64
+    assert not torch.equal(found, x)
+
+
+def test_square_compares_in_more_than_half() -> None:
+    """Steps of bfloat16 at 3 are a hundred times what a square does here."""
+
+    class Slight(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            margin = 0.01 * x.float().mean((1, 2, 3)) - 3
+            return torch.stack((torch.zeros_like(margin), margin), 1)
+
+    x = cases.images(2, 16, 16).to(torch.bfloat16)
+    found = attacks.Square(Slight(), steps=40, eps=0.1)(x, torch.zeros(2, dtype=torch.int64))
+    assert (found.float().mean((1, 2, 3)) > x.float().mean((1, 2, 3)) + 0.01).all()
 
 
 def test_square_refuses_what_it_does_not_have() -> None:

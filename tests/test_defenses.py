@@ -123,10 +123,12 @@ def test_what_they_refuse() -> None:
         defenses.Rotation(model, views=[views.Flip()])
 
 
-def test_global_random_state_is_left_alone() -> None:
+def test_global_random_state_is_left_alone(tmp_path: Path) -> None:
     purifier = defenses.Contrastive(cases.dense())
     before = torch.get_rng_state()
-    cases.fitted(purifier)
+    cases.fitted(purifier).save(tmp_path / "a.safetensors")
+    assert torch.equal(torch.get_rng_state(), before)
+    purifier.load(tmp_path / "a.safetensors")
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -495,6 +495,9 @@ class OutOfPlace(cases.DenseNet):
 def test_a_model_that_works_in_place(fold: bool) -> None:
     torch.manual_seed(0)
     model = InPlace()
+    given = cases.images()
+    assert suggest(model, given) is not None
+    assert torch.equal(given, cases.images())
     other = OutOfPlace()
     other.load_state_dict(model.state_dict())
     x = cases.images()
