@@ -874,7 +874,9 @@ class Spatial(Attack):
             moved = transform(x[image[fill]], points[point[fill]], two_pass=self.two_pass).clamp(0, 1)
             with torch.no_grad():
                 ids = call.ids[image[fill]]
-                found = [last(moved.clone(), ids, draw)[: len(row)] for draw in self._draws(0)]
+                draws = self._draws(0)  # models may work in place
+                shown = [moved, *(moved.clone() for _ in draws[1:])]
+                found = [last(images, ids, draw)[: len(row)] for images, draw in zip(shown, draws, strict=True)]
                 value = sign * torch.stack([self.loss(logits, y[image]).double() for logits in found]).mean(0)
             failed = torch.stack([(logits.argmax(1) == y[image]) == self.targeted for logits in found]).all(0)
             place[at] += counts

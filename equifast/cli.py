@@ -306,6 +306,7 @@ def detect(
                 chosen.load(fit)
                 chosen = chosen if rate is None else chosen.at(rate)
             else:
+                flagged = 0.05 if rate is None else rate
                 clean = [source for source, _ in find_images([fit])]
                 if not clean:
                     raise ValueError(f"fit is {fit}, which has no PNG, JPEG or WebP file")
@@ -315,7 +316,7 @@ def detect(
                     return progress.track(tensors, task_id=progress.add_task(what, total=len(paths)))
 
                 if head is not None:  # what it was trained on is no measure of it
-                    least = needed(0.05 if rate is None else rate)
+                    least = needed(flagged)
                     if len(clean) < 2 * least:
                         raise ValueError(
                             f"fit has {len(clean)} images, every second one for the head; "
@@ -323,7 +324,7 @@ def detect(
                         )
                     head.fit(opened(clean[::2], "a head"))
                     clean = clean[1::2]
-                chosen.fit(opened(clean, "clean images"), false_positive_rate=0.05 if rate is None else rate)
+                chosen.fit(opened(clean, "clean images"), false_positive_rate=flagged)
             (output / "overlays").mkdir(parents=True, exist_ok=True)
             chosen.save(output / "detector.json")
             if head is not None:

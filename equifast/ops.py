@@ -411,14 +411,18 @@ def _interleaved(t: Tensor) -> bool:
     return channels == 1 and width == t.shape[1] and (t.shape[2] == 1 or height >= t.shape[1] * t.shape[3])
 
 
+def _layout(maps: Tensor) -> torch.memory_format:
+    """In which order maps (N, C, H, W) are in memory."""
+    return torch.channels_last if _interleaved(maps) else torch.contiguous_format
+
+
 def _accumulator(features: Tensor) -> torch.dtype:
     return torch.float64 if features.dtype == torch.float64 else torch.float32
 
 
 def _alike(total: Tensor, anchor: Tensor) -> bool:
     """Whether the kernels can add to ``total`` as they read ``anchor``."""
-    interleaved = _interleaved(anchor)
-    return total.is_contiguous(memory_format=torch.channels_last if interleaved else torch.contiguous_format)
+    return total.is_contiguous(memory_format=_layout(anchor))
 
 
 def _map(like: Tensor, height: int, width: int, interleaved: bool, dtype: torch.dtype) -> Tensor:
@@ -623,12 +627,6 @@ class _Similarity(torch.autograd.Function):
         return for_anchor, None, None, *for_views
 
 
-def _layout(maps: Tensor) -> torch.memory_format:
-    """In which order maps (N, C, H, W) are in memory."""
-    interleaved = maps.is_contiguous(memory_format=torch.channels_last) and not maps.is_contiguous()
-    return torch.channels_last if interleaved else torch.contiguous_format
-
-
 def _inner(a: Tensor, b: Tensor) -> Tensor:
     """The inner products (N,) of maps (N, C, H, W) of one layout, summed in the order in which they are in memory."""
     product = a * b
@@ -685,7 +683,8 @@ _cosine_derivative: Callable[..., tuple[Tensor, Tensor]] = _CosineDerivative.app
 
 def _image_derivative(upstream: Tensor, anchor: Tensor, views: Sequence[Tensor], theta: Tensor) -> list[Tensor]:
     """The derivatives of the similarities by anchor and views, of operations that have one themselves."""
-    layout, wide = _layout(anchor), anchor.to(_accumulator(anchor)).contiguous(memory_format=_layout(anchor))
+    layout = _layout(anchor)
+    wide = anchor.to(_accumulator(anchor)).contiguous(memory_format=layout)
     total, found = torch.zeros_like(wide), []
     for view, own_theta, weight in zip(views, theta, upstream.unbind(1), strict=True):
         back, seen = in_frame(view.to(wide.dtype), own_theta, (anchor.shape[2], anchor.shape[3]))
