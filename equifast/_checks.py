@@ -4,7 +4,8 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from equifast import _C
 
@@ -121,13 +122,14 @@ def ids(value: object, n: int, device: torch.device) -> Tensor:
 
 
 def transformed() -> bool:
-    """Whether torch.func transforms what runs, which it cannot do to functions that bring their own derivative."""
-    return bool(torch._C._are_functorch_transforms_active())
+    """Whether derivatives go forward, or torch.func transforms what runs: not through functions with their own."""
+    return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
 
 
 def _has_values(value: Tensor) -> bool:
-    """Whether values can be looked at: in host memory, and not while torch.compile traces or torch.func transforms."""
-    return value.device.type == "cpu" and not (torch.compiler.is_compiling() or transformed()) and bool(value.numel())
+    """Whether values can be looked at: in host memory, of a plain tensor, and by nobody who traces or transforms."""
+    watched = torch.compiler.is_compiling() or transformed() or type(value) not in (Tensor, nn.Parameter)
+    return value.device.type == "cpu" and not watched and bool(value.numel())
 
 
 def theta(value: object, n: int | None = None, k: int | None = None) -> Tensor:
@@ -259,10 +261,7 @@ def turn_filters(filters: object, order: object) -> None:
 def signed_step(x: object, gradient: object, origin: object, eps: object, ids_given: object) -> Tensor:
     """The arguments of ``signed_step``, on every backend; returns the ids."""
     start = tensor("x", x, 4, "(N, C, H, W)")
-    for name, value in (("gradient", gradient), ("origin", origin)):
-        other = tensor(name, value, 4, "(N, C, H, W)")
-        same_device(name, other, "x", start)
-        if other.shape != start.shape:
-            raise ValueError(f"{name} has shape {shape(other)}; it must be that of x, {shape(start)}")
+    as_another("gradient", gradient, "x", start)
+    as_another("origin", origin, "x", start)
     number("eps", eps, above=0)
     return ids(ids_given, start.shape[0], start.device)

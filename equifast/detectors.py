@@ -631,11 +631,12 @@ class _Run:
 class Deviation(_OfViews):
     """How far what views say of an image is from what they say of clean ones, to either side.
 
-    Of each view and each kind of features three numbers, one minus the cosines of its features with the image's: as
-    whole maps, position by position and pooled; and of each view the variance that it brings into the output. Their
-    logarithms lie, on clean images, about a mean, with a covariance, both of which ``fit`` finds (Ledoit and Wolf
-    2004), and the score is the Mahalanobis distance from it. Views of an attacked image agree less than those of clean
-    ones; those of an image that is blurred, or of something else, may agree more, or in another way.
+    Of each view three numbers, one minus the cosines of its features with the image's: as whole maps, position by
+    position and pooled; the first of these of each further kind of features too; and the variance that it brings into
+    the output. Their logarithms lie, on clean images, about a mean, with a covariance, both of which ``fit`` finds
+    (Ledoit and Wolf 2004), and the score is the Mahalanobis distance from it. Views of an attacked image agree less
+    than those of clean ones; those of an image that is blurred, or of something else, may agree more, or in another
+    way.
 
     Large maps, with a side of more than 64, are averaged over squares of positions first. The threshold is that of
     clean images which the mean and covariance have not seen, by cross-validation over contiguous parts, since images
@@ -644,7 +645,7 @@ class Deviation(_OfViews):
     Args:
         model: images in [0, 1] to logits, (N, C) or dense.
         features: as in :class:`equifast.Purifier`, or a sequence of names, None for the model's own output: they come
-            from the same pass. Layers before the last see blur and weather better.
+            from the same pass. A second, early layer sees blur, weather and foreign images better.
         views: the set of views.
         seed: 0..2**32-1.
         dtype: as in :class:`equifast.Purifier`, but for float16.
@@ -665,7 +666,7 @@ class Deviation(_OfViews):
         super().__init__(model, features, views, seed, dtype)
 
     def _measure(self, x: Tensor, run: _Run, sampled: Sequence[Sampled]) -> Tensor:
-        """(N, (3 F + 1) K): logarithms."""
+        """(N, (F + 3) K): logarithms."""
         (anchors, first), *others = run.of([x, *rendered(x, sampled)])
         for anchor in anchors:
             if anchor.dim() != 4:
@@ -674,11 +675,11 @@ class Deviation(_OfViews):
         first, columns = first.softmax(1), []
         for (maps, output), view in zip(others, sampled, strict=True):
             for anchor, other in zip(anchors, maps, strict=True):
-                whole, positions = (
-                    ops.similarity(anchor, [other], view.theta[None], reduction=how)[:, 0] for how in ("image", "pixel")
-                )
-                ours, its = (functional.normalize(pooled(each), eps=1e-6) for each in (anchor, other))
-                columns += [1 - whole, 1 - positions, 1 - row_sum(ours * its)]
+                columns.append(1 - ops.similarity(anchor, [other], view.theta[None], reduction="image")[:, 0])
+            anchor, other = anchors[0], maps[0]
+            columns.append(1 - ops.similarity(anchor, [other], view.theta[None], reduction="pixel")[:, 0])
+            ours, its = (functional.normalize(pooled(each), eps=1e-6) for each in (anchor, other))
+            columns.append(1 - row_sum(ours * its))
             probabilities, overlap = _in_frame(output, view, first)
             apart = ((probabilities - first).square().sum(1, keepdim=True) / 4 * overlap).flatten(1)
             columns.append(row_sum(apart) / row_sum(overlap.flatten(1)).clamp(min=1))
@@ -705,6 +706,10 @@ class Deviation(_OfViews):
         mean, precision = (
             torch.tensor(self._known(key), dtype=torch.float64, device=measured.device) for key in self._LEARNED
         )
+        if len(mean) != measured.shape[1]:
+            raise ValueError(
+                f"fitted are {len(mean)} numbers of an image, here are {measured.shape[1]}; call fit again"
+            )
         return _distance(measured.double(), mean, precision).to(measured.dtype)
 
     def _learn(self, seen: Tensor) -> tuple[dict[str, Any], Tensor]:

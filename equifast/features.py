@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
@@ -218,7 +217,7 @@ def _is_batch(x: Any = None, *_: Any) -> bool:
     """Whether the first argument of a linear layer is several images on the CPU."""
     if not isinstance(x, Tensor) or x.dim() < 2 or x.device.type != "cpu" or not x.is_floating_point():
         return False
-    return 1 < len(x) <= _ROWS and not torch.compiler.is_compiling() and not _checks.transformed()
+    return 1 < len(x) <= _ROWS and not _untouchable()
 
 
 def _affine(
@@ -267,8 +266,7 @@ def _lowered(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _untouchable() -> bool:
     """Whether somebody but autograd looks on, who wants the operations that the model asked for."""
-    forward_mode = forward_ad._current_level >= 0  # of which the kernels know nothing
-    return torch.compiler.is_compiling() or _checks.transformed() or forward_mode
+    return torch.compiler.is_compiling() or _checks.transformed()
 
 
 # Above so many channels PyTorch's own operator is as fast; the latter where those of a pixel are neighbors in memory.
@@ -379,8 +377,7 @@ def _frozen(
 ) -> Tensor | None:
     """``torch.conv2d``, called alike, as :class:`_Frozen`; None where it is not for it."""
     trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-    watched = torch.compiler.is_compiling() or _checks.transformed()
-    if isinstance(padding, str) or trained or watched:
+    if isinstance(padding, str) or trained or _untouchable():
         return None
     sides = [side if isinstance(side, Sequence) else (side, side) for side in (stride, padding, dilation)]
     kind = x.device.type

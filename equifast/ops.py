@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 BACKENDS = ("native", "reference")
+_ISAS = ("baseline", "avx2", "avx512")  # of which the widest is taken that the machine has
 
 _override: ContextVar[str | None] = ContextVar("equifast backend", default=None)
 
@@ -50,6 +51,8 @@ class Backend(str):
 @functools.cache
 def _load() -> str:
     """Load the operator library, once; returns why it cannot be used, or an empty string."""
+    if asked := os.environ.get("EQUIFAST_ISA"):
+        _checks.choice("EQUIFAST_ISA", asked, _ISAS)
     if "_ops" not in _C.operator_libraries:
         return "this build has no native operators (torch was not in the environment that built it)"
     problem = _load_library("_ops")
@@ -653,10 +656,9 @@ class _CosineDerivative(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         inner, of_a, of_b = _inner(a, b), _inner(a, a), _inner(b, b)
-        least = reference.SMALL**2
-        valid = (of_a >= least) & (of_b >= least)
-        of_a, of_b = (torch.where(valid, square, 1.0) for square in (of_a, of_b))
-        share = torch.where(valid, of_a.rsqrt() * of_b.rsqrt(), 0.0)
+        small = (of_a < reference.SMALL**2) | (of_b < reference.SMALL**2)  # and not NaN
+        of_a, of_b = (torch.where(small, 1.0, square) for square in (of_a, of_b))
+        share = torch.where(small, 0.0, of_a.rsqrt() * of_b.rsqrt())
         over, to_a, to_b = weight * share, inner / of_a, inner / of_b
         ctx.save_for_backward(share, over, to_a, to_b, of_a, of_b, a, b)
         return _combined((over, b), (-over * to_a, a)), _combined((over, a), (-over * to_b, b))

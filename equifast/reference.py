@@ -1,4 +1,4 @@
-"""The five operators in plain PyTorch: the definition that every kernel is held to.
+"""The six operators in plain PyTorch: the definition that every kernel is held to.
 
 Any float dtype and device, differentiable twice (``warp`` with respect to ``theta`` too). Geometry is computed in
 float64 whatever the dtype of the images, similarities are accumulated in float32 or better.
@@ -159,8 +159,8 @@ def similarity(anchor: Tensor, views: Sequence[Tensor], theta: Tensor, reduction
             over positions of the cosines over channels.
 
     Returns:
-        (N, K) in [-1, 1], float32, or float64 where the features are; 0, with zero gradient, where the overlap is
-        empty or a norm is below 1e-6.
+        (N, K) in [-1, 1] but for rounding, float32, or float64 where the features are; 0, with zero gradient, where
+        the overlap is empty or a norm is below 1e-6.
 
     Raises:
         TypeError: if tensors are not floating point, or differ in dtype.
@@ -177,10 +177,9 @@ def similarity(anchor: Tensor, views: Sequence[Tensor], theta: Tensor, reduction
     for view, inverse in zip(views, invert(theta), strict=True):
         fk, mask = _sample(view.to(accumulate), inverse, (height, width))  # fk is 0 outside the mask
         if reduction == "image":
-            inner = row_sum((f0 * fk).flatten(1))
-            columns.append(
-                _cosine(inner, row_sum(torch.where(mask, f0.square(), 0.0).flatten(1)), row_sum(fk.square().flatten(1)))
-            )
+            own = torch.where(mask, f0, 0.0)
+            inner, *squares = (row_sum(product.flatten(1)) for product in (own * fk, own.square(), fk.square()))
+            columns.append(_cosine(inner, *squares))
         else:
             cosine = _cosine((f0 * fk).sum(1), f0.square().sum(1), fk.square().sum(1))
             count = row_sum(mask.flatten(1).to(accumulate))
@@ -189,11 +188,11 @@ def similarity(anchor: Tensor, views: Sequence[Tensor], theta: Tensor, reduction
 
 
 def _cosine(inner: Tensor, square0: Tensor, square1: Tensor) -> Tensor:
-    """Inner product over norms, from squared norms; 0 with zero gradient where a norm is below 1e-6."""
-    valid = (square0 >= SMALL**2) & (square1 >= SMALL**2)
+    """Inner product over norms, from squared norms; 0 with zero gradient where a norm is below 1e-6, NaN of NaN."""
+    small = (square0 < SMALL**2) | (square1 < SMALL**2)
     # The guarded operands keep the derivative of the square root finite where the result is discarded.
-    norms = torch.where(valid, square0, 1.0).sqrt() * torch.where(valid, square1, 1.0).sqrt()
-    return torch.where(valid, inner / norms, 0.0)
+    norms = torch.where(small, 1.0, square0).sqrt() * torch.where(small, 1.0, square1).sqrt()
+    return torch.where(small, 0.0, inner / norms)
 
 
 def pair_similarity(maps: Sequence[Tensor]) -> Tensor:
@@ -213,8 +212,10 @@ def pair_similarity(maps: Sequence[Tensor]) -> Tensor:
         ValueError: if there is none, or their shapes or devices differ.
     """
     _checks.maps(maps)
-    wide = torch.promote_types(maps[0].dtype, torch.float32)
-    value: Tensor = _Pairs.apply(*(f.to(wide) for f in maps))  # type: ignore[no-untyped-call, unused-ignore]
+    wide = [f.to(torch.promote_types(f.dtype, torch.float32)) for f in maps]
+    if _checks.transformed():
+        return _pair_sum(*_unit_sum(wide))
+    value: Tensor = _Pairs.apply(*wide)  # type: ignore[no-untyped-call, unused-ignore]
     return value
 
 
@@ -235,6 +236,12 @@ def _unit_sum(maps: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     return total, scales
 
 
+def _pair_sum(total: Tensor, scales: Sequence[Tensor]) -> Tensor:
+    """The value (N,), from what :func:`_unit_sum` gives."""
+    count = torch.stack([(scale != 0).to(total.dtype).flatten() for scale in scales]).sum(0)
+    return (row_sum(_rows(total).square()) - count) / 2
+
+
 class _Pairs(torch.autograd.Function):
     """With few passes over memory, of which autograd would make several times as many; differentiable again."""
 
@@ -242,8 +249,7 @@ class _Pairs(torch.autograd.Function):
     def forward(ctx: Any, *maps: Tensor) -> Tensor:
         total, scales = _unit_sum(maps)
         ctx.save_for_backward(total, *scales, *maps)
-        count = torch.stack([(scale != 0).to(total.dtype).flatten() for scale in scales]).sum(0)
-        return (row_sum(_rows(total).square()) - count) / 2
+        return _pair_sum(total, scales)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -378,7 +384,7 @@ def signed_step(
         The next x, (N, C, H, W), no gradient.
 
     Raises:
-        TypeError: if tensors are not floating point.
+        TypeError: if tensors are not floating point, or differ in dtype.
         ValueError: if shapes or devices do not match, or ``eps`` is not above 0.
     """
     ids = _checks.signed_step(x, gradient, origin, eps, ids)

@@ -181,6 +181,20 @@ def test_deviation_by_hand() -> None:
     assert np.linalg.eigvalsh(precision).min() > 0
 
 
+def test_deviation_of_several_kinds_of_features(tmp_path: Path) -> None:
+    """Of a further kind the cosine of whole maps; what was fitted on other numbers is refused."""
+    model, x = cases.dense().eval(), cases.images()
+    ids, both = torch.zeros(2, dtype=torch.int64), [None, "stem"]
+    several, own, early = (Deviation(model, features, dtype="float32") for features in (both, None, "stem"))
+    found, output, stem = (detector._measured(x, ids, 0) for detector in (several, own, early))
+    torch.testing.assert_close(found, torch.cat((output[:, :1], stem[:, :1], output[:, 1:]), 1))
+    several.fit(clean()).save(tmp_path / "fit.json")
+    fitted = json.loads((tmp_path / "fit.json").read_text())
+    (tmp_path / "fit.json").write_text(json.dumps({**fitted, "mean": fitted["mean"] + [0.0, 0.0]}))
+    with pytest.raises(ValueError, match="fitted are 7 numbers of an image, here are 5; call fit again"):
+        several.load(tmp_path / "fit.json").score(x)
+
+
 @pytest.mark.parametrize("where", ["features", "head of a function", None])
 def test_detectors_run_a_folded_copy(where: str | None) -> None:
     """Of classifiers too, whose features and output differ in shape; a function of one's own runs as it is."""

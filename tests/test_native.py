@@ -10,6 +10,8 @@ import cases
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 import equifast
 from equifast import _C, ops, reference, rng
@@ -1125,6 +1127,87 @@ def test_one_step_has_the_gradient_of_the_reference(settings: dict[str, Any], dt
     torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=tolerance * scale)
 
 
+@pytest.mark.parametrize("reduction", ["image", "pixel"])
+def test_features_of_nan_have_a_similarity_of_nan(reduction: str) -> None:
+    """In every backend, with a graph and without, of the first or the second order."""
+    f0, f1 = torch.randn(2, 3, 9, 12), torch.randn(2, 3, 9, 12)
+    f0[0, 1, 4, 6] = torch.nan
+    theta = torch.eye(2, 3).expand(1, 2, 2, 3)
+    for name in ("native", "reference"):
+        with ops.use(name):
+            value = ops.similarity(f0, [f1], theta, reduction=reduction)
+            assert value.isnan().flatten().tolist() == [True, False]
+            for again in (False, True):
+                leaf = f0.clone().requires_grad_()
+                found = ops.similarity(leaf, [f1], theta, reduction=reduction)
+                (slope,) = torch.autograd.grad(found.sum(), leaf, create_graph=again)
+                assert slope[0].isnan().any()
+                assert slope[1].isfinite().all()
+
+
+def test_nan_outside_the_overlap_does_not_count() -> None:
+    f0, f1 = torch.randn(1, 3, 9, 12), torch.randn(1, 3, 9, 12)
+    theta = torch.eye(2, 3).expand(1, 1, 2, 3).clone()
+    theta[..., 0, 2] = 1.0  # the view sees the right half
+    expected = [reference.similarity(f0, [f1], theta, reduction=how) for how in ("image", "pixel")]
+    f0[..., :5] = torch.nan
+    for name in ("native", "reference"):
+        with ops.use(name):
+            for how, wanted in zip(("image", "pixel"), expected, strict=True):
+                torch.testing.assert_close(ops.similarity(f0, [f1], theta, reduction=how), wanted)
+
+
+def test_forward_mode_is_that_of_the_reference() -> None:
+    """Kernels know nothing of tangents, and would drop them."""
+    x, theta = cases.images(2), cases.theta("rotation", 2)
+    tangent, f1 = torch.randn_like(x), torch.randn(2, 3, 20, 28)
+    parameters = torch.tensor([[1.1, 0.9, 1.2, 0.1, 0.0]] * 2)
+    functions: list[Callable[[Tensor], Tensor]] = [
+        lambda z: ops.warp(z, theta, [(9, 7)])[0],
+        lambda z: ops.similarity(z, [f1], theta),
+        lambda z: ops.pair_similarity([z, f1]),
+        lambda z: ops.color_jitter(z, parameters),
+    ]
+    for function in functions:
+        with ops.use("native"):
+            value, found = torch.func.jvp(function, (x,), (tangent,))
+            with forward_ad.dual_level():
+                dual = forward_ad.unpack_dual(function(forward_ad.make_dual(x, tangent)))
+            leaf = x.clone().requires_grad_()
+            weights = torch.randn_like(value)
+            (gradient,) = torch.autograd.grad((function(leaf) * weights).sum(), leaf)
+        assert dual.tangent is not None
+        torch.testing.assert_close(dual.tangent, found)
+        torch.testing.assert_close((found * weights).sum(), (gradient * tangent).sum(), rtol=1e-3, atol=1e-3)
+
+
+def test_fake_tensors_have_no_values_to_check() -> None:
+    with FakeTensorMode():
+        (warped,) = ops.warp(torch.rand(1, 3, 4, 4), torch.eye(2, 3).expand(1, 1, 2, 3), [(5, 6)])
+        jittered = ops.color_jitter(torch.rand(1, 3, 4, 4), torch.ones(1, 5))
+    assert (warped.shape, jittered.shape) == ((1, 3, 5, 6), (1, 3, 4, 4))
+
+
+def test_half_subnormals_are_no_zeros_where_denormals_are() -> None:
+    x = torch.full((1, 3, 4, 5), 0.5, dtype=torch.float16)
+    gradient = torch.full_like(x, 1e-6)
+    arguments = (gradient, x, 0.1, 0.05, 0.0, 0, torch.zeros(1, dtype=torch.int64), 0, 0)
+    expected = reference.signed_step(x, *arguments)
+    assert (expected > x).all()
+    was = torch.set_flush_denormal(True)
+    try:
+        if was:
+            torch.testing.assert_close(ops.signed_step(x, *arguments), expected, rtol=0, atol=0)
+    finally:
+        torch.set_flush_denormal(False)
+
+
+def test_an_instruction_set_that_there_is_not_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EQUIFAST_ISA", "avx")
+    with pytest.raises(ValueError, match="EQUIFAST_ISA is 'avx'; it must be one of 'baseline', 'avx2', 'avx512'"):
+        ops._load.__wrapped__()
+
+
 def test_functorch_transforms_the_reference() -> None:
     """`torch.func` cannot transform derivatives that torch.library registers."""
     x, theta = cases.images(2), cases.theta("rotation", 2)
@@ -1132,6 +1215,10 @@ def test_functorch_transforms_the_reference() -> None:
     with ops.use("native"):
         warped = torch.func.grad(lambda images: ops.warp(images, theta, [(9, 7)])[0].square().sum())(x)
         alike = torch.func.grad(lambda anchor: ops.similarity(anchor, [f1], theta).sum())(f0)
+        paired = torch.func.grad(lambda anchor: ops.pair_similarity([anchor, f1]).sum())(f0)
+    leaf = f0.clone().requires_grad_()
+    (pairs,) = torch.autograd.grad(reference.pair_similarity([leaf, f1]).sum(), leaf)
+    torch.testing.assert_close(paired, pairs, atol=1e-5, rtol=1e-4)
     leaves = x.clone().requires_grad_(), f0.clone().requires_grad_()
     expected = reference.warp(leaves[0], theta, [(9, 7)])[0].square().sum()
     expected = expected + reference.similarity(leaves[1], [f1], theta).sum()

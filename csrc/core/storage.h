@@ -51,9 +51,12 @@ EQUIFAST_HD inline float load(Half v) {
   return value;
 #else
   const std::uint32_t sign = (v.bits & 0x8000u) << 16, rest = v.bits & 0x7fffu;
-  // Normal numbers get the exponent of float by a product with 2^112, which also makes subnormals right.
-  const float scaled = as_float(rest << 13) * as_float(0x77800000u);
-  const std::uint32_t bits = rest >= 0x7c00u ? (rest << 13) | 0x7f800000u : as_bits(scaled);
+  // The exponent of float; subnormals as what they add to 2^-14, since float's own may be taken for 0.
+  const std::uint32_t wide = rest << 13;
+  const float tiny = as_float(wide + 0x38800000u) - as_float(0x38800000u);
+  const std::uint32_t bits = rest >= 0x7c00u  ? wide | 0x7f800000u
+                             : rest < 0x0400u ? as_bits(tiny)
+                                              : wide + 0x38000000u;
   return as_float(bits | sign);
 #endif
 }
