@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import io
 import json
 import math
 import multiprocessing
@@ -66,6 +67,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+# What a command says in one sentence: those of its own, and those of users' files and models.
+_FAILURES = (ValueError, TypeError, RuntimeError, OSError, AssertionError, LookupError, AttributeError)
 _out = Console()
 _err = Console(stderr=True)
 
@@ -127,6 +130,8 @@ def main(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
 ) -> None:
     """Test-time purification by equivariance, and what it is worth."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text
     keep_freed_memory()
     # of kernels for views of every size; oneDNN's own 1024 are too few for those of one step of an expectation
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "4096")
@@ -223,7 +228,7 @@ def purify(
         purifier = Purifier(network, features, preset, radius, number)  # refuses bad settings before any work
         output.mkdir(parents=True, exist_ok=True)
         ledger = _Ledger(output, _arguments(model, network, purifier, features))
-    except (ValueError, TypeError, RuntimeError, OSError) as error:
+    except _FAILURES as error:
         raise _fail(first_line(error)) from error
     failed, known = 0, features is not None
     with ledger, _progress() as progress:
@@ -237,11 +242,11 @@ def purify(
 
             try:
                 digest = hashlib.sha256(source.read_bytes()).hexdigest()
+                if not known:  # found on the first image, done or not, the same for all
+                    features, known = _find_features(network, read_image(source)[None].to(_device(device))), True
+                    purifier = Purifier(network, features, preset, radius, number)
                 if not ledger.has(name, digest):
                     x = read_image(source)[None].to(_device(device))
-                    if not known:  # found on the first image, the same for all
-                        features, known = _find_features(network, x), True
-                        purifier = Purifier(network, features, preset, radius, number)
                     line = _purify_one(purifier, features, x, output / name, advance)
                     ledger.add({"image": name.as_posix(), "source": str(source), "sha256": digest, **line})
             except Exception as error:  # one bad file, or one that the model chokes on: report it, do the rest
@@ -287,10 +292,11 @@ def detect(
     try:
         if detector not in (*DETECTORS, "combined"):
             raise ValueError(f"detector is {detector!r}; it must be one of {', '.join(DETECTORS)}, combined")
-        targets = _targets(list(find_images(paths, output)), output / "overlays")
+        targets = _targets(list(find_images(paths, output / "overlays")), output / "overlays")
         if not targets:
             raise ValueError(f"no PNG, JPEG or WebP file in {', '.join(map(str, paths))}")
         network = load_model(model).to(_device(device))
+        (output / "overlays").mkdir(parents=True, exist_ok=True)
         if features is None:
             features = _find_features(network, _first_readable(targets)[None].to(_device(device)))
         if layer and detector not in ("deviation", "combined"):
@@ -307,7 +313,7 @@ def detect(
                 chosen = chosen if rate is None else chosen.at(rate)
             else:
                 flagged = 0.05 if rate is None else rate
-                clean = [source for source, _ in find_images([fit])]
+                clean = [source for source, _ in find_images([fit], output / "overlays")]
                 if not clean:
                     raise ValueError(f"fit is {fit}, which has no PNG, JPEG or WebP file")
 
@@ -325,7 +331,6 @@ def detect(
                     head.fit(opened(clean[::2], "a head"))
                     clean = clean[1::2]
                 chosen.fit(opened(clean, "clean images"), false_positive_rate=flagged)
-            (output / "overlays").mkdir(parents=True, exist_ok=True)
             chosen.save(output / "detector.json")
             if head is not None:
                 head.save(output / HEAD)
@@ -334,7 +339,7 @@ def detect(
                 raise ValueError(f"none of {failed} images can be read, {str(targets[0][0])!r} the first")
         kept = {"threshold": chosen.threshold, "interval": chosen.interval, "images": lines}
         _write(output / "scores.json", json.dumps(kept, indent=2) + "\n")
-    except (ValueError, TypeError, RuntimeError, OSError) as error:
+    except _FAILURES as error:
         raise _fail(first_line(error)) from error
     table = Table(title=f"{detector}: threshold {chosen.threshold:.4g}")
     for heading in ("image", "score", "flagged"):
@@ -418,7 +423,7 @@ def bench(
         where = features if features is not None else _find_features(network, x)
         purifier = Purifier(network, where, preset)
         profile = profile_step(purifier, x, rounds)
-    except (ValueError, TypeError, RuntimeError, OSError) as error:
+    except _FAILURES as error:
         raise _fail(first_line(error)) from error
     table = Table(title=f"one step of {preset} on {images} x {size}, median of {rounds}")
     for heading in ("", "ms", "share"):
@@ -473,7 +478,9 @@ def evaluate(
         str | None,
         typer.Option(help=f"Instead of --defense, one of {', '.join(STUDIES)}; of detectors, {', '.join(DETECTION)}."),
     ] = None,
-    preset: Annotated[str, typer.Option(help="The preset of which a --study changes one setting.")] = "fast",
+    preset: Annotated[
+        str | None, typer.Option(help="The preset of which a --study changes one setting; fast where not given.")
+    ] = None,
     fit: Annotated[
         Path | None, typer.Option(help="Data on which the heads of rotation and contrastive are trained.")
     ] = None,
@@ -542,6 +549,15 @@ def evaluate(
             raise ValueError(f"protocol is {protocol!r}; it must be 'adaptive'")
         if protocol is not None and attack:
             raise ValueError("protocol is given with attacks; it brings its own")
+        if preset is not None and study is None:
+            raise ValueError("preset is given without a study; name it as a defense")
+        preset = preset or "fast"
+        detects = study in DETECTION or "detect" in {name.partition("@")[0] for name in defense or ()}
+        deviates = detects and (not detector or not {"deviation", "combined"}.isdisjoint(detector))
+        if layer and not deviates:
+            raise ValueError("layer is given without the detector 'deviation' or 'combined', which it is for")
+        if data.resolve() in (output.resolve(), *output.resolve().parents) and not (data / "labels").is_dir():
+            raise ValueError(f"output {str(output)!r} is in the data, whose folders are classes; choose another")
         network = load_model(model).to(_device(device))
         shape = None if size is None else _size(size)
         if quick and images is None:
@@ -633,7 +649,7 @@ def evaluate(
             plots.save(plots.front(report, costs), output / "cost")
     except typer.Exit:  # of a worker, which has said why
         raise
-    except (ValueError, TypeError, RuntimeError, OSError) as error:
+    except _FAILURES as error:
         raise _fail(first_line(error)) from error
     _print(tables, document["warnings"])
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 
 from equifast import demo
-from equifast.evaluate.data import SUFFIXES, first_line
+from equifast.evaluate.data import SUFFIXES, first_line, upright
 
 __all__ = ["SUFFIXES", "Normalized", "find_images", "first_line", "load_model", "read_image", "write_image"]
 
@@ -137,8 +137,9 @@ def find_images(paths: list[Path], output: Path | None = None) -> Iterator[tuple
     written = None if output is None else output.resolve()
     for path in paths:
         if path.is_dir():
+            inside = written is not None and path.resolve() in written.parents
             for file in sorted(path.rglob("*")):
-                if written is not None and written in file.resolve().parents and written != path.resolve():
+                if inside and written in file.resolve().parents:
                     continue
                 if file.suffix.lower() in SUFFIXES and file.is_file():
                     yield file, file.relative_to(path)
@@ -156,11 +157,7 @@ def read_image(path: Path) -> Tensor:
     """
     try:
         with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):
-                raise OSError(f"it has pixels of mode {image.mode}; it must have 8 bits per channel")
-            return (
-                torch.from_numpy(np.array(ImageOps.exif_transpose(image).convert("RGB"))).permute(2, 0, 1).float() / 255
-            )
+            return torch.from_numpy(np.array(upright(image))).permute(2, 0, 1).float() / 255
     except OSError:
         raise
     except Exception as error:  # Pillow raises many kinds for broken files, struct.error among them

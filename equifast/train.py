@@ -240,6 +240,8 @@ def train(
         raise TypeError(f"folder is a {type(folder).__name__}; it must be a path or None")
     where = None if folder is None else Path(folder)
     log = [] if where is None else _resumed(where, run, rest)
+    if where is not None:
+        where.mkdir(parents=True, exist_ok=True)  # what cannot be written is known before the first epoch
     batch = min(batch, count)
     steps = count // batch
     for epoch in range(len(log), epochs):

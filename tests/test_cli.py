@@ -215,6 +215,60 @@ def test_the_output_is_not_read_again(folder: Path) -> None:
         assert "4 of 4 images purified" in run(*command).output
 
 
+def test_features_stay_those_of_the_first_image(folder: Path) -> None:
+    """Where they are found on their own, and it was done before."""
+    (folder / "model.py").write_text(
+        "import torch\n"
+        "def build():\n"
+        "    torch.manual_seed(0)\n"
+        "    layers = [torch.nn.Conv2d(3, 4, 3, 2, 1) for _ in range(1)]\n"
+        "    layers += [torch.nn.Conv2d(4, 4, 3, 2, 1) for _ in range(4)]\n"
+        "    return torch.nn.Sequential(*layers, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())\n"
+    )
+    for name, side in (("a", 8), ("b", 64)):
+        write_image(folder / "sizes" / f"{name}.png", torch.rand(3, side, side))
+    command = ("purify", folder / "sizes", "-o", folder / "out", "--model", f"{folder / 'model.py'}:build")
+    assert run(*command).exit_code == 0
+    whole = [line["settings"] for line in lines(folder / "out")]
+    (folder / "out" / "b.png").unlink()
+    assert run(*command).exit_code == 0
+    again = {line["image"]: line["settings"] for line in lines(folder / "out")}
+    assert again["b.png"] == whole[1]
+    assert whole[0]["features"] == whole[1]["features"]
+
+
+def test_a_model_that_asserts_is_told_in_a_sentence(folder: Path) -> None:
+    (folder / "model.py").write_text(
+        "import torch\n"
+        "class Strict(torch.nn.Conv2d):\n"
+        "    def forward(self, x):\n"
+        "        assert x.shape[2] == 224, 'wrong height'\n"
+        "        return {}['none']\n"
+        "def build():\n"
+        "    return Strict(3, 4, 3)\n"
+    )
+    for size, sentence in (("20x30", "wrong height"), ("224x30", "KeyError: 'none'")):
+        result = run("bench", "--model", f"{folder / 'model.py'}:build", "--size", size)
+        assert result.exit_code == 2
+        assert f"equifast: {sentence}" in result.output
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are text there")
+def test_a_name_that_is_no_text(folder: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.png")
+    write_image(folder / "odd" / name, torch.rand(3, 20, 24))
+    for i in range(20):
+        write_image(folder / "clean" / f"{i}.png", torch.rand(3, 20, 24))
+    given = ["detect", folder / "odd", "-o", folder / "out", "--model", f"{folder / 'model.py'}:dense"]
+    call = "from equifast.cli import app; app()"
+    command = [sys.executable, "-c", call, *map(str, given), "--fit", str(folder / "clean"), "--rate", "0.1"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "utf-8", "COLUMNS": "300"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert "\\udce9" in done.stdout
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_a_device_that_is_not_here(folder: Path) -> None:
     result = run("purify", folder / "in", "-o", folder / "out", "--model", "demo", "--device", "cuda")

@@ -453,6 +453,13 @@ def test_heads_and_thresholds_for_several_runs(tmp_path: Path, spec: str) -> Non
             "layer is given with detector 'variance'",
         ),
         ("detect", ("--fit", "EMPTY"), "which has no PNG, JPEG or WebP file"),
+        ("evaluate", ("--preset", "strong"), "preset is given without a study; name it as a defense"),
+        ("evaluate", ("--layer", "stem"), "layer is given without the detector 'deviation' or 'combined'"),
+        (
+            "evaluate",
+            ("--study", "detection", "--detector", "error", "--layer", "stem"),
+            "layer is given without the detector",
+        ),
     ],
 )
 def test_what_the_commands_refuse(
@@ -465,6 +472,29 @@ def test_what_the_commands_refuse(
     done = CliRunner().invoke(app, given)
     assert done.exit_code == 2, done.output
     assert sentence in " ".join(done.output.split())
+
+
+def test_an_output_is_no_class_of_the_data(tmp_path: Path, spec: str) -> None:
+    write_image(tmp_path / "data" / "a" / "0.png", images(1)[0])
+    for output in (tmp_path / "data", tmp_path / "data" / "results"):
+        given = ["evaluate", tmp_path / "data", "-o", output, "--model", spec]
+        done = CliRunner().invoke(app, [str(a) for a in given])
+        assert done.exit_code == 2
+        assert "is in the data, whose folders are classes" in " ".join(done.output.split())
+
+
+def test_detect_fits_on_no_overlays_of_its_own(tmp_path: Path, spec: str) -> None:
+    clean = write_data(tmp_path / "clean", 30, seed=5) / "images"
+    write_image(tmp_path / "in" / "a.png", images(1, seed=20)[0])
+    given = ["detect", tmp_path / "in", "-o", clean / "out", "--model", spec, "--fit", clean]
+    for _ in range(2):
+        done = CliRunner().invoke(app, [str(a) for a in given])
+        assert done.exit_code == 0, done.output
+        assert (clean / "out" / "overlays" / "a.png").is_file()
+        assert json.loads((clean / "out" / "detector.json").read_text())["fitted_on"]["images"] == 30
+    own = [*given[:1], clean, *given[2:]]  # nor are they scored
+    done = CliRunner().invoke(app, [str(a) for a in own])
+    assert len(json.loads((clean / "out" / "scores.json").read_text())["images"]) == 30
 
 
 @pytest.mark.parametrize("detector", ["similarity", "error", "deviation", "combined"])

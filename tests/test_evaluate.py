@@ -1003,6 +1003,26 @@ def test_data_from_files(folder: Path) -> None:
     assert torch.equal(open_data(folder / "dense.npz", images=2)[1][0], arrays[5][0])
     classes = open_data(folder / "classes")
     assert [int(classes[i][1]) for i in range(6)] == [0, 0, 0, 1, 1, 1]
+    (folder / "classes" / ".ipynb_checkpoints").mkdir()
+    (folder / "classes" / "__MACOSX").mkdir()
+    assert int(open_data(folder / "classes")[5][1]) == 1
+    (folder / "classes" / "nothing").mkdir()
+    with pytest.raises(ValueError, match="nothing has no images; every folder there is a class"):
+        open_data(folder / "classes")
+
+
+def test_image_files_are_read_as_elsewhere(tmp_path: Path) -> None:
+    """Turned as they are seen, and none of more than 8 bits, which would be white."""
+    (tmp_path / "a").mkdir()
+    turned = Image.new("RGB", (4, 3))
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "a" / "turned.jpg", exif=exif)
+    assert open_data(tmp_path)[0][0].shape == (3, 4, 3)
+    assert open_data(tmp_path, size=(6, 5))[0][0].shape == (3, 6, 5)
+    Image.new("I;16", (4, 3)).save(tmp_path / "a" / "deep.png")
+    with pytest.raises(ValueError, match=r"deep\.png cannot be read: it has pixels of mode .*; it must have 8 bits"):
+        open_data(tmp_path)[0]
 
 
 def test_data_that_are_refused(folder: Path) -> None:

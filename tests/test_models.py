@@ -72,6 +72,8 @@ def test_finding(tmp_path: Path) -> None:
     assert list(find_images([tmp_path / "b.png"])) == [(tmp_path / "b.png", Path("b.png"))]
     with pytest.raises(ValueError, match="does not exist"):
         list(find_images([tmp_path / "none"]))
+    assert len(list(find_images([tmp_path], tmp_path / "sub"))) == 2
+    assert len(list(find_images([tmp_path / "sub"], tmp_path))) == 1  # an output around the images hides none
 
 
 MODEL_FILE = """

@@ -156,6 +156,10 @@ def test_a_broken_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "checkpoint.pt").write_bytes(b"nothing of the kind")
     with pytest.raises(ValueError, match="is no checkpoint of a training"):
         train.train(small(), bars(), epochs=1, folder=tmp_path)
+    seen: list[Any] = []
+    with pytest.raises(OSError, match=r"File exists|Not a directory"):  # before the first epoch
+        train.train(small(), bars(), epochs=1, folder=tmp_path / "checkpoint.pt", progress=lambda *at: seen.append(at))
+    assert not seen
 
 
 @pytest.mark.parametrize("kind", ["kl", "l2"])

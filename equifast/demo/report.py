@@ -131,8 +131,10 @@ def _write_results(path: Path, scenes: int, rows: list[Row], similarities: dict[
         "similarity": similarities,
         "rows": [asdict(row) for row in rows],
     }
+    # JSON has no NaN, which is the error of one scene
+    results = json.loads(json.dumps(results), parse_constant=lambda _: None)
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(results, indent=1) + "\n")
+    part.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
     part.replace(path)
 
 

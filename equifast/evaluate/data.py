@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -31,7 +31,8 @@ def _pick(total: int, count: int | None, what: str) -> list[int]:
 
 def first_line(error: BaseException) -> str:
     """What an exception says, in one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    said = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"{type(error).__name__}: {said}" if isinstance(error, LookupError) else said  # of which that is a key
 
 
 @contextlib.contextmanager
@@ -43,6 +44,17 @@ def _reading(path: Path) -> Iterator[None]:
         if isinstance(error, OSError) and error.filename is not None:
             raise
         raise ValueError(f"{path} cannot be read: {first_line(error)}") from error
+
+
+def upright(file: Image.Image) -> Image.Image:
+    """An image of 8 bits per channel in RGB, turned as its file says it is seen; transparency is dropped.
+
+    Raises:
+        ValueError: if it has more bits.
+    """
+    if file.mode.startswith(("I", "F")):
+        raise ValueError(f"it has pixels of mode {file.mode}; it must have 8 bits per channel")
+    return ImageOps.exif_transpose(file).convert("RGB")
 
 
 class Arrays(Dataset[Item]):
@@ -92,7 +104,7 @@ class _Files(Dataset[Item]):
 
     def _image(self, path: Path) -> Tensor:
         with _reading(path), Image.open(path) as file:
-            image = file.convert("RGB")
+            image = upright(file)
         if self._size is not None:  # PIL's bilinear resize is antialiased
             image = image.resize(self._size[::-1], Image.Resampling.BILINEAR)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div(255).contiguous()
@@ -135,13 +147,19 @@ class LabelFolders(_Files):
 class ClassFolders(_Files):
     """A folder with a folder of images for each class; classes are numbered in the order of their names.
 
+    Folders whose names begin with a dot or two underscores are none.
+
     Args:
         folder, images, size: as for :class:`LabelFolders`.
     """
 
     def __init__(self, folder: Path, images: int | None = None, size: tuple[int, int] | None = None) -> None:
-        names = sorted(path.name for path in folder.iterdir() if path.is_dir())
-        super().__init__([path for name in names for path in _images_in(folder / name)], folder, images, size)
+        names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))
+        found = {name: _images_in(folder / name) for name in names}
+        for name, paths in found.items():
+            if not paths:
+                raise ValueError(f"{folder / name} has no images; every folder there is a class")
+        super().__init__([path for paths in found.values() for path in paths], folder, images, size)
         self._classes = {name: number for number, name in enumerate(names)}
 
     def __getitem__(self, index: int) -> Item:
