@@ -18,7 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FRAMEWORK", "Known", "alike", "describe", "fingerprint", "stamp", "tensors_of", "weights"]
+__all__ = ["FRAMEWORK", "Known", "alike", "describe", "fingerprint", "hooks", "stamp", "tensors_of", "weights"]
+
+
+def hooks(module: nn.Module) -> int:
+    """How many hooks a module has."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return sum(len(getattr(module, kind)) for kind in kinds)
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:

@@ -20,6 +20,7 @@ from torch.nn.utils.memory_format import convert_conv2d_weight_memory_format
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from equifast._fingerprint import hooks
 from equifast.features import keep_lowered
 
 __all__ = ["Folded", "pairs"]
@@ -94,7 +95,7 @@ def pairs(model: nn.Module, x: Tensor, run: Run) -> tuple[list[tuple[nn.Conv2d, 
         run: how it is run.
     """
     modules = list(model.modules())
-    if any(_hooks(module) or isinstance(module, torch.jit.ScriptModule) for module in modules):
+    if any(hooks(module) or isinstance(module, torch.jit.ScriptModule) for module in modules):
         return [], False
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False), _Recorder() as seen:
         result = run(model, x)
@@ -118,11 +119,6 @@ def pairs(model: nn.Module, x: Tensor, run: Run) -> tuple[list[tuple[nn.Conv2d, 
     return found, seen.reshaped
 
 
-def _hooks(module: nn.Module) -> int:
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return sum(len(getattr(module, kind)) for kind in kinds)
-
-
 class Folded:
     """The folded copy of a model, made at the first use and again when the model has changed.
 
@@ -140,7 +136,7 @@ class Folded:
         self._keep = (keep,) if isinstance(keep, str) else tuple(keep or ())
         self._forget()
 
-    _FEW = 4096  # numbers of a tensor
+    _FEW, _MANY = 4096, 2**20  # numbers of a tensor
 
     def _forget(self) -> None:
         self._version: str | None = None
@@ -189,7 +185,7 @@ class Folded:
         return self._copy is not None
 
     def _fingerprint(self) -> str:
-        modules = [(id(module), type(module), _hooks(module)) for module in self._model.modules()]
+        modules = [(id(module), type(module), hooks(module)) for module in self._model.modules()]
         tensors = list(chain(self._model.parameters(), self._model.buffers()))
         places = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
         # fused optimizers and .data change values alone
@@ -207,15 +203,17 @@ class Folded:
         flat = values.flatten()
         flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
         probe = self._probes.get(flat.device)
-        if probe is None or len(probe) < len(flat):
-            angles = torch.arange(1, len(flat) + 1, dtype=torch.float64) * 2.39996
+        if probe is None or len(probe) < min(len(flat), self._MANY):
+            angles = torch.arange(1, min(len(flat), self._MANY) + 1, dtype=torch.float64, device="cpu") * 2.39996
             self._probes[flat.device] = probe = angles.sin().to(flat.device, torch.float32)
-        return (flat @ probe[: len(flat)].to(flat.dtype)).double()
+        parts = [part @ probe[: len(part)].to(part.dtype) for part in flat.split(self._MANY)]
+        # for parts, which may change places, other weights
+        return torch.stack([(1 + place % 7) * part.double() for place, part in enumerate(parts)]).sum()
 
     def _fold(self, x: Tensor, run: Run) -> nn.Module | None:
         # two images, since a reshape may go well with one
-        generator = torch.Generator().manual_seed(0)
-        images = torch.rand((2, *x.shape[1:]), generator=generator, dtype=torch.float64).to(x)
+        generator = torch.Generator("cpu").manual_seed(0)
+        images = torch.rand((2, *x.shape[1:]), generator=generator, dtype=torch.float64, device="cpu").to(x)
         try:
             # copies, since a model may keep what it saw; and images, since some work in place
             original: nn.Module = copy.deepcopy(self._model).eval()

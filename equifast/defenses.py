@@ -87,6 +87,7 @@ class _Other(Purifier):
     """The base of purifiers that climb something else than equivariance."""
 
     _NOT_ITS = ("pairing", "view_gradient", "followed", "temperature", "reduction")
+    _all_graphs = True
 
     def __init__(
         self, model: Callable[[Tensor], Any], features: str | Callable[[Tensor], Any] | None = None, **settings: Any

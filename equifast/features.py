@@ -55,7 +55,6 @@ class Features:
             raise TypeError(f"features is {where!r}; it must be None, the name of a submodule or a callable")
         self.model = model
         self.where = where
-        self._module: nn.Module | None = None
         if isinstance(where, str):
             if not isinstance(model, nn.Module):
                 raise TypeError(f"features is {where!r}, but model is a {type(model).__name__}; it must be a Module")
@@ -65,11 +64,18 @@ class Features:
                 near = difflib.get_close_matches(where, names, n=3, cutoff=0.4) or names[:3]
                 hint = f"; the nearest names are {', '.join(map(repr, near))}" if near else ""
                 raise ValueError(f"features is {where!r}, which is no submodule of the model{hint}")
-            self._module = modules[where]
+
+    @property
+    def _module(self) -> nn.Module | None:
+        """The submodule of that name, as it is now."""
+        if not isinstance(self.where, str) or not isinstance(self.model, nn.Module):
+            return None
+        return self.model.get_submodule(self.where)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._module is not None:
-            features = self._until(self._module, x)
+        module = self._module
+        if module is not None:
+            features = self._until(module, x)
         elif callable(self.where):
             features = output(self.where(x))
         else:
@@ -138,14 +144,15 @@ def passed(features: Sequence[Features], x: Tensor) -> tuple[list[Tensor], Tenso
     thread, handles = threading.get_ident(), []
     try:
         for number, each in enumerate(features):
-            if each._module is not None:
+            module = each._module
+            if module is not None:
 
                 def catch(_module: nn.Module, _inputs: Any, result: Any, number: int = number) -> None:
                     if threading.get_ident() == thread and number not in caught:
                         # what the model does in place to it later is not of it
                         caught[number] = output(result).clone()
 
-                handles.append(each._module.register_forward_hook(catch))
+                handles.append(module.register_forward_hook(catch))
         result = output(features[0].model(x.clone()))
     finally:
         for handle in handles:
@@ -306,7 +313,7 @@ def _resized(
         pair = tuple(side * factor for side, factor in zip(x.shape[2:], pair, strict=True))
     if any(side != int(side) or side < 1 for side in pair):
         return None
-    theta = torch.eye(2, 3, dtype=torch.float64).expand(1, len(x), 2, 3).contiguous()
+    theta = torch.eye(2, 3, dtype=torch.float64, device=x.device).expand(1, len(x), 2, 3).contiguous()
     resized = ops.warp_sampled(x if interleaved else x.contiguous(), theta, [(int(pair[0]), int(pair[1]))])[0]
     # models may rely on the layout that PyTorch's operator keeps; the kernel keeps it but of maps of one column
     return resized.contiguous(memory_format=torch.channels_last) if interleaved else resized
@@ -552,8 +559,9 @@ def _release(key: tuple[int, str]) -> Exception | None:
     if entry[2] == 0:
         thing, before, _ = _HELD.pop(key)
         try:
-            if before:
-                setattr(thing, key[1], True)
+            if before:  # of what was made in inference mode, there
+                with torch.inference_mode(isinstance(thing, Tensor) and thing.is_inference()):
+                    setattr(thing, key[1], True)
         except RuntimeError as error:  # parameters made in inference mode
             return error
     return None
@@ -581,7 +589,8 @@ def evaluating(x: Tensor, *models: Model, lean: bool = False, frozen: bool = Fal
         with _LOCK:
             for model in known:
                 for module in model.modules():
-                    _hold(module, "training", held)
+                    if hasattr(module, "training"):  # frozen TorchScript has none
+                        _hold(module, "training", held)
                 for parameter in model.parameters():
                     _hold(parameter, "requires_grad", held)
         with _running(x.device.type == "cpu", lean, frozen):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from equifast import _checks, ops
+from equifast._fingerprint import hooks
 from equifast.reference import invert, row_sum
 from equifast.views import Sampled, Turn, View, sample
 
@@ -277,12 +278,14 @@ class Agreement:
         return self._autocast
 
     def owner(self) -> tuple[object, ...]:
-        """Of what a recording of this reads memory: the model that runs, and where its tensors lie."""
+        """Of what a recording of this runs and reads: the modules, their hooks, and where their tensors lie."""
         features = getattr(self._extract, "features", self._extract)
         model = getattr(features, "model", features)
-        if not isinstance(model, nn.Module):
-            return (model,)
-        return (model, *(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())))
+        known = [model, *(features.modules() if hasattr(features, "modules") else ())]
+        modules = [part for each in known if isinstance(each, nn.Module) for part in each.modules()]
+        tensors = [t for part in modules for t in (*part.parameters(recurse=False), *part.buffers(recurse=False))]
+        parts = [(id(part), type(part), hooks(part)) for part in modules]
+        return (model, *parts, *(tensor.data_ptr() for tensor in tensors))
 
     def step_views(self, x: Tensor, t: int) -> list[Sampled]:
         """The views that step ``t`` uses."""

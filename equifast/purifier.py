@@ -425,6 +425,8 @@ class Purifier:
             ValueError: if ``last`` is out of range, or the purifier keeps the best of several points.
         """
         self._check_last(last)
+        if isinstance(x, Tensor) and not torch.is_grad_enabled():
+            x = x.detach()
         if isinstance(x, Tensor) and x.dtype == torch.float16:
             raise TypeError("x is float16, in which unrolled gradients overflow; it must be a wider dtype")
         with self._objective(x, ids, draw, self.views_per_step) as (images, objective, seed, numbers):
@@ -439,14 +441,19 @@ class Purifier:
             given = images + (x - x.detach())
             return self.ascent(objective, given, seed=seed, ids=numbers, draw=draw, slope=slope, last=last)
 
-    def _largest(self, x: Tensor) -> int:
-        """The positions of the image or its largest view."""
+    def _positions(self, x: Tensor) -> list[int]:
+        """Those of the image, and of views as large as they come."""
         size = (x.shape[2], x.shape[3])
         sizes = [size]
         for view in self.views:
-            most = torch.ones(1, max(view.shared, view.image), dtype=torch.float64)
+            most = torch.ones(1, max(view.shared, view.image), dtype=torch.float64, device="cpu")
             sizes.append(view.geometry(size, most[0, : view.shared], most[:, : view.image])[1])
-        return max(1, *(height * width for height, width in sizes))
+        return [max(1, height * width) for height, width in sizes]
+
+    @property
+    def _all_graphs(self) -> bool:
+        """Whether a step holds the graphs of all its views at once, and not of two batches."""
+        return self.pairing == "all"
 
     def _together(self, x: Tensor, features: Features) -> int:
         """How many positions run as one batch: half of what memory allows, as two batches are held at once."""
@@ -469,7 +476,11 @@ class Purifier:
         """The images that run at once."""
         most = at_once(x) if self.max_batch is None else self.max_batch
         if together and self.max_memory is not None:
-            most = min(most, max(1, together // self._largest(x)))
+            image, *views = self._positions(x)
+            held = max(image, *views)
+            if self._all_graphs:  # of which half of the budget is too little, as it is all there is
+                held = (image + sum(sorted(views)[-(self.views_per_step or len(views)) :]) + 1) // 2
+            most = min(most, max(1, together // held))
         return chunks(x, most)
 
     def iterates(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> list[Tensor]:
@@ -533,8 +544,9 @@ class Purifier:
         count: int | None,
         make: Callable[..., Agreement] | None = None,
     ) -> Iterator[tuple[Tensor, Agreement, int, Tensor]]:
-        # checked under the caller's grad mode; the rest runs outside inference mode, whose tensors autograd refuses
-        with torch.inference_mode(False):
+        # outside inference mode, whose tensors autograd refuses, and without an autocast that the caller is in, which
+        # would reach derivatives too
+        with torch.inference_mode(False), _uncast(x):
             x = _checks.images("x", x, channels=3).detach()
             x = x.clone() if x.is_inference() else x
             numbers = _checks.ids(ids, len(x), x.device)
@@ -567,6 +579,10 @@ class Purifier:
             reduction=self.reduction,
             **rest,
         )
+
+
+def _uncast(x: object) -> contextlib.AbstractContextManager[Any]:
+    return torch.autocast(x.device.type, enabled=False) if isinstance(x, Tensor) else contextlib.nullcontext()
 
 
 def purify(model: Callable[[Tensor], Any], x: Tensor, **settings: Any) -> Tensor:

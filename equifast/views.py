@@ -71,7 +71,7 @@ class View:
         Returns:
             theta (N, 2, 3) float64, and the output size (h, w).
         """
-        return torch.eye(2, 3, dtype=torch.float64).expand(u.shape[0], 2, 3).clone(), size
+        return torch.eye(2, 3, dtype=torch.float64, device=u.device).expand(u.shape[0], 2, 3).clone(), size
 
     def parameters(self, u: Tensor) -> Tensor:
         """What :meth:`color` takes, (N, image) float64, of as many uniform numbers: these themselves, or others."""
@@ -87,7 +87,7 @@ class View:
     @property
     def enlarges(self) -> bool:
         """Whether the view makes images larger on average, and so its passes dearer."""
-        middle = torch.full((1, max(self.shared, self.image)), 0.5, dtype=torch.float64)
+        middle = torch.full((1, max(self.shared, self.image)), 0.5, dtype=torch.float64, device="cpu")
         _, (height, width) = self.geometry((1000, 1000), middle[0, : self.shared], middle[:, : self.image])
         return height * width > 1000 * 1000
 
@@ -174,7 +174,7 @@ class Turn(View):
     def geometry(self, size: Size, shared: Tensor, u: Tensor) -> tuple[Tensor, Size]:
         theta, (height, width) = super().geometry(size, shared, u)
         cos, sin = ((1, 0), (0, 1), (-1, 0), (0, -1))[self.quarters]
-        theta[:, :, :2] = torch.tensor([[cos, -sin], [sin, cos]], dtype=theta.dtype)
+        theta[:, :, :2] = theta.new_tensor([[cos, -sin], [sin, cos]])
         return theta, (width, height) if self.quarters % 2 else (height, width)
 
 
@@ -229,7 +229,7 @@ class ColorJitter(View):
             ]
             for *factors, turn, chance in u.tolist()
         ]
-        return torch.tensor(rows, dtype=torch.float64).view(-1, 5)
+        return torch.tensor(rows, dtype=torch.float64, device=u.device).view(-1, 5)
 
     def color(self, images: Tensor, parameters: Tensor) -> Tensor:
         return ops.color_jitter(images, parameters)
@@ -253,6 +253,8 @@ class Compose(View):
     views: tuple[View, ...]
 
     def __init__(self, *views: View) -> None:
+        if not views:
+            raise ValueError("views is empty; there must be at least one View")
         for view in views:
             if not isinstance(view, View):
                 raise TypeError(f"views has a {type(view).__name__}; every one must be a View")
@@ -377,7 +379,7 @@ def sample(
     k = range(len(views))
     streams = [int(rng.Stream.CHOICE), *map(rng.Stream.SHARED.of, k), *map(rng.Stream.IMAGE.of, k)]
     most = max(len(views), *(max(view.shared, view.image) for view in views))
-    rows = torch.tensor([0, *ids.tolist()])  # 0 is the id of what all images share
+    rows = torch.tensor([0, *ids.tolist()], device="cpu")  # 0 is the id of what all images share
     numbers = rng.uniform(seed, streams, rows, draw, step, most + 1)
     choice, shared, image = numbers[0, 0], numbers[1 : 1 + len(views), 0], numbers[1 + len(views) :, 1:]
     if palette is not None:

@@ -390,6 +390,18 @@ def test_threads(features: str | None, fold: bool) -> None:
         assert torch.equal(value, state[name])
 
 
+def test_large_tensors_are_told_apart_by_few_numbers() -> None:
+    folded, many = Folded(cases.dense()), Folded._MANY
+    values = torch.randn(2 * many + 5)
+    found = [folded._checksum(values)]
+    for place in (0, many + 3, 2 * many + 4):
+        values[place] += 1
+        found.append(folded._checksum(values))
+    found.append(folded._checksum(torch.cat([values[many : 2 * many], values[:many], values[2 * many :]])))
+    assert len({float(value) for value in found}) == 5
+    assert all(len(probe) == many for probe in folded._probes.values())
+
+
 def test_a_model_that_cannot_be_copied() -> None:
     model = Net()
     model.generator = (number for number in range(3))

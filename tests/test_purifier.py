@@ -4,7 +4,9 @@ import itertools
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from equifast import Defended, Purifier, views
 from equifast.ascent import Ascent
 from equifast.attacks import BPDA, PGD
 from equifast.balls import Linf
-from equifast.defenses import Invariance
+from equifast.defenses import Averaging, Invariance
 from equifast.evaluate import PARTS, profile_step
 from equifast.features import suggest
 from equifast.objectives import Equivariance, number_of_pairs, pairwise
@@ -351,11 +353,78 @@ def test_a_model_without_parameters_can_be_defended() -> None:
     assert defended(cases.images()).shape == (2, 6, 20, 28)
 
 
-def test_an_enclosing_autocast_changes_nothing() -> None:
-    x, purifier = cases.images(), Purifier(cases.dense(), dtype="float32")
+class ByMatrix(nn.Module):
+    """Whose derivative is a product of matrices, which autocast lowers on its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.linear = cases.dense(), nn.Linear(5, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.inner(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("pairing", ["anchor", "all"])
+@pytest.mark.parametrize("make", [cases.dense, ByMatrix])
+def test_an_enclosing_autocast_changes_nothing(make: Callable[[], nn.Module], pairing: str) -> None:
+    x, purifier = cases.images(), Purifier(make(), dtype="float32", pairing=pairing)
     with torch.autocast("cpu", torch.bfloat16):
         inside = purifier(x)
     assert torch.equal(inside, purifier(x))
+
+
+def test_another_default_device_changes_nothing() -> None:
+    x, model = cases.images(), cases.dense()
+    for defended in (
+        Defended(model, Purifier(model)),
+        Defended(model, Purifier(model, "stem", "paper")),
+        Averaging(model),
+    ):
+        with torch.no_grad(), torch.device("meta"):  # where nothing is
+            inside = defended(x)
+        with torch.no_grad():
+            assert torch.equal(inside, defended(x))
+
+
+def test_models_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        model = cases.dense()
+    x = cases.images()
+    assert torch.equal(Purifier(model)(x), Purifier(cases.dense())(x))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_frozen_torchscript() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 5, 1)).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # newer versions advise against it
+        frozen = torch.jit.freeze(torch.jit.script(net))
+    x = cases.images()
+    purified = Purifier(frozen, dtype="float32")(x)
+    assert (purified - x).abs().max() > 0.01
+
+
+def test_what_a_recording_belongs_to() -> None:
+    """Other modules and hooks make another."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 5, 1))
+    purifier, x, seen = Purifier(model, fold=False), cases.images(), []
+    for change in (
+        lambda: None,
+        lambda: model.__setitem__(1, nn.Tanh()),
+        lambda: model[2].register_forward_hook(print),
+    ):
+        change()
+        with purifier._objective(x, None, 0, None) as (_, objective, _, _):
+            seen += [objective.owner(), objective.owner()]
+    assert seen[0] == seen[1]
+    assert seen[1] != seen[2] == seen[3] != seen[4] == seen[5]
+
+
+def test_a_submodule_that_was_replaced_gives_the_features() -> None:
+    model, x = cases.dense(), cases.images()
+    purifier = Purifier(model, "stem", fold=False)
+    model.stem = nn.Sequential(model.stem, nn.AvgPool2d(3, 1, 1))
+    assert torch.equal(purifier(x), Purifier(model, "stem", fold=False)(x))
 
 
 @pytest.mark.parametrize("settings", [{}, {"reduction": "pixel"}, {"dtype": "bfloat16"}], ids=str)

@@ -197,3 +197,12 @@ def test_what_cannot_be_unrolled(settings: dict[str, Any], last: int, error: str
 def test_only_a_purifier_is_unrolled() -> None:
     with pytest.raises(TypeError, match="must be for a Purifier"):
         Defended(Smooth(), lambda x, ids=None, draw=0: x, gradient="unrolled")
+
+
+def test_without_gradients_there_is_no_graph() -> None:
+    model = cases.dense()
+    x = cases.images().requires_grad_()
+    for off in (torch.no_grad, torch.inference_mode):
+        with off():
+            assert not Purifier(model).unrolled(x, 1).requires_grad
+    assert Purifier(model).unrolled(x, 1).requires_grad

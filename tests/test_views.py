@@ -220,3 +220,8 @@ def test_views_of_ones_own_are_named_by_their_settings() -> None:
     assert repr(views.View()) == "View()"
     assert repr(Tilted(3.0)) == "Tilted(degrees=3.0)"
     assert repr(views.Flip()) == "Flip(vertical=False)"
+
+
+def test_compositions_of_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match="views is empty; there must be at least one View"):
+        views.Compose()
