@@ -206,6 +206,8 @@ class Folded:
         if probe is None or len(probe) < min(len(flat), self._MANY):
             angles = torch.arange(1, min(len(flat), self._MANY) + 1, dtype=torch.float64, device="cpu") * 2.39996
             self._probes[flat.device] = probe = angles.sin().to(flat.device, torch.float32)
+        if len(flat) <= self._MANY:
+            return (flat @ probe[: len(flat)].to(flat.dtype)).double()
         parts = [part @ probe[: len(part)].to(part.dtype) for part in flat.split(self._MANY)]
         # for parts, which may change places, other weights
         return torch.stack([(1 + place % 7) * part.double() for place, part in enumerate(parts)]).sum()

@@ -582,7 +582,9 @@ class Purifier:
 
 
 def _uncast(x: object) -> contextlib.AbstractContextManager[Any]:
-    return torch.autocast(x.device.type, enabled=False) if isinstance(x, Tensor) else contextlib.nullcontext()
+    if isinstance(x, Tensor) and torch.amp.is_autocast_available(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def purify(model: Callable[[Tensor], Any], x: Tensor, **settings: Any) -> Tensor:
