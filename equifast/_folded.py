@@ -209,8 +209,8 @@ class Folded:
         if len(flat) <= self._MANY:
             return (flat @ probe[: len(flat)].to(flat.dtype)).double()
         parts = [part @ probe[: len(part)].to(part.dtype) for part in flat.split(self._MANY)]
-        # for parts, which may change places, other weights
-        return torch.stack([(1 + place % 7) * part.double() for place, part in enumerate(parts)]).sum()
+        # weighted, since parts may change places
+        return torch.stack([place * part.double() for place, part in enumerate(parts, 1)]).sum()
 
     def _fold(self, x: Tensor, run: Run) -> nn.Module | None:
         # two images, since a reshape may go well with one

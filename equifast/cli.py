@@ -242,11 +242,13 @@ def purify(
 
             try:
                 digest = hashlib.sha256(source.read_bytes()).hexdigest()
-                if not known:  # found on the first image, done or not, the same for all
-                    features, known = _find_features(network, read_image(source)[None].to(_device(device))), True
-                    purifier = Purifier(network, features, preset, radius, number)
-                if not ledger.has(name, digest):
+                done = ledger.has(name, digest)
+                if not (done and known):
                     x = read_image(source)[None].to(_device(device))
+                if not known:  # found on the first image, done or not, the same for all
+                    features, known = _find_features(network, x), True
+                    purifier = Purifier(network, features, preset, radius, number)
+                if not done:
                     line = _purify_one(purifier, features, x, output / name, advance)
                     ledger.add({"image": name.as_posix(), "source": str(source), "sha256": digest, **line})
             except Exception as error:  # one bad file, or one that the model chokes on: report it, do the rest
@@ -296,7 +298,6 @@ def detect(
         if not targets:
             raise ValueError(f"no PNG, JPEG or WebP file in {', '.join(map(str, paths))}")
         network = load_model(model).to(_device(device))
-        (output / "overlays").mkdir(parents=True, exist_ok=True)
         if features is None:
             features = _find_features(network, _first_readable(targets)[None].to(_device(device)))
         if layer and detector not in ("deviation", "combined"):
@@ -305,6 +306,7 @@ def detect(
         head = Rotation(network, features, seed=seed) if detector == "combined" else None
         if head is not None:
             chosen = Combined([chosen, Similarity(head)])
+        (output / "overlays").mkdir(parents=True, exist_ok=True)
         with _progress() as progress:
             if fit.is_file():
                 if head is not None:

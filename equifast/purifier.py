@@ -247,7 +247,8 @@ class Purifier:
         )
         self.max_batch = None if max_batch is None else _checks.integer("max_batch", max_batch, 1, 2**31)
         self.max_memory = None if max_memory is None else _checks.integer("max_memory", max_memory, 1, 2**63)
-        self._held: dict[tuple[torch.device, torch.dtype], float] = {}  # bytes of a graph per position
+        # bytes per position: of a graph, and of what passes while it is made and followed
+        self._held: dict[tuple[torch.device, torch.dtype], tuple[float, float]] = {}
         self._capture = Capture() if _checks.boolean("capture", capture) else None
         self.palette = _PALETTE if (capture or compile) and palette is None else palette
         if self.palette is not None:
@@ -469,18 +470,24 @@ class Purifier:
 
             model = features.model
             owned = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
-            self._held[key] = pass_bytes(run, x[:2], owned) / (len(x[:2]) * x.shape[2] * x.shape[3])
-        return max(1, int(self.max_memory / max(self._held[key], 1.0) / 2))
+            positions = len(x[:2]) * x.shape[2] * x.shape[3]
+            kept, passing = (part / positions for part in pass_bytes(run, x[:2], owned))
+            self._held[key] = kept, max(passing, 1.0)
+        return max(1, int(self.max_memory / sum(self._held[key]) / 2))
 
     def _chunks(self, x: Tensor, together: int = 0) -> list[slice]:
         """The images that run at once."""
         most = at_once(x) if self.max_batch is None else self.max_batch
         if together and self.max_memory is not None:
             image, *views = self._positions(x)
-            held = max(image, *views)
-            if self._all_graphs:  # of which half of the budget is too little, as it is all there is
-                held = (image + sum(sorted(views)[-(self.views_per_step or len(views)) :]) + 1) // 2
-            most = min(most, max(1, together // held))
+            largest = max(image, *views)
+            if self._all_graphs:
+                kept, passing = self._held[x.device, x.dtype]
+                every = image + sum(sorted(views)[-(self.views_per_step or len(views)) :])
+                possible = int(self.max_memory / (kept * every + passing * largest))
+            else:
+                possible = together // largest
+            most = min(most, max(1, possible))
         return chunks(x, most)
 
     def iterates(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> list[Tensor]:

@@ -59,18 +59,18 @@ def test_views_in_batches_have_the_gradient_that_they_have_alone(
 @pytest.mark.parametrize("kind", ["all", "rotation", "anchor"])
 def test_the_graphs_that_are_held_fit_the_budget(kind: str) -> None:
     """Where all views' are at once, those of fewer images are."""
-    x, budget = cases.images(64, 16, 16), (2 if kind == "anchor" else 4) * MEBIBYTE
+    x, budget = cases.images(64, 16, 16), (4 if kind == "all" else 2) * MEBIBYTE
     settings: dict[str, Any] = {"max_memory": budget, "dtype": "float32"}
     if kind == "rotation":
         purifier: Purifier = Rotation(cases.dense(), **settings)
     else:
         purifier = Purifier(cases.dense(), pairing=kind, views=[views.Flip()] * 8, **settings)
     together = purifier._together(x, purifier._features)
-    (held,) = purifier._held.values()
+    ((kept, passing),) = purifier._held.values()
     images = max(rows.stop - rows.start for rows in purifier._chunks(x, together))
     assert 1 < images < 64
-    at_once = 2 if kind == "anchor" else 1 + len(purifier.views)
-    assert 0.5 * budget < images * at_once * 16 * 16 * held <= 1.01 * budget
+    held = 2 * (kept + passing) if kind == "anchor" else (1 + len(purifier.views)) * kept + passing
+    assert 0.5 * budget < images * 16 * 16 * held <= budget
 
 
 def test_which_views_run_together() -> None:
@@ -113,8 +113,8 @@ def test_the_bytes_of_a_pass() -> None:
         return (images @ weight).relu().square()
 
     # of the product its argument, of relu its result, which the square keeps too
-    assert pass_bytes(run, x, [weight]) == (2 + 3) * 3 * 7 * 4
-    assert pass_bytes(lambda images: images * 2, x) == 0
+    assert pass_bytes(run, x, [weight]) == (2 * 3 * 7 * 4, 3 * 3 * 7 * 4)
+    assert pass_bytes(lambda images: images * 2, x) == (0, 0)
 
 
 @pytest.mark.parametrize("preset", ["fast", "paper"])
@@ -131,7 +131,7 @@ def test_memory_stays_within_the_budget(preset: str, megabytes: int) -> None:
     images = 6 * x.numel() * 4  # those that come, go, and are kept of a step
     assert peak <= max(least, megabytes * MEBIBYTE) + images
     if megabytes == 16:
-        more = Purifier(model, preset=preset, max_memory=128 * MEBIBYTE, **settings)
+        more = Purifier(model, preset=preset, max_memory=64 * MEBIBYTE, **settings)
         assert peak_memory(lambda: more(x), x.device) > 1.5 * peak  # it takes what it is given
     if preset == "fast":
         assert torch.equal(bounded(x), plain(x))
