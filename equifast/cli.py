@@ -306,6 +306,9 @@ def detect(
         head = Rotation(network, features, seed=seed) if detector == "combined" else None
         if head is not None:
             chosen = Combined([chosen, Similarity(head)])
+        clean = [] if fit.is_file() else [source for source, _ in find_images([fit], output / "overlays")]
+        if not (clean or fit.is_file()):
+            raise ValueError(f"fit is {fit}, which has no PNG, JPEG or WebP file")
         (output / "overlays").mkdir(parents=True, exist_ok=True)
         with _progress() as progress:
             if fit.is_file():
@@ -315,9 +318,6 @@ def detect(
                 chosen = chosen if rate is None else chosen.at(rate)
             else:
                 flagged = 0.05 if rate is None else rate
-                clean = [source for source, _ in find_images([fit], output / "overlays")]
-                if not clean:
-                    raise ValueError(f"fit is {fit}, which has no PNG, JPEG or WebP file")
 
                 def opened(paths: Sequence[Path], what: str) -> Iterable[Tensor]:
                     tensors = (_readable(path)[None].to(_device(device)) for path in paths)

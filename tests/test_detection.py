@@ -472,6 +472,7 @@ def test_what_the_commands_refuse(
     done = CliRunner().invoke(app, given)
     assert done.exit_code == 2, done.output
     assert sentence in " ".join(done.output.split())
+    assert command == "evaluate" or not (tmp_path / "out").exists()
 
 
 def test_an_output_is_no_class_of_the_data(tmp_path: Path, spec: str) -> None:
