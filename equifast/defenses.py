@@ -208,7 +208,7 @@ class _WithHead(_Other):
 
         with torch.no_grad(), self._objective(images, None, 0, None, plain) as (x, objective, _, _):
             parts = []
-            for rows in self._chunks(x):
+            for rows in self._chunks(x, graph=False):
                 sampled = self._training_views(x[rows], number)
                 views = [x[rows], *rendered(x[rows], sampled)]
                 parts.append(torch.stack([pooled(objective.features(view.clone())) for view in views], 1))

@@ -20,9 +20,9 @@ from equifast._fingerprint import describe, fingerprint, stamp, weights
 from equifast._folded import Folded
 from equifast.features import Features, evaluating, passed
 from equifast.objectives import Objective, batched, distances, in_frame, pooled, rendered
-from equifast.purifier import Purifier, chunks, together
+from equifast.purifier import Purifier, at_once, chunks, put, together
 from equifast.reference import row_sum
-from equifast.views import Flip, Sampled, View, as_set, sample
+from equifast.views import Flip, Sampled, View, as_set, positions, sample
 
 __all__ = ["Combined", "Detector", "Deviation", "OutputVariance", "Similarity", "own_ids"]
 
@@ -369,7 +369,7 @@ class Similarity(Detector):
             with torch.no_grad():
                 apart = [
                     objective.only(rows).distances(images[rows])  # type: ignore[attr-defined, unused-ignore]
-                    for rows in self.purifier._chunks(images)
+                    for rows in self.purifier._chunks(images, graph=False)
                 ]
             return _enlarged(torch.cat(apart), images)
 
@@ -527,7 +527,8 @@ class _OfViews(Detector):
         side = self._SIDE if how is None else None
         run, size = _Run(features, autocast(self.dtype, x), side), (x.shape[2], x.shape[3])
         parts = []
-        for rows in chunks(x):
+        held = sum(positions(self.views, size)) if not torch.is_grad_enabled() else 0
+        for rows in chunks(x, at_once(x, held)):
             sampled = sample(self.views, size, seed=self.seed, ids=ids[rows], draw=draw, step=step)
             parts.append((how or self._measure)(x[rows], run, sampled))
             if own is not None:
@@ -561,12 +562,7 @@ class _OfViews(Detector):
 
         def keep(rows: slice, output: Tensor) -> None:
             nonlocal own
-            if own is None:
-                last = output.dim() == 4 and output.is_contiguous(memory_format=torch.channels_last)
-                layout = torch.channels_last if last else torch.contiguous_format
-                shape = (len(x), *output.shape[1:])
-                own = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
-            own[rows] = output
+            own = put(own, len(x), rows, output, x.dtype)
 
         with torch.no_grad(), evaluating(x, *self._modules(), lean=True):
             scores = self._judge(self._measured(x, numbers, draw, own=keep))

@@ -30,7 +30,7 @@ from equifast.objectives import (
     column_sum,
     number_of_pairs,
 )
-from equifast.views import Flip, View, as_set, fast, paper, sample
+from equifast.views import Flip, View, as_set, fast, paper, positions, sample
 
 __all__ = ["PRESETS", "Defended", "DefendedModel", "Preset", "Purifier", "Purify", "Suspects", "purify"]
 
@@ -105,8 +105,9 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
 )
 
 
-# Pixels of the images that run at once on a CPU: more take memory, and cache, and no less time.
-_CHUNK = 2**18
+# Positions that run at once on a CPU, of images whose pass keeps a graph, and in all where none does: fewer take longer
+# each, and more take memory, and cache, and no less time.
+_CHUNK, _AHEAD = 2**19, 2**20
 # Pixels of the image and of views that run as one batch where a budget of memory does not say: small maps take less
 # time together, large ones on a CPU do not.
 _TOGETHER = {"cpu": 2**17, "cuda": 2**21}
@@ -117,9 +118,18 @@ def together(x: Tensor) -> int:
     return _TOGETHER.get(x.device.type, 0)
 
 
-def at_once(x: Tensor) -> int:
-    """How many images as ``x`` run at once: on a CPU a few large ones, on CUDA all."""
-    return max(2, _CHUNK // max(1, x.shape[2] * x.shape[3])) if x.device.type == "cpu" else max(1, len(x))
+def at_once(x: Tensor, ahead: int = 0) -> int:
+    """How many images as ``x`` run at once: on a CPU a few large ones, on CUDA all.
+
+    Args:
+        x: (N, 3, H, W).
+        ahead: of a pass that keeps no graph, how many positions of an image and its views it holds at once; else 0.
+    """
+    if x.device.type != "cpu":
+        return max(1, len(x))
+    most = _CHUNK // max(1, x.shape[2] * x.shape[3])
+    most -= most % 2  # derivatives of some convolutions take two at a time
+    return max(2, most, _AHEAD // ahead if ahead else 0)
 
 
 def chunks(x: Tensor, most: int | None = None) -> list[slice]:
@@ -442,15 +452,6 @@ class Purifier:
             given = images + (x - x.detach())
             return self.ascent(objective, given, seed=seed, ids=numbers, draw=draw, slope=slope, last=last)
 
-    def _positions(self, x: Tensor) -> list[int]:
-        """Those of the image, and of views as large as they come."""
-        size = (x.shape[2], x.shape[3])
-        sizes = [size]
-        for view in self.views:
-            most = torch.ones(1, max(view.shared, view.image), dtype=torch.float64, device="cpu")
-            sizes.append(view.geometry(size, most[0, : view.shared], most[:, : view.image])[1])
-        return [max(1, height * width) for height, width in sizes]
-
     @property
     def _all_graphs(self) -> bool:
         """Whether a step holds the graphs of all its views at once, and not of two batches."""
@@ -475,12 +476,13 @@ class Purifier:
             self._held[key] = kept, max(passing, 1.0)
         return max(1, int(self.max_memory / sum(self._held[key]) / 2))
 
-    def _chunks(self, x: Tensor, together: int = 0) -> list[slice]:
+    def _chunks(self, x: Tensor, together: int = 0, graph: bool = True) -> list[slice]:
         """The images that run at once."""
-        most = at_once(x) if self.max_batch is None else self.max_batch
+        image, *views = positions(self.views, (x.shape[2], x.shape[3]))
+        largest = max(image, *views)
+        # without a graph, the image's features and one batch of views
+        most = at_once(x, 0 if graph else image + max(views)) if self.max_batch is None else self.max_batch
         if together and self.max_memory is not None:
-            image, *views = self._positions(x)
-            largest = max(image, *views)
             if self._all_graphs:
                 kept, passing = self._held[x.device, x.dtype]
                 every = image + sum(sorted(views)[-(self.views_per_step or len(views)) :])
@@ -535,7 +537,7 @@ class Purifier:
         with self._objective(x, ids, draw, None) as (x, objective, _, _):
             if len(x) == 0:
                 return torch.zeros(0, len(self.views), device=x.device)
-            chunks = self._chunks(x, objective.together)
+            chunks = self._chunks(x, objective.together, graph=self._all_graphs)
             return torch.cat([objective.only(rows).similarities(x[rows]) for rows in chunks])
 
     def score(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
@@ -817,4 +819,22 @@ def average(
 
     if len(x) == 0 or (torch.is_grad_enabled() and x.requires_grad):  # a graph holds all of them anyway
         return of(slice(None))
-    return torch.cat([of(rows) for rows in chunks(x)])
+    most = at_once(x, sum(positions(chosen, (x.shape[2], x.shape[3]))))
+    found = None
+    for rows in chunks(x, most):
+        found = put(found, len(x), rows, of(rows))
+    assert found is not None
+    return found
+
+
+def put(found: Tensor | None, n: int, rows: slice, part: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Results of ``n`` images with a part written where it belongs; made at the first, in its layout and dtype.
+
+    To hold all parts and join them in the end takes twice the memory, whose pages the system has to clear first.
+    """
+    if found is None:
+        last = part.dim() == 4 and part.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if last else torch.contiguous_format
+        found = torch.empty((n, *part.shape[1:]), dtype=dtype or part.dtype, device=part.device, memory_format=layout)
+    found[rows] = part
+    return found

@@ -27,6 +27,7 @@ __all__ = [
     "View",
     "fast",
     "paper",
+    "positions",
     "sample",
 ]
 
@@ -345,6 +346,15 @@ class Sampled:
 def _sent(values: Tensor, device: torch.device) -> Tensor:
     """The values on a device; to a GPU without a wait for what runs there."""
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+
+def positions(views: Sequence[View], size: Size) -> list[int]:
+    """Those of an image of that size, and of views of it as large as they come."""
+    sizes = [size]
+    for view in views:
+        most = torch.ones(1, max(view.shared, view.image), dtype=torch.float64, device="cpu")
+        sizes.append(view.geometry(size, most[0, : view.shared], most[:, : view.image])[1])
+    return [max(1, height * width) for height, width in sizes]
 
 
 def sample(

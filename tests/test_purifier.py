@@ -547,6 +547,25 @@ def test_large_images_run_a_few_at_a_time() -> None:
     assert Purifier(cases.dense())._chunks(torch.empty(64, 3, 32, 32)) == [slice(0, 64)]
 
 
+def test_passes_without_a_graph_run_more_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By how much they hold; predictions of several batches are those of one, in its layout."""
+    x = torch.empty(40, 3, 176, 240)
+    for chosen, counts in (([views.Resize(0.3)], [22, 18]), (views.paper(), [12, 12, 12, 4])):
+        purifier = Purifier(cases.dense(), views=chosen)
+        assert [len(range(40)[rows]) for rows in purifier._chunks(x, graph=False)] == counts
+        assert [len(range(40)[rows]) for rows in purifier._chunks(x)] == [12, 12, 12, 4]
+    model, images = cases.dense().to(memory_format=torch.channels_last), cases.images(7)
+    defended = [Defended(model, Purifier(model, steps=1)), Averaging(model)]
+    with torch.no_grad():
+        expected = [each(images) for each in defended]
+        for name in ("_CHUNK", "_AHEAD"):
+            monkeypatch.setattr(f"equifast.purifier.{name}", 0)
+        for each, wanted in zip(defended, expected, strict=True):
+            found = each(images)
+            assert torch.equal(found, wanted)
+            assert found.stride() == wanted.stride()
+
+
 class InPlace(cases.DenseNet):
     """Its first operation works in place."""
 
