@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from equifast import Defended, Purifier, attacks, defenses, reference, rng, views
+from equifast._cheap import has_fast_bfloat16
 from equifast.evaluate import confusion
 from equifast.objectives import cross_entropy
 from equifast.purifier import DefendedModel
@@ -856,7 +857,8 @@ def test_gradients_of_a_cheaper_copy_are_those_of_the_model(kind: str, dtype: st
         attack = attacks.FGSM(model, dtype=chosen)
         found.append(attack(x, y) if defended is None else attacks.BPDA(attack, defended)(x, y))
     assert ((found[0] - found[1]).abs() < 1e-6).float().mean() > 0.9
-    assert not torch.equal(*found)
+    if dtype == "bfloat16" or has_fast_bfloat16(x.device):
+        assert not torch.equal(*found)
     if isinstance(defended, DefendedModel):
         assert defended.predictor is None
 

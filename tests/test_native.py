@@ -1157,7 +1157,7 @@ def test_nan_outside_the_overlap_does_not_count() -> None:
                 torch.testing.assert_close(ops.similarity(f0, [f1], theta, reduction=how), wanted)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch 2.13's own use of it
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own use of it
 def test_forward_mode_is_that_of_the_reference() -> None:
     """Kernels know nothing of tangents, and would drop them."""
     x, theta = cases.images(2), cases.theta("rotation", 2)

@@ -547,6 +547,15 @@ def test_large_images_run_a_few_at_a_time() -> None:
     assert Purifier(cases.dense())._chunks(torch.empty(64, 3, 32, 32)) == [slice(0, 64)]
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_defended_model_is_in_the_mode_of_its_model(training: bool) -> None:
+    """Attack libraries note the mode, and put it back in the end, for all that is inside."""
+    model = cases.dense().train(training)
+    for defended in (Defended(model, Purifier(model)), Averaging(model)):
+        defended.train(defended.training)
+        assert model.training is training
+
+
 def test_passes_without_a_graph_run_more_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """By how much they hold; predictions of several batches are those of one, in its layout."""
     x = torch.empty(40, 3, 176, 240)
