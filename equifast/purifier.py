@@ -638,9 +638,8 @@ class DefendedModel(nn.Module):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}; it must be a Module")
         self.model = model
-        self.training = getattr(
-            model, "training", False
-        )  # attack libraries put back the mode that they find, in the model too
+        # attack libraries put back the mode that they find, in the model too
+        self.training = getattr(model, "training", False)
         self.dtype = _checks.choice("dtype", dtype, DTYPES)
         self._cheap = None if dtype == "float32" else Cheap(model, dtype)
         if next(model.parameters(), None) is None:
