@@ -625,7 +625,7 @@ def average_predictions(
     for logits, view in zip(others, sampled, strict=True):
         prediction, overlap = in_frame(logits, view, (first.shape[2], first.shape[3]))
         total, count = total + prediction, count + overlap
-    return total.div_(count) if others and not total.requires_grad else total / count
+    return total / count
 
 
 def disagreement(predict: Callable[[Tensor], Tensor], x: Tensor, sampled: Sequence[Sampled]) -> Tensor:

@@ -27,7 +27,6 @@ __all__ = [
     "View",
     "fast",
     "paper",
-    "positions",
     "sample",
 ]
 
