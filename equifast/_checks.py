@@ -1,5 +1,6 @@
 """Checks of arguments: one sentence that names the argument, what it was and what it must be."""
 
+import inspect
 import math
 from collections.abc import Sequence
 
@@ -102,6 +103,18 @@ def choice(name: str, value: object, options: Sequence[str]) -> str:
     return value
 
 
+def defense(name: str, value: object, like: str = "(x, ids=None, draw=0)") -> None:
+    """What is called as defenses are: purifiers, and models with one inside."""
+    if not callable(value):
+        raise TypeError(f"{name} is a {type(value).__name__}; it must be callable as {like}")
+    try:  # what calls a Module takes everything
+        inspect.signature(value.forward if isinstance(value, nn.Module) else value).bind(None, ids=None, draw=0)
+    except TypeError as error:
+        raise TypeError(f"{name} is called as {like}, which it does not take: {error}") from None
+    except ValueError:  # a builtin, which does not tell
+        pass
+
+
 def seed(value: object) -> None:
     """A seed: 0..2**32-1 or None."""
     if value is not None:
@@ -196,6 +209,12 @@ def features(f0: Tensor, views: Sequence[Tensor]) -> None:
             raise TypeError(f"{name} has dtype {view.dtype}; it must have that of anchor, {f0.dtype}")
         if view.shape[:2] != f0.shape[:2]:
             raise ValueError(f"{name} has shape {shape(view)}; it must be ({n}, {channels}, h, w) as anchor")
+
+
+def logits(value: Tensor, n: int) -> None:
+    """What a model gives for ``n`` images."""
+    if value.dim() < 2 or len(value) != n:
+        raise ValueError(f"model gives {shape(value)} for {n} images; it must give logits (N, C) or (N, C, H, W)")
 
 
 def as_another(name: str, value: object, like_name: str, like: Tensor) -> Tensor:

@@ -235,6 +235,7 @@ class Attack:
             for result in found:
                 logits = output(result)
                 if not checked:
+                    _checks.logits(logits, len(images))
                     check_labels(logits, y, self.ignore_index)
                     self._check_classes(logits)
                     checked = True

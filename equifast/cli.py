@@ -89,6 +89,9 @@ DETECTORS: Mapping[str, Callable[[nn.Module, str | None, Sequence[str], int], De
     "deviation": lambda model, features, layers, seed: Deviation(model, [features, *layers], seed=seed),
 }
 
+_OF_NO_PRESET = ("noise", "cost", "evasion", "corruptions", "ood")
+"""Studies that a preset changes nothing of."""
+
 HEAD = "rotation.safetensors"
 """Beside the detector.json of combined."""
 
@@ -183,11 +186,14 @@ def demo(
     )
 
 
-def _fraction(text: str) -> float:
+def _radius(option: str, text: str) -> float:
     try:
-        return float(Fraction(text))
-    except (ValueError, ZeroDivisionError) as error:
-        raise typer.BadParameter(f"{text!r} is no number such as 6/255 or 0.02") from error
+        radius = float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        radius = math.nan
+    if not radius > 0:
+        raise typer.BadParameter(f"{text!r} is no number above 0, such as 6/255 or 0.02", param_hint=repr(option))
+    return radius
 
 
 def _seed(text: str) -> int | None:
@@ -196,7 +202,16 @@ def _seed(text: str) -> int | None:
     try:
         return int(text)
     except ValueError as error:
-        raise typer.BadParameter(f"{text!r} is no seed; it must be a whole number, or none") from error
+        sentence = f"{text!r} is no seed; it must be a whole number, or none"
+        raise typer.BadParameter(sentence, param_hint="'--seed'") from error
+
+
+def _check_layers(network: nn.Module, layers: Sequence[str]) -> None:
+    for name in layers:
+        try:
+            Features(network, name)
+        except ValueError as error:
+            raise ValueError(str(error).replace("features", "layer", 1)) from None
 
 
 @app.command()
@@ -217,7 +232,7 @@ def purify(
 
     Started again with the same settings, it goes on where it stopped.
     """
-    radius = _fraction(eps)
+    radius = _radius("--eps", eps)
     try:
         targets = _targets(list(find_images(paths, output)), output)
         if not targets:
@@ -287,7 +302,7 @@ def detect(
     rate: Annotated[
         float | None, typer.Option(help="Part of clean images that may be flagged; 0.05, or that of a detector.json.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the random numbers.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the random numbers.")] = 0,
     device: Device = "cpu",
 ) -> None:
     """Score image files, the suspicious first: scores.json, detector.json, and an overlay of where views disagree."""
@@ -302,6 +317,7 @@ def detect(
             features = _find_features(network, _first_readable(targets)[None].to(_device(device)))
         if layer and detector not in ("deviation", "combined"):
             raise ValueError(f"layer is given with detector {detector!r}; it is for 'deviation' and 'combined'")
+        _check_layers(network, layer or ())
         chosen = DETECTORS["deviation" if detector == "combined" else detector](network, features, layer or (), seed)
         head = Rotation(network, features, seed=seed) if detector == "combined" else None
         if head is not None:
@@ -484,11 +500,11 @@ def evaluate(
         str | None, typer.Option(help="The preset of which a --study changes one setting; fast where not given.")
     ] = None,
     fit: Annotated[
-        Path | None, typer.Option(help="Data on which the heads of rotation and contrastive are trained.")
+        Path | None, typer.Option(exists=True, help="Data on which the heads of rotation and contrastive are trained.")
     ] = None,
     clean: Annotated[
         Path | None,
-        typer.Option(help="Clean data, like those that are to come, for the thresholds of detectors."),
+        typer.Option(exists=True, help="Clean data, like those that are to come, for the thresholds of detectors."),
     ] = None,
     layer: Layers = None,
     detector: Annotated[
@@ -536,7 +552,7 @@ def evaluate(
             "predictions may round otherwise.",
         ),
     ] = 1,
-    seed: Annotated[int, typer.Option(help="Seed of defenses; attacks have the next.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 2, help="Seed of defenses; attacks have the next.")] = 0,
     device: Device = "cpu",
 ) -> None:
     """Attack defended models and tell what is left: a table, table.json, figures, and a record for each image and cell.
@@ -544,6 +560,7 @@ def evaluate(
     Started again with the same settings it computes what is missing.
     """
     asked = dict(locals())
+    radius, purify_radius = _radius("--eps", eps), _radius("--purify-eps", purify_eps)
     try:
         if workers > 1 and study is not None:
             raise ValueError(f"workers is {workers} with a study; a study has one")
@@ -553,6 +570,8 @@ def evaluate(
             raise ValueError("protocol is given with attacks; it brings its own")
         if preset is not None and study is None:
             raise ValueError("preset is given without a study; name it as a defense")
+        if preset is not None and study in _OF_NO_PRESET:
+            raise ValueError(f"preset is given with study {study!r}, which does not depend on it")
         preset = preset or "fast"
         detects = study in DETECTION or "detect" in {name.partition("@")[0] for name in defense or ()}
         deviates = detects and (not detector or not {"deviation", "combined"}.isdisjoint(detector))
@@ -561,6 +580,7 @@ def evaluate(
         if data.resolve() in (output.resolve(), *output.resolve().parents) and not (data / "labels").is_dir():
             raise ValueError(f"output {str(output)!r} is in the data, whose folders are classes; choose another")
         network = load_model(model).to(_device(device))
+        _check_layers(network, layer or ())
         shape = None if size is None else _size(size)
         if quick and images is None:
             images = min(8, len(open_data(data, None, shape)))
@@ -569,7 +589,7 @@ def evaluate(
         if norm not in ("linf", "l2"):
             raise ValueError(f"norm is {norm!r}; it must be 'linf' or 'l2'")
         how: dict[str, Any] = {"steps": steps, "eot": eot, "queries": queries, "seed": seed + 1}
-        strength = Strength(eps=_fraction(eps), norm=norm, targeted=targeted, **how)
+        strength = Strength(eps=radius, norm=norm, targeted=targeted, **how)
         strength = strength.quick if quick else strength
         everyone = known(strength)
         wanted = attack or ("PGD", "through averaging", "BPDA")
@@ -579,7 +599,6 @@ def evaluate(
         attackers = [everyone[name] for name in wanted] if protocol is None else adaptive(strength)
         if features is None:
             features = _find_features(network, chosen[0][0][None].to(_device(device)))
-        radius = _fraction(purify_eps)
         if study is not None and study in DETECTION:
             given: dict[str, object] = {"target": target, "protocol": protocol, "votes": votes, "against": against}
             given |= {"defense": defense or None, "attack": attack or None, "panels": panels or None}
@@ -589,12 +608,12 @@ def evaluate(
             heads = _Heads(kept or output, fit, clean, fit_images, shape, _device(device), chosen)
             if foreign and study != "ood":
                 raise ValueError(f"foreign is given with study {study!r}; it is for 'ood'")
-            others = {f"{path.parent.name}/{path.stem}": open_data(path, len(chosen)) for path in foreign or ()}
+            others = {_name(path): open_data(path, len(chosen)) for path in foreign or ()}
             if len(others) < len(foreign or ()):
                 raise ValueError(
                     f"foreign is {', '.join(map(str, foreign or ()))}; names and their folders' must differ"
                 )
-            anomalies = DETECTION[study](strength, Purifier(network, features, preset, radius, seed), others)
+            anomalies = DETECTION[study](strength, Purifier(network, features, preset, purify_radius, seed), others)
             detectors = _detectors(network, features, layer or (), seed, heads, detector or ())
             told = {"size": size, "spec": model, "study": study}
             _report_detection(
@@ -602,16 +621,20 @@ def evaluate(
             )
             return
         guards = detector or ["deviation"]
-        if foreign or (detector and ("detect" not in (defense or ()) or len(detector) > 1)):
-            name, where = ("foreign", "") if foreign else ("detector", "the defense 'detect', which has one, or for ")
-            raise ValueError(f"{name} is given; it is for {where}a study of detectors, one of {', '.join(DETECTION)}")
-        sweep = _sweep(study, defense, Make(network, features, preset, radius, seed))
+        if foreign:
+            raise ValueError("foreign is given without the study 'ood', which it is for")
+        if detector and ("detect" not in (defense or ()) or len(detector) > 1):
+            studies = ", ".join(DETECTION)
+            raise ValueError(
+                f"detector is given; it is for the defense 'detect', which has one, or for a study, one of {studies}"
+            )
+        sweep = _sweep(study, defense, Make(network, features, preset, purify_radius, seed))
         if sweep is not None:
             rows = dict(sweep.defenses)
         else:
             heads = _Heads(kept or output, fit, clean, fit_images, shape, _device(device), chosen)
             rows = {
-                name: _defended(name, network, features, layer or (), radius, seed, heads, guards[0])
+                name: _defended(name, network, features, layer or (), purify_radius, seed, heads, guards[0])
                 for name in defense or ("none", "averaging" if protocol is None else "averaging-12", "fast")
             }
         if against is not None and against not in rows:
@@ -623,6 +646,8 @@ def evaluate(
         settings: dict[str, Any] = {"target": target, "votes": votes, "batch": batch, "arguments": arguments}
         score = None if sweep is None else sweep.score
         evaluation = Evaluation(network, chosen, attackers, rows, eps=strength.eps, norm=norm, score=score, **settings)
+        if attack and (idle := evaluation.idle()):
+            raise ValueError(f"attack is {idle[0]!r}, which is for none of these defenses: {', '.join(rows)}")
         if _work is not None:
             evaluation.run_part(output, _work.part, _work.tell)
             return
@@ -1032,10 +1057,15 @@ def _print(
         _out.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
 
 
+def _name(data: Path) -> str:
+    """Of foreign data: that of the file or folder, after that of the folder it is in."""
+    return "/".join(data.resolve().with_suffix("").parts[-2:])
+
+
 def _size(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
     if match is None:
-        raise typer.BadParameter(f"{text!r} is no size such as 176x240")
+        raise typer.BadParameter(f"{text!r} is no size such as 176x240", param_hint="'--size'")
     return int(match[1]), int(match[2])
 
 
@@ -1071,6 +1101,8 @@ def _targets(found: list[tuple[Path, Path]], output: Path) -> list[tuple[Path, P
 
 def _purify_one(purifier: Purifier, features: str | None, x: Tensor, target: Path, progress: Any) -> dict[str, Any]:
     before = float(purifier.score(x))
+    if not math.isfinite(before):
+        raise ValueError("the model's features have values that are NaN or infinite on it; they must be finite")
     begun = time.perf_counter()
     purified = purifier(x, progress=progress)
     if purified.is_cuda:

@@ -615,7 +615,10 @@ class _Run:
     def _pass(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         enabled = self._lowered is not None
         with torch.autocast(images.device.type, dtype=self._lowered, enabled=enabled, cache_enabled=False):
-            return passed(self._features, images)
+            features, output = passed(self._features, images)
+        for given in (*features, output):
+            _checks.logits(given, len(images))
+        return features, output
 
     def _less(self, maps: Tensor) -> Tensor:
         if self._side is not None and maps.dim() == 4 and max(maps.shape[2:]) > self._side:

@@ -89,6 +89,8 @@ class Features:
             raise ValueError(
                 f"features have shape {_checks.shape(features)} for {x.shape[0]} images; the first sizes must agree"
             )
+        if 0 in features.shape[1:]:
+            raise ValueError(f"features have shape {_checks.shape(features)}; there must be a position and a channel")
         return features
 
     @property
@@ -577,7 +579,7 @@ def evaluating(x: Tensor, *models: Model, lean: bool = False, frozen: bool = Fal
     is no Module is run as it is.
 
     Raises:
-        ValueError: if a model is on another device than ``x``.
+        ValueError: if a model is on another device than ``x``, or fails because it is of another dtype.
     """
     known = [model for model in models if isinstance(model, nn.Module)]
     for model in known:
@@ -595,6 +597,15 @@ def evaluating(x: Tensor, *models: Model, lean: bool = False, frozen: bool = Fal
                     _hold(parameter, "requires_grad", held)
         with _running(x.device.type == "cpu", lean, frozen):
             yield
+    except RuntimeError as error:
+        for model in known:
+            own = next((p.dtype for p in model.parameters() if p.is_floating_point()), x.dtype)
+            if own != x.dtype and "type" in str(error):  # as all of PyTorch's sentences on dtypes have it
+                raise ValueError(
+                    f"x is {x.dtype}, and the model, of {own}, does not take that; convert one of them: "
+                    "a model runs in bfloat16 by dtype='auto', not by its weights"
+                ) from error
+        raise
     finally:
         with _LOCK:
             problems = [problem for key in held if (problem := _release(key)) is not None]

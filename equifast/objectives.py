@@ -91,6 +91,7 @@ def in_batches(run: Callable[[Tensor], Tensor], images: Sequence[Tensor], togeth
     for batch in batched(len(images[0]), [image.shape[2:] for image in images], together):
         joined = images[batch[0]].clone() if len(batch) == 1 else torch.cat([images[i] for i in batch])
         result = run(joined)
+        _checks.logits(result, len(joined))
         # one alone is not cut out of itself, which would copy its gradient
         found.update(zip(batch, result.chunk(len(batch)) if len(batch) > 1 else (result,), strict=True))
     return [found[i] for i in range(len(images))]

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -714,14 +713,7 @@ class Defended(DefendedModel):
                 raise TypeError(f"gradient is 'unrolled' for a {type(purifier).__name__}; it must be for a Purifier")
             purifier._check_last(last)
         self.gradient, self.last = gradient, last
-        if not callable(purifier):
-            raise TypeError(f"purifier is a {type(purifier).__name__}; it must be callable")
-        try:
-            inspect.signature(purifier).bind(None, ids=None, draw=0)
-        except TypeError as error:
-            raise TypeError(f"purifier is called as (x, ids=None, draw=0), which it does not take: {error}") from None
-        except ValueError:  # a builtin, which does not tell
-            pass
+        _checks.defense("purifier", purifier)
         self.purifier = purifier
 
     def trajectory(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Iterator[Tensor]:

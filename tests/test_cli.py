@@ -174,8 +174,8 @@ def test_killed_and_started_again(folder: Path) -> None:
         ((".", "-o", "out"), "no PNG, JPEG or WebP file in ."),
         (("in", "-o", "out", "--model", "resnet"), "model is 'resnet'; it must be demo,"),
         (("in", "-o", "out", "--preset", "slow"), "preset is 'slow'; it must be one of"),
-        (("in", "-o", "out", "--eps", "0"), "eps is 0.0; it must be a finite number above 0"),
-        (("in", "-o", "out", "--eps", "six"), "'six' is no number such as 6/255 or 0.02"),
+        (("in", "-o", "out", "--eps", "0"), "'--eps': '0' is no number above 0"),
+        (("in", "-o", "out", "--eps", "six"), "'six' is no number above 0, such as"),
         (("in", "-o", "out", "--features", "stage9"), "is no submodule of the model; the nearest names are"),
         (("in", "-o", "out", "--seed", "-1"), "seed is -1; it must be an integer from 0 to 4294967295"),
         (("in", "-o", "out", "--seed", "any"), "'any' is no seed; it must be a whole number, or none"),
@@ -274,6 +274,22 @@ def test_a_device_that_is_not_here(folder: Path) -> None:
     result = run("purify", folder / "in", "-o", folder / "out", "--model", "demo", "--device", "cuda")
     assert result.exit_code == 2
     assert "device is 'cuda', but no CUDA device can be used here" in result.output
+
+
+def test_features_that_are_no_number(folder: Path) -> None:
+    (folder / "nan.py").write_text(
+        "import torch\n"
+        "class Bad(torch.nn.Conv2d):\n"
+        "    def forward(self, x):\n"
+        "        return super().forward(x) * (torch.nan if x.shape[-1] > 60 else 1)\n"
+        "def build():\n    return Bad(3, 4, 3, padding=1)\n"
+    )
+    result = run("purify", folder / "in", "-o", folder / "out", "--model", f"{folder / 'nan.py'}:build")
+    assert result.exit_code == 1
+    assert "2 of 4 images purified" in result.output
+    assert "a.png: the model's features have values that are NaN or infinite on it" in result.output
+    assert "NaN" not in (folder / "out" / "purified.jsonl").read_text()  # which is no JSON
+    assert not (folder / "out" / "a.png").exists()
 
 
 def test_a_model_that_chokes_on_some(folder: Path) -> None:

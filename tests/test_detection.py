@@ -155,7 +155,7 @@ def test_a_study_records_what_detectors_say(tmp_path: Path) -> None:
             assert np.array_equal(again.scores[name][kind], scores)
     for changed in ({"data": scenes(5)}, {"detectors": {"variance": OutputVariance(MODEL, seed=1).fit([images(40)])}}):
         other: dict[str, Any] = {"model": MODEL, "data": data, "detectors": made, "anomalies": kinds, **changed}
-        what = r"(data \(6 images, now 5\)|defense variance)"
+        what = r"(data \(6 images, now 5\)|defense variance \(settings.seed: 0, now 1\))"
         with pytest.raises(ValueError, match=f"holds results of another {what}; choose another"):
             Detection(**other).run(tmp_path / "a")
     with pytest.raises(ValueError, match=r"holds results of another .*kind"):
@@ -407,10 +407,10 @@ def test_a_model_that_purifies_what_it_suspects_from_the_command_line(tmp_path: 
     study = json.loads((tmp_path / "other" / "study.json").read_text())
     assert study["defenses"]["detect"]["detector"]["detector"] == "OutputVariance"
     for wrong, sentence in (
-        (("--foreign", "variance"), "foreign is given; it is for a study of detectors, one of detection"),
+        (("--foreign", "variance"), "foreign is given without the study 'ood', which it is for"),
         (
             ("--detector", "variance", "--detector", "deviation"),
-            "detector is given; it is for the defense 'detect', which has one, or for a study of detectors",
+            "detector is given; it is for the defense 'detect', which has one, or for a study, one of",
         ),
         (("--detector", "magic"), "detector is 'magic'; it must be one of similarity"),
     ):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from equifast import Defended, Purifier, attacks, defenses, reference
+from equifast.detectors import OutputVariance
 from equifast.evaluate import difference
 
 X = cases.images()
@@ -21,6 +22,12 @@ JITTER = torch.tensor([[1.0, 1.0, 1.0, 0.0, 0.0]] * 2, dtype=torch.float64)
 class Constant(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.ones(x.shape[0], 4, 5, 5)
+
+
+class Cut(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = MODEL(x)
+        return logits[:1]
 
 
 def filled(value: float) -> Tensor:
@@ -78,6 +85,30 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     "purifier signature": (
         lambda: Defended(MODEL, lambda x: x),
         "purifier is called as (x, ids=None, draw=0), which it does not take",
+    ),
+    "dtype of the model": (
+        lambda: Purifier(cases.dense().half())(X),
+        "x is torch.float32, and the model, of torch.float16, does not take that",
+    ),
+    "dtype of an attacked model": (
+        lambda: attacks.PGD(cases.classifier().double())(X, torch.zeros(2, dtype=torch.int64)),
+        "x is torch.float32, and the model, of torch.float64, does not take that",
+    ),
+    "outputs of an attacked model": (
+        lambda: attacks.PGD(lambda x: x.mean((1, 2, 3)))(X, torch.zeros(2, dtype=torch.int64)),
+        "model gives (2,) for 2 images; it must give logits (N, C) or (N, C, H, W)",
+    ),
+    "outputs of a model that averages": (
+        lambda: defenses.Averaging(Cut())(X),
+        "model gives (1, 5, 20, 28) for 6 images; it must give logits (N, C) or (N, C, H, W)",
+    ),
+    "outputs of a model that is scored": (
+        lambda: OutputVariance(Cut()).score(X),
+        "for 4 images; it must give logits (N, C) or (N, C, H, W)",
+    ),
+    "features of no size": (
+        lambda: Purifier(nn.Conv2d(3, 2, 1), lambda x: x[:, :, :0]).score(X),
+        "features have shape (2, 3, 0, 28); there must be a position and a channel",
     ),
     "device of the model": (
         lambda: Purifier(cases.dense().to("meta"))(X),

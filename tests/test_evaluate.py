@@ -22,7 +22,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from typer.testing import CliRunner
 
 from equifast import Defended, Purifier, attacks, cli, defenses, views
@@ -181,7 +181,14 @@ def test_half_a_line_is_written_again(tmp_path: Path) -> None:
         ({"norm": "l2"}, "norm"),
         ({"arguments": {"size": 3}}, "size"),
         ({"attackers": [Attacker("PGD", lambda model, defended: attacks.PGD(model, steps=3), False)]}, "attacker"),
-        ({"defenses": {"fast": Defended(MODEL, Purifier(MODEL, steps=2))}}, "defense fast"),
+        (
+            {"attackers": [Attacker("PGD", lambda model, defended: attacks.PGD(model, steps=3), knows=False)]},
+            r"attacker none / PGD \(ascent.steps: 2, now 3\)",
+        ),
+        (
+            {"defenses": {"fast": Defended(MODEL, Purifier(MODEL, steps=2))}},
+            r"defense fast \(purifier.steps: 1, now 2\)",
+        ),
         ({"defenses": {"fast": Defended(MODEL, Purifier(MODEL, "body", steps=1))}}, "defense fast"),
         (
             {
@@ -337,6 +344,46 @@ def test_what_else_is_refused(tmp_path: Path) -> None:
         evaluation(defenses={})
 
 
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"model": lambda x: x}, "model is a function; it must be a Module"),
+        ({"data": DataLoader(scenes(2))}, r"data is a DataLoader; .*\(image, label\); its dataset may be one"),
+        (
+            {"attackers": [attacks.PGD(MODEL)]},
+            r"attackers has a PGD; each must be Attacker\(name, lambda model, defended",
+        ),
+        ({"defenses": [defenses.Averaging(MODEL)]}, "defenses is a list; it must be a dict"),
+        ({"defenses": {"none": None}}, r"defense 'none' is a NoneType; it must be callable as \(x, ids=None, draw=0\)"),
+        ({"defenses": {"none": MODEL}}, r"defense 'none' is called as \(x, ids=None, draw=0\), which it does not take"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(changed: dict[str, Any], sentence: str) -> None:
+    settings = {"model": MODEL, "data": scenes(2), "attackers": [], "defenses": {"none": Defended(MODEL, nothing)}}
+    with pytest.raises(TypeError, match=sentence):
+        Evaluation(**{**settings, **changed}, eps=EPS)
+
+
+def test_outputs_that_are_no_number_are_said(tmp_path: Path) -> None:
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = cases.classifier()
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.model(x)
+            return torch.where(x.flatten(1).mean(1, keepdim=True) < least, torch.nan, logits)
+
+    x, y = cases.images(6), torch.zeros(6, dtype=torch.int64)
+    least = float(x.flatten(1).mean(1).median()) + 1e-6
+    model = Half().eval()
+    rows = {"none": Defended(model, nothing), "other": Defended(cases.classifier().eval(), nothing)}
+    report = Evaluation(model, TensorDataset(x, y), [], rows, eps=EPS).run(tmp_path)
+    assert report.warnings() == [
+        "none: outputs have NaN on images (clean 3 of 6 each), so that their labels are no predictions"
+    ]
+
+
 def test_images_that_are_there_twice_count_twice(tmp_path: Path) -> None:
     report = evaluation(Subset(scenes(), [0, 1, 0, 0]), attackers=[PGD]).run(tmp_path)
     assert report.images == 4
@@ -463,6 +510,7 @@ def test_a_black_box_that_sees_more_is_a_warning() -> None:
 
     report = Report.__new__(Report)
     report.dense, report.votes, report.losses, report.no_gradient, report.probabilities = False, 0, {}, {}, {}
+    report.nan = {}
     report.target = None
     report.radius, right = {"clean": 0.0, "PGD": 1.0, "Square, 9 queries": 1.0}, np.ones(20, bool)
     report.results = {"a": {"clean": right, "PGD": right, "Square, 9 queries": ~right}, "b": {"clean": right}}
@@ -489,6 +537,7 @@ def report_of(**columns: Any) -> Any:
     report: Any = Report.__new__(Report)
     report.dense, report.votes, report.probabilities, report.target = False, 0, {"a": False}, None
     report.losses, report.no_gradient = {"a": {}}, {"a": {}}
+    report.nan = {}
     right = np.arange(20) < 10
     report.results = {"a": {"clean": right, "PGD": right & (np.arange(20) < 5)}}
     report.radius = {"clean": 0.0, "PGD": 1.0, "far": 16.0}
@@ -1112,7 +1161,17 @@ def test_command(folder: Path) -> None:
         (("--defense", "wall"), "defense is 'wall'; it must be one of none, random"),
         (("--protocol", "casual"), "protocol is 'casual'; it must be 'adaptive'"),
         (("--protocol", "adaptive", "--attack", "PGD"), "it brings its own"),
-        (("--eps", "0"), "eps is 0"),
+        (("--eps", "0"), "'--eps': '0' is no number above 0"),
+        (("--eps", "nan"), "'--eps': 'nan' is no number above 0"),
+        (("--purify-eps", "a/b"), "'--purify-eps': 'a/b' is no number above 0"),
+        (("--seed", "4294967295"), "'--seed'"),
+        (("--fit", "nowhere"), "'--fit'"),
+        (("--layer", "nowhere", "--study", "detection"), "layer is 'nowhere', which is no submodule of the model"),
+        (("--study", "cost", "--preset", "paper"), "preset is given with study 'cost', which does not depend on it"),
+        (
+            ("--attack", "Adaptive, evading", "--defense", "none"),
+            "attack is 'Adaptive, evading', which is for none of these defenses: none",
+        ),
         (("--workers", "2", "--study", "cost"), "workers is 2 with a study; a study has one"),
         (
             ("--defense", "averaging-0"),

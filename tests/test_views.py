@@ -1,5 +1,6 @@
 import colorsys
 import math
+from collections.abc import Callable
 
 import cases
 import pytest
@@ -11,6 +12,59 @@ from equifast import reference, rng, views
 
 def draw(view: views.View, size: tuple[int, int], n: int = 2, seed: int = 0) -> views.Sampled:
     return views.sample([view], size, seed=seed, ids=torch.arange(n))[0]
+
+
+@pytest.mark.parametrize("name", cases.VIEWS)
+def test_every_view(name: str) -> None:
+    """Numbers of its own for each image, whatever the batch; and what it shows of an image is where it says."""
+    view, height, width = cases.VIEWS[name], 40, 56
+    x = cases.images(3, height, width)
+    drawn = draw(view, (height, width), n=3)
+    assert drawn.theta.shape == (3, 2, 3)
+    assert drawn.theta.dtype == torch.float64
+    assert drawn.view is view
+    colored = drawn.color(x)
+    shown = reference.warp(colored, drawn.theta[None], [drawn.size])[0]
+    assert shown.shape == (3, 3, *drawn.size)
+    for n in range(3):
+        alone = views.sample([view], (height, width), seed=0, ids=torch.tensor([n]))[0]
+        assert torch.equal(alone.theta[0], drawn.theta[n])
+        assert alone.size == drawn.size
+        assert torch.equal(alone.color(x[n : n + 1])[0], colored[n])
+    back = reference.invert(drawn.theta[None])
+    returned, seen = (reference.warp(f, back, [(height, width)])[0] for f in (shown, torch.ones_like(shown)))
+    inner = seen > 0.999
+    inner[..., [0, 1, -2, -1], :] = inner[..., [0, 1, -2, -1]] = False  # edges are averaged with what is beside
+    assert inner.float().mean() > 0.3
+    assert (returned - colored)[inner].abs().mean() < 0.1  # of unrelated images it is about 0.3
+
+
+@pytest.mark.parametrize(
+    ("view", "expected"),
+    [
+        (views.Flip(), lambda x: x.flip(3)),
+        (views.Flip(vertical=True), lambda x: x.flip(2)),
+        *((views.Turn(k), lambda x, k=k: x.rot90(k, (2, 3))) for k in range(4)),
+        (views.Compose(views.Turn(1), views.Flip()), lambda x: x.rot90(1, (2, 3)).flip(3)),
+        (views.Compose(views.Flip(), views.Turn(1)), lambda x: x.flip(3).rot90(1, (2, 3))),
+    ],
+    ids=repr,
+)
+def test_views_that_only_move_pixels(view: views.View, expected: Callable[[Tensor], Tensor]) -> None:
+    x = cases.images(2, 8, 14)
+    drawn = draw(view, (8, 14))
+    shown = reference.warp(x, drawn.theta[None], [drawn.size])[0]
+    torch.testing.assert_close(shown, expected(x), atol=1e-6, rtol=0)
+
+
+def test_a_composition_recolors_by_each_of_its_parts() -> None:
+    x = cases.images(3, 8, 10)
+    darker, grayer = views.ColorJitter(0.9, 0, 0, 0, 0), views.ColorJitter(0, 0, 0, 0.3, 0.5)
+    both = views.Compose(darker, views.Rotation(5), grayer)
+    u = torch.rand(3, 11, dtype=torch.float64)
+    expected = grayer.color(darker.color(x, darker.parameters(u[:, :5])), grayer.parameters(u[:, 6:]))
+    assert torch.equal(both.color(x, both.parameters(u)), expected)
+    assert not torch.equal(expected, darker.color(x, darker.parameters(u[:, :5])))
 
 
 def test_the_views_of_the_paper() -> None:

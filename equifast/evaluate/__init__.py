@@ -17,6 +17,7 @@ from equifast.evaluate.metrics import (
 from equifast.evaluate.profile import Rates, invariance, robustness
 from equifast.evaluate.protocol import Strength, adaptive, known
 from equifast.evaluate.records import Part
+from equifast.evaluate.studies import nothing
 from equifast.evaluate.study import Attacker, Evaluation, Report
 from equifast.evaluate.timing import PARTS, Profile, profile_step
 from equifast.evaluate.worst import worst_accuracy, worst_iou
@@ -50,6 +51,7 @@ __all__ = [
     "invariance",
     "known",
     "mean_iou",
+    "nothing",
     "open_data",
     "profile_step",
     "robustness",

@@ -3,6 +3,8 @@
 import contextlib
 import os
 import statistics
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -98,15 +100,25 @@ def _passes(model: nn.Module, x: Tensor, task: Callable[[], object]) -> float:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps the profiler from writing to the terminal that it starts, stops and finds no GPU."""
+    """Keeps the profiler from writing to the terminal that it starts, stops and finds no GPU, and the allocator that
+    something is freed which was there before."""
     name = "KINETO_LOG_LEVEL"
     given = os.environ.get(name)
     os.environ.setdefault(name, "6")
-    try:
-        yield
-    finally:
-        if given is None:
-            del os.environ[name]
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    with tempfile.TemporaryFile() as written:
+        os.dup2(written.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(terminal, 2)
+            written.seek(0)
+            os.write(terminal, b"".join(line for line in written if b" CPUAllocator.cpp:" not in line))
+            os.close(terminal)
+            if given is None:
+                del os.environ[name]
 
 
 def peak_memory(task: Callable[[], object], device: torch.device) -> float:

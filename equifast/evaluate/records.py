@@ -244,7 +244,7 @@ class Records:
             }
             for kind, found in seen.items():  # of others there is only what a run had before it
                 changed += [
-                    f"{kind[:-1]} {name}"
+                    f"{kind[:-1]} {name}{_apart(was[kind].get(name), settings)}"
                     for name, settings in now[kind].items()
                     if (name in found or not write) and _told(was[kind].get(name)) != _told(settings)
                 ]
@@ -309,9 +309,25 @@ def _apart(was: Any, now: Any) -> str:
     if isinstance(was, dict) and isinstance(now, dict) and set(was) == set(now) == {"images", "digest"}:
         before, after = was["images"], now["images"]
         return f" ({before} images, now {after})" if before != after else f" ({before} images, now as many others)"
-    if isinstance(was, dict | list) or isinstance(now, dict | list):
-        return ""
-    return f" ({was!r}, now {now!r})"
+    where, was, now = _first_difference(was, now)
+    told = [f"{was!r}, now {now!r}"] if not isinstance(was, dict | list) and not isinstance(now, dict | list) else []
+    words = ": ".join([*([".".join(where)] if where else []), *told])
+    return f" ({words})" if words else ""
+
+
+def _first_difference(was: Any, now: Any) -> tuple[list[str], Any, Any]:
+    """Where two values differ first, and what stands there in each."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        pairs = {key: (was.get(key), now.get(key)) for key in (*now, *was)}
+    elif isinstance(was, list) and isinstance(now, list) and len(was) == len(now):
+        pairs = {str(place): pair for place, pair in enumerate(zip(was, now, strict=True))}
+    else:
+        return [], was, now
+    for key, (before, after) in pairs.items():
+        if _told(before) != _told(after):
+            where, before, after = _first_difference(before, after)
+            return [key, *where], before, after
+    return [], was, now
 
 
 def as_array(result: Mapping[str, Any]) -> Array:

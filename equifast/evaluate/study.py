@@ -83,6 +83,25 @@ def _check_seed(name: str, random: object) -> None:
             )
 
 
+def _check_kinds(model: object, data: object, attackers: Sequence[object], defenses: Mapping[str, object]) -> None:
+    """TypeError for what would end in a traceback after hours of work, or at once in one that does not tell."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; it must be a Module")
+    if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
+        hint = "; its dataset may be one" if hasattr(data, "dataset") else ""
+        raise TypeError(f"data is a {type(data).__name__}; it must have a length and items (image, label){hint}")
+    for attacker in attackers:
+        if not isinstance(attacker, Attacker):
+            raise TypeError(
+                f"attackers has a {type(attacker).__name__}; each must be "
+                "Attacker(name, lambda model, defended: attack)"
+            )
+    if not isinstance(defenses, Mapping):
+        raise TypeError(f"defenses is a {type(defenses).__name__}; it must be a dict of names and defended models")
+    for name, defended in defenses.items():
+        _checks.defense(f"defense {name!r}", defended)
+
+
 def check_range(y: Tensor, classes: int, ignore_index: int) -> None:
     """ValueError for labels that the model does not have."""
     if beyond := outside(y, classes, ignore_index):
@@ -114,6 +133,7 @@ class Evaluation:
         arguments: what else decides the results, as values that JSON can hold.
 
     Raises:
+        TypeError: for a model, data, an attacker or a defense of another kind than is said above.
         ValueError: for data without images, names that are given twice or are taken; for a defense or an attack of ours
             with ``seed=None``, whose results cannot be repeated; for attacks of ours that are targeted where there is
             no target, or are not where there is one, or leave out another dense label.
@@ -135,6 +155,7 @@ class Evaluation:
         ignore_index: int = 255,
         arguments: Mapping[str, Any] | None = None,
     ) -> None:
+        _check_kinds(model, data, attackers, defenses)
         self.model, self.data = model, data
         self.attackers, self.defenses = tuple(attackers), dict(defenses)
         names = [CLEAN, *(attacker.name for attacker in attackers)]
@@ -172,6 +193,11 @@ class Evaluation:
             "ignore_index": ignore_index,
         }
         self._dense = every[0].label is None
+
+    def idle(self) -> list[str]:
+        """Attackers that are attackers of none of the defenses."""
+        attacking = {name for _, name in self._cells()}
+        return [attacker.name for attacker in self.attackers if attacker.name not in attacking]
 
     def begin(self, folder: str | Path) -> int:
         """Open a folder as :meth:`run` does, so that parts can be run in it; how many cells of images it lacks."""
@@ -319,6 +345,8 @@ class Evaluation:
             if suspected is not None:
                 for note, flag in zip(seen, suspected.tolist(), strict=True):
                     note["purified"] = flag
+            for note, bad in zip(seen, logits.isnan().flatten(1).any(1).tolist(), strict=True):
+                note |= {"nan": True} if bad else {}
             if attack is None:
                 for note, chances in zip(seen, _probabilities(logits), strict=True):
                     note["probabilities"] = chances
@@ -450,6 +478,7 @@ class Report:
         self.losses: dict[str, dict[str, Array]] = {}  # (N, runs, steps)
         self.no_gradient: dict[str, dict[str, Array]] = {}  # (N,) steps
         self.probabilities: dict[str, bool] = {}
+        self.nan: dict[str, dict[str, int]] = {}  # on how many images a defense gives NaN, where it does
         self.purified: dict[str, dict[str, Array]] = {}  # (N,) bool, of defenses that purify what a detector suspects
         for defense, attack in cells:
             lines = [records[image.key, defense, attack] for image in evaluation.images]
@@ -469,6 +498,8 @@ class Report:
                 self.similarities.setdefault(defense, {})[attack] = np.array([line["similarity"] for line in lines])
             if all("purified" in line for line in lines):
                 self.purified.setdefault(defense, {})[attack] = np.array([line["purified"] for line in lines])
+            if nan := sum(line.get("nan", False) for line in lines):
+                self.nan.setdefault(defense, {})[attack] = nan
             if attack == CLEAN:
                 self.probabilities[defense] = all(line["probabilities"] for line in lines)
             times = [(line["seconds"], line["attack_seconds"]) for line in lines]
@@ -585,6 +616,12 @@ class Report:
                 if stuck := int(((steps > 0) & held).sum()):
                     where = "that are right" if self.target is None else "that are not as aimed"
                     found.append(f"{defense}: {name} has steps without any gradient on {stuck} images {where}")
+            if nan := self.nan.get(defense):
+                on = ", ".join(f"{name} {count}" for name, count in nan.items())
+                found.append(
+                    f"{defense}: outputs have NaN on images ({on} of {self.images} each), so that their labels are "
+                    "no predictions"
+                )
             if self.probabilities.get(defense):
                 found.append(f"{defense}: its outputs look like probabilities; losses are made for logits")
             largest = max((name for name in self.results[defense]), key=lambda name: self.radius[name])
