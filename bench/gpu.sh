@@ -2,15 +2,17 @@
 # shellcheck disable=SC2329  # functions are called through `run`
 #
 # Everything that wants an NVIDIA GPU, on a machine without a network: builds in place with the torch that is there,
-# tests, looks for bad accesses, measures.
+# tests, measures, looks for bad accesses.
 #   bench/gpu.sh DIR             all parts
-#   bench/gpu.sh DIR build bench the parts named, of: build tests sanitize bench summary
-# Each part takes a few minutes and leaves whole files in DIR, logs and JSON, or none; `summary` makes summary.md of
-# what is there. A part that fails does not keep the next ones from running, and the exit status says so.
+#   bench/gpu.sh DIR build bench the parts named, of: build tests bench summary sanitize
+# It ends within EQUIFAST_GPU_SECONDS (570): what is under way then is stopped, and what does not begin any more is left
+# out. Logs and JSON, at most eight files, are written to DIR as they come; `summary` makes summary.md of what is there,
+# and is made at the end in any case. A part that fails does not keep the next ones from running, and the exit status
+# says so.
 set -euo pipefail
 
 if [ "$#" -lt 1 ]; then
-  sed -n '4,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+  sed -n '4,13s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
   exit 2
 fi
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -18,40 +20,63 @@ mkdir -p "$1"
 out=$(cd "$1" && pwd)
 shift
 parts=("$@")
-[ "${#parts[@]}" -gt 0 ] || parts=(build tests sanitize bench summary)
+[ "${#parts[@]}" -gt 0 ] || parts=(build tests bench summary sanitize)
+for part in "${parts[@]}"; do
+  case $part in
+    build | tests | bench | summary | sanitize) ;;
+    *) echo "there is no part \"$part\"; the parts are build, tests, bench, summary, sanitize" && exit 2 ;;
+  esac
+done
 python=${PYTHON:-python3}
+end=$((SECONDS + ${EQUIFAST_GPU_SECONDS:-570}))
 scratch=$(mktemp -d -t equifast-gpu.XXXXXX)
 trap 'rm -rf "$scratch"' EXIT
 cd "$root"
 
 # The package is imported from the checkout, which `build` has put the compiled parts into.
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 EQUIFAST_BACKEND=native
+export PATH="$PATH:/usr/local/cuda/bin"
 
-# run NAME COMMAND...: the command's output goes to the terminal and, when it has ended, to DIR/NAME.log; its status
-# to DIR/NAME.status.
+# within SECONDS COMMAND...: for that long at most, and until the end.
+within() {
+  local limit=$1 left=$((end - SECONDS))
+  shift
+  [ "$left" -gt 5 ] || { echo "LEFT OUT: the time is over"; return 124; }
+  timeout --signal=INT --kill-after=15 "$((limit < left ? limit : left))" "$@"
+}
+
+# run NAME FUNCTION: its output goes to the terminal and to DIR/NAME.log; its status and seconds to DIR/parts.
 run() {
   local name=$1 status=0 start=$SECONDS
-  shift
   printf '\n=== %s\n' "$name"
-  "$@" 2>&1 | tee "$scratch/$name.log" || status=$?
-  mv "$scratch/$name.log" "$out/$name.log"
-  printf '%d %d\n' "$status" $((SECONDS - start)) >"$scratch/status"
-  mv "$scratch/status" "$out/$name.status"
+  "$2" 2>&1 | tee "$out/$name.log" || status=$?
+  touch "$out/parts"
+  grep -v "^$name " "$out/parts" >"$scratch/parts" || true
+  printf '%s %d %d\n' "$name" "$status" $((SECONDS - start)) >>"$scratch/parts"
+  cp "$scratch/parts" "$out/parts"
   return "$status"
 }
 
 configure_and_build() {
   local generator=(-G Ninja)
   command -v ninja >/dev/null || generator=()
-  cmake -S . -B build/gpu "${generator[@]}" -DEQUIFAST_TESTS=OFF -DPython_EXECUTABLE="$(command -v "$python")" &&
-    cmake --build build/gpu -j "$(nproc)" &&
-    cmake --install build/gpu --prefix equifast &&
-    "$python" -c 'import torch, equifast.ops as ops
+  # CMake's own guess where the driver does not tell which GPU there is
+  local architecture
+  architecture=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d .) || true
+  [ -z "$architecture" ] || generator+=("-DCMAKE_CUDA_ARCHITECTURES=$architecture-real")
+  within 300 cmake -S . -B build/gpu "${generator[@]}" -DEQUIFAST_TESTS=OFF \
+    -DPython_EXECUTABLE="$(command -v "$python")" &&
+    within 300 cmake --build build/gpu -j "$(nproc)" &&
+    within 60 cmake --install build/gpu --prefix equifast &&
+    within 60 "$python" -c 'import torch, equifast.ops as ops
 print("torch", torch.__version__, torch.cuda.get_device_name(), "native:", ops.choose(torch.device("cuda")).reason)'
 }
 
 gpu_tests() {
-  "$python" -m pytest -q -p no:cacheprovider -m gpu tests/test_native.py tests/test_gpu.py tests/test_step_triton.py
+  local several=()
+  if "$python" -c 'import xdist' 2>/dev/null; then several=(-n 8 -p no:benchmark); fi
+  within 240 "$python" -m pytest -q -p no:cacheprovider -m gpu --maxfail=25 --tb=short "${several[@]}" \
+    tests/test_native.py tests/test_gpu.py tests/test_step_triton.py
 }
 
 # The kernels on small cases: warp and similarity with their derivatives, every layout, one dtype of each width.
@@ -82,27 +107,28 @@ print("all kernels ran")
 PYTHON
 
 sanitize() {
-  local tool status=0
+  local tool status=0 only=() quiet=()
   if ! command -v compute-sanitizer >/dev/null; then
     echo "LEFT OUT: there is no compute-sanitizer here"
     return 0
   fi
+  # its option for that has had several names: with another one all of PyTorch's kernels are looked at too
+  if compute-sanitizer --help | grep -q -e '--kernel-regex '; then only=(--kernel-regex kns=equifast); fi
   for tool in memcheck racecheck; do
     echo "--- $tool"
+    quiet=()  # calls of PyTorch that fail on purpose are no errors
+    [ "$tool" != memcheck ] || quiet=(--report-api-errors no)
     # torch's caching would hide what lies beyond a tensor
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 200 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-      "$python" "$scratch/kernels.py" || status=$?
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 within 200 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      "${only[@]}" "${quiet[@]}" "$python" "$scratch/kernels.py" || status=$?
   done
   return "$status"
 }
 
 benchmark() {
-  local name status=0
-  "$python" bench/bench_ops.py --device cuda --output "$scratch/ops-cuda.json" || status=$?
-  "$python" bench/bench_gpu.py --output "$scratch/gpu.json" || status=$?
-  for name in ops-cuda gpu; do
-    [ ! -e "$scratch/$name.json" ] || mv "$scratch/$name.json" "$out/$name.json"
-  done
+  local status=0
+  within 180 "$python" bench/bench_gpu.py --output "$out/gpu.json" || status=$?
+  within 120 "$python" bench/bench_ops.py --device cuda --output "$out/ops-cuda.json" || status=$?
   return "$status"
 }
 
@@ -118,10 +144,10 @@ summarize() {
     echo "| part | outcome | seconds |"
     echo "|---|---|---|"
     local name status seconds outcome
-    for name in build tests sanitize bench; do
+    for name in build tests bench sanitize; do
       outcome="not run" seconds=""
-      if [ -e "$out/$name.status" ]; then
-        read -r status seconds <"$out/$name.status"
+      if [ -e "$out/parts" ] && grep -q "^$name " "$out/parts"; then
+        read -r _ status seconds <<<"$(grep "^$name " "$out/parts")"
         outcome="exit status $status: $(tail -n 1 "$out/$name.log")"
       fi
       echo "| $name | $outcome | $seconds |"
@@ -138,7 +164,6 @@ summarize() {
     fi
   } >"$scratch/summary.md"
   mv "$scratch/summary.md" "$out/summary.md"
-  cat "$out/summary.md"
 }
 
 failed=0
@@ -146,10 +171,11 @@ for part in "${parts[@]}"; do
   case $part in
     build) run build configure_and_build || failed=1 ;;
     tests) run tests gpu_tests || failed=1 ;;
-    sanitize) run sanitize sanitize || failed=1 ;;
     bench) run bench benchmark || failed=1 ;;
+    sanitize) run sanitize sanitize || failed=1 ;;
     summary) summarize ;;
-    *) echo "there is no part \"$part\"; the parts are build, tests, sanitize, bench, summary" && exit 2 ;;
   esac
 done
+summarize
+cat "$out/summary.md"
 exit "$failed"

@@ -79,7 +79,8 @@ class Graph:
             try:
                 with torch.cuda.stream(aside):
                     function(*self._static)  # kernels are compiled, algorithms chosen and constants made here
-                    with _no_waits():
+                    # what goes back runs in this thread then, whose waits are seen
+                    with _no_waits(), torch.autograd.set_multithreading_enabled(False):
                         function(*self._static)
                 current.wait_stream(aside)
                 self._graph = torch.cuda.CUDAGraph()
@@ -121,15 +122,22 @@ class Capture:
         self._recorded: OrderedDict[Hashable, Recorded] = OrderedDict()
         self._owner: object = None
         self._refused = False
+        self._done: torch.cuda.Event | None = None
         self._lock = threading.Lock()
         self._release()
 
     def _release(self) -> None:
         """Lets go of all recordings; with them ends their memory, and the device may be another one afterwards."""
+        self._wait()
         self._recorded.clear()
         self._pool: Any = None
         self._aside: torch.cuda.Stream | None = None
-        self._done: torch.cuda.Event | None = None
+        self._done = None
+
+    def _wait(self) -> None:
+        """Until what was replayed last, on whatever stream, has ended: its memory goes with the recording."""
+        if self._done is not None:
+            self._done.synchronize()
 
     def __getstate__(self) -> dict[str, object]:
         """Without the recordings, which are made again."""
@@ -185,6 +193,7 @@ class Capture:
                 )
                 return None
             if len(self._recorded) > self._most:
+                self._wait()
                 self._recorded.popitem(last=False)
         self._recorded.move_to_end(key)
         return self._recorded[key]

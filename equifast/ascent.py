@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from equifast import _checks, rng
+from equifast import _checks, ops, rng
 from equifast.balls import STARTS, Ball, Step
 from equifast.objectives import Objective
 from equifast.reference import row_sum
@@ -272,15 +272,15 @@ class _Unrolled(torch.autograd.Function):
         place: Step,
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, momentum, origin)
-        ctx.rest = ascent, slope, t, place
+        ctx.rest = ascent, slope, t, place, ops.kept()
         moved, momentum = ascent.move(objective, x, momentum, origin, t, place)
         return moved, momentum.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor, momentum_upstream: Tensor) -> tuple[Tensor | None, ...]:
-        ascent, slope, t, place = ctx.rest
-        with torch.enable_grad():
+        ascent, slope, t, place, kept = ctx.rest
+        with torch.enable_grad(), kept():
             x, momentum, origin = (tensor.detach().requires_grad_() for tensor in ctx.saved_tensors)
             gradient, following = ascent.accumulated(slope(x, t), momentum)
             moved = ascent.ball.relaxed_step(x, gradient, origin, **place)

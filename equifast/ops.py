@@ -159,6 +159,12 @@ def use(name: str) -> Iterator[None]:
         _override.reset(token)
 
 
+def kept() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """What makes the backend of now that of later: on CUDA PyTorch goes back in threads that know of no :func:`use`."""
+    asked = _override.get()
+    return contextlib.nullcontext if asked is None else functools.partial(use, asked)
+
+
 # What torch.compile traces keeps the backend of that moment.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
 def _chosen(device: torch.device) -> bool:
@@ -689,7 +695,8 @@ def _image_derivative(upstream: Tensor, anchor: Tensor, views: Sequence[Tensor],
     wide = anchor.to(_accumulator(anchor)).contiguous(memory_format=layout)
     total, found = torch.zeros_like(wide), []
     for view, own_theta, weight in zip(views, theta, upstream.unbind(1), strict=True):
-        back, seen = in_frame(view.to(wide.dtype), own_theta, (anchor.shape[2], anchor.shape[3]))
+        with use("native"):  # as whoever asks for this
+            back, seen = in_frame(view.to(wide.dtype), own_theta, (anchor.shape[2], anchor.shape[3]))
         own = torch.where(seen, wide, 0.0).contiguous(memory_format=layout)
         for_anchor, gradient = _cosine_derivative(weight, own, back.contiguous(memory_format=layout))
         total = total + for_anchor

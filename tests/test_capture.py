@@ -160,6 +160,23 @@ def test_the_last_used_recordings_are_kept() -> None:
     assert len(capture) == 1
 
 
+def test_a_recording_is_let_go_when_its_last_replay_has_ended() -> None:
+    ended: list[int] = []
+
+    class Event:
+        def synchronize(self) -> None:
+            ended.append(len(capture))
+
+    capture = Capture(lambda function, arguments: function, most=1)
+    capture("owner", 0, lambda x: (x,), [torch.zeros(())])
+    capture._done = Event()  # type: ignore[assignment]
+    capture("owner", 1, lambda x: (x,), [torch.zeros(())])
+    assert ended == [2]  # the new one was there already
+    capture("another", 1, lambda x: (x,), [torch.zeros(())])
+    assert ended == [2, 1]
+    assert capture._done is None
+
+
 def test_a_palette_has_few_sets_of_sizes_whatever_the_seed() -> None:
     ids = torch.arange(3)
 

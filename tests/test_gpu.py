@@ -20,6 +20,12 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _whole_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    # convolutions in TF32 have the eleven bits of half precision
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.fixture
 def _native() -> Iterator[None]:
     # with EQUIFAST_BACKEND=native kernels that are absent or do not load fail the suite

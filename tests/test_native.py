@@ -3,7 +3,7 @@
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import cases
@@ -109,6 +109,12 @@ def close(actual: Tensor, expected: Tensor, dtype: torch.dtype, least: float = 1
     # gradients are of any size: relative to the largest; where all cancels, to what cancels
     scale = max(least, float(expected.double().abs().max())) if expected.numel() else least
     torch.testing.assert_close(actual, expected, atol=TOLERANCE[dtype] * scale, rtol=0)
+
+
+def is_differentiable_twice(function: Callable[..., Any], inputs: Tensor | Sequence[Tensor]) -> bool:
+    """As gradgradcheck; on CUDA sums of PyTorch's own kernels are in an order that varies."""
+    device = (inputs if isinstance(inputs, Tensor) else inputs[0]).device
+    return torch.autograd.gradgradcheck(function, inputs, nondet_tol=1e-12 if device.type == "cuda" else 0.0)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -371,7 +377,7 @@ def test_gradcheck(reduction: str, device: torch.device) -> None:
     assert torch.autograd.gradcheck(lambda a, *v: ops.similarity(a, v, theta, reduction), leaves)
     sizes = [(4, 6), (3, 3), (9, 4)]
     assert torch.autograd.gradcheck(lambda a: ops.warp(a, theta, sizes), anchor)
-    assert torch.autograd.gradgradcheck(lambda a: ops.warp(a, theta, sizes), anchor)
+    assert is_differentiable_twice(lambda a: ops.warp(a, theta, sizes), anchor)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -379,10 +385,10 @@ def test_gradcheck(reduction: str, device: torch.device) -> None:
 def test_similarity_is_differentiable_twice(reduction: str, layout: str, device: torch.device) -> None:
     anchor, views, theta = problem("odd", 0, layout, torch.float64, device)
     leaves = [f.requires_grad_() for f in (anchor, *views)]
-    assert torch.autograd.gradgradcheck(lambda a, *v: ops.similarity(a, v, theta, reduction), leaves)
+    assert is_differentiable_twice(lambda a, *v: ops.similarity(a, v, theta, reduction), leaves)
     # constants have none, and take none from the others
-    assert torch.autograd.gradgradcheck(lambda a: ops.similarity(a, [v.detach() for v in views], theta), anchor)
-    assert torch.autograd.gradgradcheck(lambda v: ops.similarity(anchor.detach(), [v], theta[:1]), views[0])
+    assert is_differentiable_twice(lambda a: ops.similarity(a, [v.detach() for v in views], theta), anchor)
+    assert is_differentiable_twice(lambda v: ops.similarity(anchor.detach(), [v], theta[:1]), views[0])
 
 
 def test_second_derivatives_of_features_that_are_zero(device: torch.device) -> None:
@@ -411,7 +417,7 @@ def test_second_derivatives_of_maps_that_are_made_of_each_other(device: torch.de
 
 def both_derivatives(function: Callable[[Tensor], Tensor], x: Tensor) -> None:
     """The second is that of the first, and the first is the same whether it has a graph or not."""
-    assert torch.autograd.gradgradcheck(function, x)
+    assert is_differentiable_twice(function, x)
     assert torch.autograd.gradcheck(function, x)
     plain, followed = (torch.autograd.grad(function(x).sum(), x, create_graph=graph)[0] for graph in (False, True))
     torch.testing.assert_close(followed, plain)
@@ -456,7 +462,7 @@ def test_second_derivative_where_there_is_no_cosine(scale: float, shift: float) 
 def test_color_jitter_is_differentiable_twice() -> None:
     x, parameters = colors("random", 1, 4, 5)
     x, power = x.double().requires_grad_(), 3
-    assert torch.autograd.gradgradcheck(lambda x: ops.color_jitter(x, parameters).pow(power), x)
+    assert is_differentiable_twice(lambda x: ops.color_jitter(x, parameters).pow(power), x)
 
 
 def test_operators_of_the_library_are_differentiable_once() -> None:
@@ -720,7 +726,7 @@ def test_gradcheck_of_pair_similarity() -> None:
     maps = several(3, (2, 2, 3, 4), torch.float64)
     assert torch.autograd.gradcheck(lambda *given: ops.pair_similarity(given), maps)
     with ops.use("reference"):
-        assert torch.autograd.gradgradcheck(lambda *given: ops.pair_similarity(given), maps)
+        assert is_differentiable_twice(lambda *given: ops.pair_similarity(given), maps)
 
 
 def test_pair_similarity_does_not_depend_on_batch_or_threads() -> None:
@@ -787,7 +793,7 @@ def test_opcheck_of_pair_similarity(layout: str, dtype: torch.dtype) -> None:
 
 def test_pair_similarity_is_differentiable_twice() -> None:
     leaves = [f.requires_grad_() for f in several(3, (2, 3, 4, 5), torch.float64)]
-    assert torch.autograd.gradgradcheck(lambda *maps: ops.pair_similarity(maps), leaves)
+    assert is_differentiable_twice(lambda *maps: ops.pair_similarity(maps), leaves)
     plain, followed = (
         torch.autograd.grad(ops.pair_similarity(leaves).sum(), leaves, create_graph=graph) for graph in (False, True)
     )
@@ -842,9 +848,9 @@ def test_gradcheck_of_turn_filters() -> None:
     filters, order = turns(3, 4, 2, 9, torch.float64)
     filters.requires_grad_()
     assert torch.autograd.gradcheck(lambda f: ops.turn_filters(f, order), filters)
-    assert torch.autograd.gradgradcheck(lambda f: ops.turn_filters(f, order).square(), filters)
+    assert is_differentiable_twice(lambda f: ops.turn_filters(f, order).square(), filters)
     with ops.use("reference"):
-        assert torch.autograd.gradgradcheck(lambda f: ops.turn_filters(f, order).square(), filters)
+        assert is_differentiable_twice(lambda f: ops.turn_filters(f, order).square(), filters)
 
 
 def test_turn_filters_does_not_depend_on_threads() -> None:

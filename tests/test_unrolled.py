@@ -1,5 +1,6 @@
 """Gradients through the end of the ascent: exact where the step is smooth, relaxed where it is a sign."""
 
+import threading
 from typing import Any
 
 import cases
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from equifast import Defended, Purifier, attacks, rng
+from equifast import Defended, Purifier, attacks, ops, rng
 from equifast.evaluate.studies import Constrained
 
 
@@ -197,6 +198,30 @@ def test_what_cannot_be_unrolled(settings: dict[str, Any], last: int, error: str
 def test_only_a_purifier_is_unrolled() -> None:
     with pytest.raises(TypeError, match="must be for a Purifier"):
         Defended(Smooth(), lambda x, ids=None, draw=0: x, gradient="unrolled")
+
+
+def test_it_goes_back_on_the_backend_that_it_came_by() -> None:
+    """Also in a thread of its own, as PyTorch's on CUDA, which knows of no context of this one."""
+    seen: list[str] = []
+
+    class Telling(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(str(ops.backend()))
+            return torch.cat((x, x.square()), 1)
+
+    x = cases.images().requires_grad_()
+    other = "reference" if ops.backend() == "native" else "native"
+    if other == "native" and ops._load():
+        pytest.skip("this build has one backend")
+    with ops.use(other):
+        result = Purifier(Telling(), steps=2).unrolled(x, 2)
+    forward = len(seen)
+    back = threading.Thread(target=result.sum().backward)
+    back.start()
+    back.join()
+    assert x.grad is not None
+    assert len(seen) > forward
+    assert set(seen) == {other}
 
 
 def test_without_gradients_there_is_no_graph() -> None:
