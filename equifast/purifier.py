@@ -470,8 +470,8 @@ class Purifier:
 
             model = features.model
             owned = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
-            positions = len(x[:2]) * x.shape[2] * x.shape[3]
-            kept, passing = (part / positions for part in pass_bytes(run, x[:2], owned))
+            area = len(x[:2]) * x.shape[2] * x.shape[3]
+            kept, passing = (part / area for part in pass_bytes(run, x[:2], owned))
             self._held[key] = kept, max(passing, 1.0)
         return max(1, int(self.max_memory / sum(self._held[key]) / 2))
 

@@ -1189,6 +1189,52 @@ def test_command_refuses(folder: Path, more: tuple[str, ...], sentence: str) -> 
     assert not (folder / "out" / "table.json").exists()
 
 
+def asked(monkeypatch: pytest.MonkeyPatch, folder: Path, *more: str) -> dict[str, Any]:
+    """What a command makes of its options, before anything is evaluated."""
+    seen: dict[str, Any] = {}
+
+    def stop(model: nn.Module, data: Any, attackers: Any, rows: Any, **settings: Any) -> None:
+        attacks = {attacker.name: attacker.make(model, rows["fast"]) for attacker in attackers}
+        seen.update(images=len(data), attacks=attacks, rows=rows, **settings)
+        raise ValueError("that is enough")
+
+    monkeypatch.setattr(cli, "Evaluation", stop)
+    plain = ["evaluate", str(folder / "dense"), "-o", str(folder / "out"), "--model", f"{folder / 'model.py'}:dense"]
+    done = CliRunner().invoke(app, [*plain, *more])
+    assert "that is enough" in done.output
+    return seen
+
+
+def test_what_options_say(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = asked(monkeypatch, folder)
+    assert list(plain["rows"]) == ["none", "averaging", "fast"]
+    assert list(plain["attacks"]) == ["PGD", "through averaging", "BPDA"]
+    pgd, fast = plain["attacks"]["PGD"], plain["rows"]["fast"].purifier
+    assert (pgd.ascent.steps, pgd.ascent.ball.eps, pgd.seed) == (20, 4 / 255, 1)
+    assert (fast.ascent.ball.eps, fast.seed) == (6 / 255, 0)
+    assert (plain["eps"], plain["norm"], plain["votes"], plain["images"]) == (4 / 255, "linf", 0, 6)
+
+    whole = asked(monkeypatch, folder, "--protocol", "adaptive", "--seed", "3", "--purify-eps", "8/255")
+    assert list(whole["rows"]) == ["none", "averaging-12", "fast"]
+    assert [type(v).__name__ for v in whole["rows"]["averaging-12"].views][:8] == [
+        type(v).__name__ for v in views.paper()
+    ]
+    assert len(whole["rows"]["averaging-12"].views) == 12
+    assert whole["votes"] == 5
+    assert whole["attacks"]["BPDA, 20 draws"]._attack.eot == 20
+    assert (whole["attacks"]["PGD"].seed, whole["rows"]["fast"].purifier.seed) == (4, 3)
+    assert whole["rows"]["fast"].purifier.ascent.ball.eps == 8 / 255
+
+    look = asked(monkeypatch, folder, "--protocol", "adaptive", "--quick", "--steps", "50", "--eot", "9")
+    assert look["attacks"]["PGD"].ascent.steps == 10
+    assert look["attacks"]["BPDA, 4 draws"]._attack.eot == 4
+    assert look["attacks"]["Square, 100 queries"]._attack.ascent.steps == 100
+
+    other = asked(monkeypatch, folder, "--norm", "l2", "--eps", "0.5", "--attack", "PGD", "--images", "2")
+    assert (other["norm"], other["eps"], other["images"]) == ("l2", 0.5, 2)
+    assert type(other["attacks"]["PGD"].ascent.ball).__name__ == "L2"
+
+
 def test_killed_at_any_moment(folder: Path) -> None:
     """SIGKILL at random moments, until it ends by itself: nothing is lost, nothing twice, the table is the same."""
     asked = os.environ.get("EQUIFAST_KILLS")

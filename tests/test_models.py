@@ -1,12 +1,14 @@
 import contextlib
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from equifast.models import find_images, load_model, read_image, write_image
+from equifast.models import Normalized, find_images, load_model, read_image, write_image
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "jpeg", "webp", "PNG"])
@@ -34,14 +36,26 @@ def test_writing_is_lossless_and_leaves_nothing_half(tmp_path: Path, monkeypatch
 
 
 def test_kinds_of_images(tmp_path: Path) -> None:
-    for mode in ("L", "LA", "P", "RGBA", "CMYK", "1"):
+    for mode, color, shown in (
+        ("L", 100, (100, 100, 100)),
+        ("LA", (100, 0), (100, 100, 100)),
+        ("P", 7, None),
+        ("RGBA", (200, 100, 50, 0), (200, 100, 50)),
+        ("CMYK", (55, 155, 205, 0), (200, 100, 50)),
+        ("1", 1, (255, 255, 255)),
+    ):
         path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
-        Image.new(mode, (4, 3)).save(path)
-        assert read_image(path).shape == (3, 3, 4)
+        picture = Image.new(mode, (4, 3), color)
+        if mode == "P":
+            picture.putpalette([0, 0, 0] * 7 + [30, 60, 90])
+        picture.save(path)
+        expected = torch.tensor(shown or (30, 60, 90)).view(3, 1, 1).expand(3, 3, 4) / 255
+        torch.testing.assert_close(read_image(path), expected, rtol=0, atol=0.02 if mode == "CMYK" else 1e-6)
     Image.new("I;16", (4, 3)).save(tmp_path / "deep.png")
     with pytest.raises(OSError, match="it must have 8 bits per channel"):
         read_image(tmp_path / "deep.png")
-    turned = Image.new("RGB", (4, 3))
+    turned = Image.new("RGB", (64, 48))
+    turned.paste((255, 0, 0), (0, 0, 32, 24))  # top left
     exif = turned.getexif()
     broken = Image.new("RGB", (4, 3))
     broken.save(tmp_path / "broken.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01")
@@ -49,7 +63,10 @@ def test_kinds_of_images(tmp_path: Path) -> None:
         read_image(tmp_path / "broken.jpg")
     exif[0x0112] = 6  # shown a quarter turn clockwise
     turned.save(tmp_path / "turned.jpg", exif=exif)
-    assert read_image(tmp_path / "turned.jpg").shape == (3, 4, 3)
+    upright = read_image(tmp_path / "turned.jpg")
+    assert upright.shape == (3, 64, 48)
+    assert upright[0, :28, 28:].min() > 0.9  # top right now
+    assert upright[0, 36:].max() < 0.1
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"])
@@ -111,6 +128,28 @@ def test_model_from_a_file(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
+def test_normalization() -> None:
+    x = torch.rand(2, 3, 4, 5)
+    model = Normalized(torch.nn.Identity(), (0.1, 0.2, 0.3), (0.5, 0.25, 2.0))
+    for channel, (mean, std) in enumerate(zip((0.1, 0.2, 0.3), (0.5, 0.25, 2.0), strict=True)):
+        torch.testing.assert_close(model(x)[:, channel], (x[:, channel] - mean) / std)
+    assert not list(model.parameters())
+    assert set(model.state_dict()) == {"mean", "std"}
+
+
+def test_a_model_of_timm_is_normalized_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    def create_model(name: str, pretrained: bool) -> torch.nn.Module:
+        assert (name, pretrained) == ("some", True)
+        made = torch.nn.Identity().train()
+        made.pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.5, 1.0)}  # type: ignore[assignment]
+        return made
+
+    monkeypatch.setitem(sys.modules, "timm", SimpleNamespace(create_model=create_model))
+    model, x = load_model("timm:some"), torch.rand(1, 3, 2, 2)
+    assert not model.training
+    torch.testing.assert_close(model(x), (x - 0.5) / torch.tensor([0.25, 0.5, 1.0]).view(1, 3, 1, 1))
+
+
 def _works(name: str) -> bool:
     try:
         __import__(name)
@@ -125,6 +164,9 @@ def test_torchvision_models() -> None:
             load_model("torchvision:resnet18")
         pytest.skip("torchvision is not here, or does not fit this torch; the sentence that says so was checked")
     model = load_model("torchvision:lraspp_mobilenet_v3_large:none")
+    assert isinstance(model, Normalized)
+    torch.testing.assert_close(model.mean.flatten(), torch.tensor([0.485, 0.456, 0.406]))
+    torch.testing.assert_close(model.std.flatten(), torch.tensor([0.229, 0.224, 0.225]))
     again = load_model("torchvision:lraspp_mobilenet_v3_large:none").state_dict()
     assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
     assert model(torch.rand(1, 3, 32, 32))["out"].shape == (1, 21, 32, 32)

@@ -1209,6 +1209,16 @@ def test_half_subnormals_are_no_zeros_where_denormals_are() -> None:
         torch.set_flush_denormal(False)
 
 
+def test_the_instruction_set_is_the_one_asked_for_or_the_widest() -> None:
+    """.ci/run asks for the narrower ones, and would not be told that it has got another."""
+    here = _C.instruction_sets()
+    asked = os.environ.get("EQUIFAST_ISA") or None
+    widest = "avx512" if "avx512f" in here else "avx2" if "avx2" in here else "baseline"
+    if asked not in (None, "baseline", *here) and not (asked == "avx512" and "avx512f" in here):
+        pytest.skip(f"this CPU has no {asked}")
+    assert ops.instruction_set() == (asked or widest)
+
+
 def test_an_instruction_set_that_there_is_not_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EQUIFAST_ISA", "avx")
     with pytest.raises(ValueError, match="EQUIFAST_ISA is 'avx'; it must be one of 'baseline', 'avx2', 'avx512'"):

@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 import itertools
+import platform
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ from equifast.defenses import Averaging, Invariance
 from equifast.evaluate import PARTS, profile_step
 from equifast.features import suggest
 from equifast.objectives import Equivariance, number_of_pairs, pairwise
+from equifast.purifier import PRESETS
 
 
 @pytest.fixture(params=["dense", "small"])
@@ -443,10 +445,10 @@ def test_the_gradient_through_some_views_is_in_the_mean_that_through_all(setting
                 slope = objective.given(chosen).slope(x.clone().requires_grad_(), 0).detach()
                 torch.testing.assert_close(slope, parts[-1][1], rtol=1e-3, atol=1e-5)
     values, gradients = (torch.stack(found) for found in zip(*parts, strict=True))
-    tolerance = {"rtol": 0.05, "atol": 0.02} if purifier.dtype == "bfloat16" else {"rtol": 1e-4, "atol": 1e-5}
-    torch.testing.assert_close(values.mean(0), whole[0], **tolerance)
-    torch.testing.assert_close(gradients.mean(0), whole[1], **tolerance)
-    assert not torch.allclose(gradients[0], gradients[1])
+    tolerance = 0.02 if purifier.dtype == "bfloat16" else 1e-5  # of what one choice is apart by: about a quarter
+    torch.testing.assert_close(values.mean(0), whole[0], rtol=tolerance, atol=0)
+    assert (gradients.mean(0) - whole[1]).norm() < tolerance * whole[1].norm()
+    assert (gradients[0] - whole[1]).norm() > 0.1 * whole[1].norm()
 
 
 def test_which_views_are_followed_is_drawn() -> None:
@@ -521,6 +523,78 @@ def test_what_has_no_step_to_profile() -> None:
         profile_step(Invariance(cases.dense()), cases.images())
 
 
+PAPER = (
+    "Resize(scale=(2.0, 2.0), ratio=(0.8, 1.2), least=1)",
+    "Resize(scale=(0.3, 0.3), ratio=(0.8, 1.2), least=1)",
+    "Resize(scale=(2.0, 2.0), ratio=(0.8, 1.2), least=1)",
+    "Resize(scale=(0.5, 0.5), ratio=(0.8, 1.2), least=1)",
+    "Compose(views=(ColorJitter(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, grayscale=0.2), "
+    "Resize(scale=(1.0, 1.0), ratio=(0.8, 1.2), least=1)))",
+    "Compose(views=(Flip(vertical=False), Resize(scale=(1.0, 1.0), ratio=(0.8, 1.2), least=1)))",
+    "Rotation(degrees=15.0)",
+    "Rotation(degrees=15.0)",
+)
+SMALLER = "Resize(scale=(0.3, 0.9), ratio=(0.8, 1.2), least=16)"
+DOCUMENTED: dict[str, dict[str, Any]] = {
+    "paper": {
+        "steps": 20,
+        "step_size": 2.0,
+        "start": "uniform",
+        "noise": True,
+        "momentum": None,
+        "average": [],
+        "views": list(PAPER),
+        "views_per_step": None,
+        "pairing": "all",
+        "view_gradient": 1.0,
+        "followed": None,
+    },
+    "fast": {
+        "steps": 3,
+        "step_size": 0.4,
+        "start": "corner",
+        "noise": False,
+        "momentum": 0.5,
+        "views": [
+            SMALLER,
+            f"Compose(views=(Flip(vertical=False), {SMALLER}))",
+            SMALLER,
+            f"Compose(views=(Flip(vertical=False), {SMALLER}))",
+            "Compose(views=(ColorJitter(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, grayscale=0.2), "
+            "Flip(vertical=False), Rotation(degrees=15.0)))",
+        ],
+        "views_per_step": 3,
+        "pairing": "anchor",
+        "view_gradient": 0.2,
+        "followed": 1,
+        "average": ["Flip(vertical=False)"],
+    },
+    "strong": {
+        "steps": 8,
+        "step_size": 0.25,
+        "start": "origin",
+        "noise": False,
+        "momentum": None,
+        "views": list(PAPER),
+        "views_per_step": 1,
+        "pairing": "anchor",
+        "view_gradient": 1.0,
+        "followed": None,
+        "average": ["Flip(vertical=False)"],
+    },
+}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_those_that_figures_are_of(preset: str) -> None:
+    """Whoever changes one has all tables to measure again."""
+    settings = Purifier(cases.dense(), preset=preset, eps=0.02).settings()
+    expected = DOCUMENTED[preset] | {"step_size": pytest.approx(0.02 * DOCUMENTED[preset]["step_size"])}
+    assert {key: settings[key] for key in expected} == expected
+    others = {"restarts": 1, "keep": "last", "stop": None, "temperature": None, "reduction": "image", "norm": "linf"}
+    assert {key: settings[key] for key in others} == others
+
+
 def test_freed_memory_is_kept() -> None:
     """Pages that were given back once are not asked for again."""
     code = """
@@ -536,6 +610,7 @@ print(faults(), equifast.keep_freed_memory(), faults() and faults())
 """
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     without, kept, within = done.stdout.split()
+    assert kept == str(platform.libc_ver()[0] == "glibc")
     if kept == "True":
         assert int(within) <= int(without) / 5  # none at all where torch has an allocator of its own
 
