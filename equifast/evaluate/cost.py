@@ -133,7 +133,8 @@ def peak_memory(task: Callable[[], object], device: torch.device) -> float:
         before = torch.cuda.memory_allocated(device)
         task()
         return float(torch.cuda.max_memory_allocated(device) - before)
-    with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+    # one cycle, of which torch 2.11 says, unless it is to accumulate several, that it is one
+    with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
         task()
     assert record.profiler is not None
     assert record.profiler.kineto_results is not None
