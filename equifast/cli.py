@@ -58,7 +58,7 @@ from equifast.evaluate.studies import STUDIES, Make, Sweep, nothing
 from equifast.features import Features, evaluating, suggest
 from equifast.models import find_images, first_line, load_model, read_image, write_image
 from equifast.purifier import PRESETS, Defended, DefendedModel, Purifier
-from equifast.views import Flip, paper
+from equifast.views import Flip, guard, paper
 
 __all__ = ["app"]
 
@@ -85,6 +85,7 @@ DETECTORS: Mapping[str, Callable[[nn.Module, str | None, Sequence[str], int], De
         Purifier(model, features, seed=seed, views=[Flip()])
     ),
     "variance": lambda model, features, layers, seed: OutputVariance(model, seed=seed),
+    "guard": lambda model, features, layers, seed: OutputVariance(model, guard(), seed=seed),
     "error": lambda model, features, layers, seed: OutputVariance(model, error=True, seed=seed),
     "deviation": lambda model, features, layers, seed: Deviation(model, [features, *layers], seed=seed),
 }
@@ -511,7 +512,7 @@ def evaluate(
         list[str] | None,
         typer.Option(
             help="Which detectors such a study has, all of them where not given; or the one of the defense detect, "
-            "deviation where not given."
+            "guard where not given."
         ),
     ] = None,
     foreign: Annotated[
@@ -574,7 +575,9 @@ def evaluate(
             raise ValueError(f"preset is given with study {study!r}, which does not depend on it")
         preset = preset or "fast"
         detects = study in DETECTION or "detect" in {name.partition("@")[0] for name in defense or ()}
-        deviates = detects and (not detector or not {"deviation", "combined"}.isdisjoint(detector))
+        # of a study all, where none is named
+        named = set(detector or (["deviation"] if study in DETECTION else ["guard"]))
+        deviates = detects and not named.isdisjoint({"deviation", "combined"})
         if layer and not deviates:
             raise ValueError("layer is given without the detector 'deviation' or 'combined', which it is for")
         if data.resolve() in (output.resolve(), *output.resolve().parents) and not (data / "labels").is_dir():
@@ -620,7 +623,7 @@ def evaluate(
                 str(study), Detection(network, chosen, detectors, anomalies, batch=batch, arguments=told), output
             )
             return
-        guards = detector or ["deviation"]
+        guards = detector or ["guard"]
         if foreign:
             raise ValueError("foreign is given without the study 'ood', which it is for")
         if detector and ("detect" not in (defense or ()) or len(detector) > 1):

@@ -755,7 +755,7 @@ class OutputVariance(_OfViews):
 
     Args:
         model: images in [0, 1] to logits, (N, C) or dense.
-        views: the set of views.
+        views: the set of views; :func:`equifast.views.guard` before a purifier.
         error: whether the score is that estimate of the error instead, in [0, 2].
         seed: 0..2**32-1.
         dtype: as in :class:`equifast.Purifier`, but for float16.

@@ -318,7 +318,17 @@ def test_studies_from_the_command_line(study: str, tmp_path: Path, spec: str) ->
     done = CliRunner().invoke(app, [str(a) for a in (*fixed, *given)])
     assert done.exit_code == 0, done.output
     document = json.loads((tmp_path / "out" / "table.json").read_text())
-    everyone = ["similarity", "variance", "error", "deviation", "invariance", "rotation", "contrastive", "combined"]
+    everyone = [
+        "similarity",
+        "variance",
+        "guard",
+        "error",
+        "deviation",
+        "invariance",
+        "rotation",
+        "contrastive",
+        "combined",
+    ]
     assert set(document["rows"]) == set(everyone if study == "detection" else few)
     text = (tmp_path / "out" / "table.md").read_text()
     assert "area under the characteristic in %, 3 images" in text
@@ -399,6 +409,11 @@ def test_a_model_that_purifies_what_it_suspects_from_the_command_line(tmp_path: 
     lines = [json.loads(text) for text in (tmp_path / "out" / "records.jsonl").read_text().splitlines()]
     guarded = [line["purified"] for line in lines if line["defense"] == "detect" and line["attack"] == "PGD"]
     assert rows["detect"]["PGD"]["purified"]["value"] == 100 * sum(guarded) / 2
+    looking = json.loads((tmp_path / "out" / "study.json").read_text())["defenses"]["detect"]["detector"]
+    assert (looking["detector"], looking["settings"]["views"]) == (
+        "OutputVariance",
+        [repr(view) for view in views.guard()],
+    )
     assert "PGD: purified, %" in (tmp_path / "out" / "table.md").read_text()
     assert all("purified" not in line for line in lines if line["defense"] == "none")
     fixed[3] = tmp_path / "other"
@@ -455,6 +470,7 @@ def test_heads_and_thresholds_for_several_runs(tmp_path: Path, spec: str) -> Non
         ("detect", ("--fit", "EMPTY"), "which has no PNG, JPEG or WebP file"),
         ("evaluate", ("--preset", "strong"), "preset is given without a study; name it as a defense"),
         ("evaluate", ("--layer", "stem"), "layer is given without the detector 'deviation' or 'combined'"),
+        ("evaluate", ("--defense", "detect", "--layer", "stem"), "layer is given without the detector 'deviation'"),
         (
             "evaluate",
             ("--study", "detection", "--detector", "error", "--layer", "stem"),

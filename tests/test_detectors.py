@@ -25,6 +25,7 @@ DETECTORS: dict[str, Callable[[nn.Module], Detector]] = {
     "flip": lambda model: Similarity(Purifier(model, views=[views.Flip()])),
     "invariance": lambda model: Similarity(defenses.Invariance(model)),
     "variance": lambda model: OutputVariance(model, views.paper()),
+    "guard": lambda model: OutputVariance(model, views.guard()),
     "error": lambda model: OutputVariance(model, error=True),
     "deviation": lambda model: Deviation(model),
     "combined": lambda model: Combined([Deviation(model), Similarity(Purifier(model, views=[views.Flip()]))]),
