@@ -34,7 +34,7 @@ from equifast.objectives import (
     margins,
 )
 from equifast.purifier import Defended, DefendedModel, Purifier, Purify
-from equifast.reference import row_sum
+from equifast.reference import probabilities, row_sum
 from equifast.spatial import Box, Grid, transform
 
 __all__ = [
@@ -396,9 +396,9 @@ class CosPGD(Attack):
 
     def step_loss(self, logits: Tensor, y: Tensor, t: int) -> Tensor:
         """The weighted cross-entropy."""
-        probabilities = logits.detach().softmax(1)
+        chances = probabilities(logits.detach())
         index = label_index(y, self.ignore_index)
-        cosine = probabilities.gather(1, index)[:, 0] / probabilities.norm(dim=1)
+        cosine = chances.gather(1, index)[:, 0] / chances.norm(dim=1)
         weight = 1 - cosine if self.targeted else cosine
         return self._mean(cross_entropies(logits, y, self.ignore_index) * weight, y)
 

@@ -21,7 +21,7 @@ from equifast._folded import Folded
 from equifast.features import Features, evaluating, passed
 from equifast.objectives import Objective, batched, distances, in_frame, pooled, rendered
 from equifast.purifier import Purifier, at_once, chunks, put, together
-from equifast.reference import row_sum
+from equifast.reference import probabilities, row_sum
 from equifast.views import Flip, Sampled, View, as_set, positions, sample
 
 __all__ = ["Combined", "Detector", "Deviation", "OutputVariance", "Similarity", "own_ids"]
@@ -441,10 +441,10 @@ class _Graph:
 
 def _in_frame(output: Tensor, view: Sampled, like: Tensor) -> tuple[Tensor, Tensor]:
     """Probabilities that a model gives for a view, as dense as ``like`` in the frame of the image, and the overlap."""
-    probabilities = output.softmax(1)
-    if probabilities.dim() != 4:
-        return probabilities, torch.ones_like(probabilities[:, :1])
-    back, overlap = in_frame(probabilities, view, (like.shape[2], like.shape[3]))
+    found = probabilities(output)
+    if found.dim() != 4:
+        return found, torch.ones_like(found[:, :1])
+    back, overlap = in_frame(found, view, (like.shape[2], like.shape[3]))
     return back, overlap.to(back.dtype)
 
 
@@ -671,7 +671,7 @@ class Deviation(_OfViews):
             if anchor.dim() != 4:
                 raise ValueError(f"features have shape {_checks.shape(anchor)}; they must be (N, C, h, w)")
         _check_classes(first)
-        first, columns = first.softmax(1), []
+        first, columns = probabilities(first), []
         for (maps, output), view in zip(others, sampled, strict=True):
             for anchor, other in zip(anchors, maps, strict=True):
                 columns.append(1 - ops.similarity(anchor, [other], view.theta[None], reduction="image")[:, 0])
@@ -679,8 +679,8 @@ class Deviation(_OfViews):
             columns.append(1 - ops.similarity(anchor, [other], view.theta[None], reduction="pixel")[:, 0])
             ours, its = (functional.normalize(pooled(each), eps=1e-6) for each in (anchor, other))
             columns.append(1 - row_sum(ours * its))
-            probabilities, overlap = _in_frame(output, view, first)
-            apart = ((probabilities - first).square().sum(1, keepdim=True) / 4 * overlap).flatten(1)
+            prediction, overlap = _in_frame(output, view, first)
+            apart = ((prediction - first).square().sum(1, keepdim=True) / 4 * overlap).flatten(1)
             columns.append(row_sum(apart) / row_sum(overlap.flatten(1)).clamp(min=1))
         # rounding may take a cosine past 1
         return torch.stack([column.clamp(min=0).add(1e-4).log() for column in columns], 1)
@@ -787,12 +787,12 @@ class OutputVariance(_OfViews):
         """(N,), or (N, h, w)."""
         (_, first), *others = run.of([x, *rendered(x, sampled)])
         _check_classes(first)
-        first = first.softmax(1)
+        first = probabilities(first)
         # about the first prediction, lest squares cancel
         count, total, squares = torch.ones_like(first[:, :1]), torch.zeros_like(first), torch.zeros_like(first)
         for (_, output), view in zip(others, sampled, strict=True):
-            probabilities, overlap = _in_frame(output, view, first)
-            apart = (probabilities - first) * overlap
+            prediction, overlap = _in_frame(output, view, first)
+            apart = (prediction - first) * overlap
             count, total, squares = count + overlap, total + apart, squares + apart.square()
         mean = total / count
         variance = (squares / count - mean.square()).clamp(min=0).sum(1)

@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from equifast import _checks, ops
+from equifast.reference import probabilities
 
 __all__ = ["Features", "LogProbabilities", "evaluating", "output", "passed", "suggest"]
 
@@ -512,6 +513,8 @@ class _Running(TorchFunctionMode):
                 args = _with_kept_weight(args)
             if self.batchless and _batched(*args) and args[0].device.type == "cpu":
                 return _batchless(func, args, kwargs)
+        elif self.batchless and func in _SOFTMAX and _of_maps(*args, **kwargs):
+            return probabilities(args[0], *args[1:2], **{k: v for k, v in kwargs.items() if k in ("dim", "dtype")})
         elif self.lean:
             found = None
             if func is functional.batch_norm and torch.is_grad_enabled():
@@ -521,6 +524,15 @@ class _Running(TorchFunctionMode):
             if found is not None:
                 return found
         return func(*args, **kwargs)
+
+
+_SOFTMAX = frozenset((torch.softmax, functional.softmax, torch.Tensor.softmax))
+
+
+def _of_maps(x: Any = None, dim: Any = None, *rest: Any, **_: Any) -> bool:
+    """Whether a softmax of these arguments is one of maps on the CPU, along another than the last dimension."""
+    maps = isinstance(x, Tensor) and x.dim() > 2 and x.device.type == "cpu" and x.is_floating_point() and not rest
+    return maps and type(dim) is int and dim not in (-1, x.dim() - 1)
 
 
 def _followed(x: Any = None, *_: Any) -> bool:

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from equifast import _checks, ops
 from equifast._fingerprint import hooks
-from equifast.reference import invert, row_sum
+from equifast.reference import invert, probabilities, row_sum
 from equifast.views import Sampled, Turn, View, sample
 
 __all__ = [
@@ -638,10 +638,10 @@ def disagreement(predict: Callable[[Tensor], Tensor], x: Tensor, sampled: Sequen
     """
     with torch.no_grad():
         first = predict(x.clone())
-        probabilities = first.softmax(1)
+        chances = probabilities(first)
         total, count = torch.zeros_like(first[:, 0]), torch.zeros_like(first[:, 0])
         for prediction, overlap in warped_back(predict, x, sampled, (first.shape[2], first.shape[3])):
-            distance = (prediction.softmax(1) - probabilities).abs().sum(1) / 2
+            distance = (probabilities(prediction) - chances).abs().sum(1) / 2
             total, count = total + distance * overlap[:, 0], count + overlap[:, 0]
         return total / count.clamp(min=1)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from equifast import _checks, rng
 
@@ -17,6 +18,14 @@ __all__ = ["color_jitter", "pair_similarity", "signed_step", "similarity", "turn
 _EDGE = 1 + 1e-6  # |q| up to this is inside the frame
 _CHUNK = 4096
 SMALL = 1e-6  # a vector of smaller norm counts as zero
+
+
+def probabilities(logits: Tensor, dim: int = 1, dtype: torch.dtype | None = None) -> Tensor:
+    """Softmax that gives an image the same bits in any batch.
+
+    PyTorch's own, along another than the last dimension, rounds on the CPU by where its threads share the positions.
+    """
+    return functional.log_softmax(logits, dim, dtype=dtype).exp()
 
 
 def row_sum(rows: Tensor) -> Tensor:

@@ -566,7 +566,7 @@ def test_what_detect_refuses(tmp_path: Path, spec: str) -> None:
         ((clean,), "loader has 4 images; for false_positive_rate 0.05 it must have at least 19"),
         (
             (clean, "--detector", "magic"),
-            "detector is 'magic'; it must be one of similarity, variance, error, deviation, combined",
+            "detector is 'magic'; it must be one of similarity, variance, guard, error, deviation, combined",
         ),
         ((clean, "--fit", tmp_path / "model.py"), "is no JSON"),
         ((clean, "--fit", tmp_path / "model.py", "--detector", "combined"), "rotation.safetensors"),

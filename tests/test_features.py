@@ -405,3 +405,46 @@ def test_frozen_is_for_weights_that_are() -> None:
     with evaluating(x, nn.Identity(), frozen=True):  # the model is not held, and trains
         model(x).sum().backward()
     assert model.first.weight.grad is not None
+
+
+class Sure(nn.Module):
+    """Probabilities of dense maps, by whatever name."""
+
+    def __init__(self, how: Any) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.how(torch.cat((3 * x, x.square(), x.roll(1, 1)), 1))
+        return found
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        nn.Softmax(1),
+        nn.Softmax2d(),
+        lambda f: f.softmax(1),
+        lambda f: torch.softmax(f, -3),
+        lambda f: functional.softmax(f, dim=1, dtype=torch.float64),
+        lambda f: f.permute(0, 2, 3, 1).softmax(-1),
+    ],
+)
+def test_a_softmax_has_the_same_bits_in_any_batch(how: Any) -> None:
+    model = Sure(how)
+    for height, width in ((20, 28), (7, 9), (33, 17)):
+        x = cases.images(7, height, width)
+
+        def both(x: Tensor) -> tuple[Tensor, Tensor]:
+            leaf = x.clone().requires_grad_()
+            with evaluating(leaf, model):
+                found = model(leaf)
+            return found.detach(), torch.autograd.grad(found.square().sum(), leaf)[0]
+
+        with torch.no_grad():
+            expected = model(x)
+        whole = both(x)
+        torch.testing.assert_close(whole[0], expected)
+        for n in range(7):
+            for alone, together in zip(both(x[n : n + 1]), whole, strict=True):
+                assert torch.equal(alone[0], together[n])
