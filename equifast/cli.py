@@ -190,7 +190,7 @@ def demo(
 def _radius(option: str, text: str) -> float:
     try:
         radius = float(Fraction(text))
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ZeroDivisionError, OverflowError):
         radius = math.nan
     if not radius > 0:
         raise typer.BadParameter(f"{text!r} is no number above 0, such as 6/255 or 0.02", param_hint=repr(option))

@@ -25,7 +25,9 @@ def probabilities(logits: Tensor, dim: int = 1, dtype: torch.dtype | None = None
 
     PyTorch's own, along another than the last dimension, rounds on the CPU by where its threads share the positions.
     """
-    return functional.log_softmax(logits, dim, dtype=dtype).exp()
+    result = logits.dtype if dtype is None else dtype
+    wide = torch.promote_types(result, torch.float32)  # in 16 bits logarithms would lose what their exponentials need
+    return functional.log_softmax(logits, dim, dtype=wide).exp().to(result)
 
 
 def row_sum(rows: Tensor) -> Tensor:

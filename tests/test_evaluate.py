@@ -1163,6 +1163,7 @@ def test_command(folder: Path) -> None:
         (("--protocol", "adaptive", "--attack", "PGD"), "it brings its own"),
         (("--eps", "0"), "'--eps': '0' is no number above 0"),
         (("--eps", "nan"), "'--eps': 'nan' is no number above 0"),
+        (("--eps", "1e400"), "'--eps': '1e400' is no number above 0"),
         (("--purify-eps", "a/b"), "'--purify-eps': 'a/b' is no number above 0"),
         (("--seed", "4294967295"), "'--seed'"),
         (("--fit", "nowhere"), "'--fit'"),

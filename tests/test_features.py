@@ -428,6 +428,7 @@ class Sure(nn.Module):
         lambda f: torch.softmax(f, -3),
         lambda f: functional.softmax(f, dim=1, dtype=torch.float64),
         lambda f: f.permute(0, 2, 3, 1).softmax(-1),
+        lambda f: f.bfloat16().softmax(1),
     ],
 )
 def test_a_softmax_has_the_same_bits_in_any_batch(how: Any) -> None:

@@ -101,7 +101,8 @@ def _passes(model: nn.Module, x: Tensor, task: Callable[[], object]) -> float:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps the profiler from writing to the terminal that it starts, stops and finds no GPU, and the allocator that
-    something is freed which was there before."""
+    something is freed which was there before. What else the process writes there comes at the end.
+    """
     name = "KINETO_LOG_LEVEL"
     given = os.environ.get(name)
     os.environ.setdefault(name, "6")

@@ -326,7 +326,7 @@ def _first_difference(was: Any, now: Any) -> tuple[list[str], Any, Any]:
     for key, (before, after) in pairs.items():
         if _told(before) != _told(after):
             where, before, after = _first_difference(before, after)
-            return [key, *where], before, after
+            return [key.lstrip("_"), *where], before, after
     return [], was, now
 
 
