@@ -3,8 +3,8 @@
 import torch
 
 import equifast
-from equifast import attacks, demo
-from equifast.detectors import Deviation
+from equifast import attacks, demo, views
+from equifast.detectors import OutputVariance
 from equifast.features import output
 
 model = demo.load_model()
@@ -17,7 +17,7 @@ def crops(images: torch.Tensor) -> torch.Tensor:
 
 
 clean, x, y = crops(scenes[:8]), crops(scenes[8:])[::4], crops(labels[8:])[::4]
-detector = Deviation(model).fit(clean.split(8), false_positive_rate=0.1)
+detector = OutputVariance(model, views.guard()).fit(clean.split(8), false_positive_rate=0.1)
 guarded = equifast.Defended(model, equifast.Purifier(model), detector=detector)
 points = {
     "clean": x,
