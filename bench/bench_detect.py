@@ -7,8 +7,7 @@ float32, with a graph that nobody differentiates. Ours: the same views in one ca
 their own. In turns in one process, medians; beside them a forward pass of the model, and predictions from images that
 `fast` purifies: all, or only those that the variance with a smaller mirror image suspects (`views.guard()`), four at a
 time, where a suspect is mostly alone, and all in one call, where it is not; its threshold is set so that it suspects
-one in twenty. The network is that of the CamVid
-study; its weights are random, which time does not tell.
+one in twenty. The network is that of the CamVid study; its weights are random, which time does not tell.
 """
 
 import statistics

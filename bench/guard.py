@@ -1,5 +1,6 @@
 """By which view a detector should look at images before they are purified: mirror images of several sizes.
 
+    python bench/halves.py
     python bench/guard.py --output bench/results/guard.json
 
 Of each size the area under the characteristic of the output's variance, of `Deviation` and of the similarity of
@@ -86,9 +87,9 @@ def main(
     output: Annotated[Path | None, typer.Option(help="Where the JSON goes.")] = None,
 ) -> None:
     """Print a table for each network and write them."""
+    half = open_data(HALVES / "cifar-first.npz")  # first: what is missing shows at once
     x, y = load_camvid(data, "val")
     document = {"CamVid": measure(Purifier(camvid.network()), None, x[:40], x[40:], y[40:], 4 / 255, 4)}
-    half = open_data(HALVES / "cifar-first.npz")
     places = [place for place in range(2000) if place % 4 < 3][:1000]
     few = [place for place in range(2000) if place % 4 == 3][:images]
     fit, (x, y) = stack(half, places)[0], stack(half, few)

@@ -103,8 +103,9 @@ def choice(name: str, value: object, options: Sequence[str]) -> str:
     return value
 
 
-def defense(name: str, value: object, like: str = "(x, ids=None, draw=0)") -> None:
+def defense(name: str, value: object) -> None:
     """What is called as defenses are: purifiers, and models with one inside."""
+    like = "(x, ids=None, draw=0)"
     if not callable(value):
         raise TypeError(f"{name} is a {type(value).__name__}; it must be callable as {like}")
     try:  # what calls a Module takes everything

@@ -575,9 +575,8 @@ def evaluate(
             raise ValueError(f"preset is given with study {study!r}, which does not depend on it")
         preset = preset or "fast"
         detects = study in DETECTION or "detect" in {name.partition("@")[0] for name in defense or ()}
-        # of a study all, where none is named
-        named = set(detector or (["deviation"] if study in DETECTION else ["guard"]))
-        deviates = detects and not named.isdisjoint({"deviation", "combined"})
+        looking = detector or ([] if study in DETECTION else ["guard"])  # of a study all, where none is named
+        deviates = detects and (not looking or not {"deviation", "combined"}.isdisjoint(looking))
         if layer and not deviates:
             raise ValueError("layer is given without the detector 'deviation' or 'combined', which it is for")
         if data.resolve() in (output.resolve(), *output.resolve().parents) and not (data / "labels").is_dir():
@@ -623,7 +622,6 @@ def evaluate(
                 str(study), Detection(network, chosen, detectors, anomalies, batch=batch, arguments=told), output
             )
             return
-        guards = detector or ["guard"]
         if foreign:
             raise ValueError("foreign is given without the study 'ood', which it is for")
         if detector and ("detect" not in (defense or ()) or len(detector) > 1):
@@ -637,7 +635,7 @@ def evaluate(
         else:
             heads = _Heads(kept or output, fit, clean, fit_images, shape, _device(device), chosen)
             rows = {
-                name: _defended(name, network, features, layer or (), purify_radius, seed, heads, guards[0])
+                name: _defended(name, network, features, layer or (), purify_radius, seed, heads, looking[0])
                 for name in defense or ("none", "averaging" if protocol is None else "averaging-12", "fast")
             }
         if against is not None and against not in rows:

@@ -86,10 +86,7 @@ class Features:
                 f"features have shape {_checks.shape(features)}; they must be (N, C, h, w): "
                 "choose a submodule with features= (equifast.features.suggest names one)"
             )
-        if features.shape[0] != x.shape[0]:
-            raise ValueError(
-                f"features have shape {_checks.shape(features)} for {x.shape[0]} images; the first sizes must agree"
-            )
+        _check_count(features, len(x))
         if 0 in features.shape[1:]:
             raise ValueError(f"features have shape {_checks.shape(features)}; there must be a position and a channel")
         return features
@@ -138,6 +135,11 @@ class Features:
         return output(caught[0])
 
 
+def _check_count(features: Tensor, n: int) -> None:
+    if features.shape[:1] != (n,):
+        raise ValueError(f"features have shape {_checks.shape(features)} for {n} images; the first sizes must agree")
+
+
 def passed(features: Sequence[Features], x: Tensor) -> tuple[list[Tensor], Tensor]:
     """The features of several places of one model, and its output, from one forward pass.
 
@@ -165,6 +167,7 @@ def passed(features: Sequence[Features], x: Tensor) -> tuple[list[Tensor], Tenso
         if each._module is None:
             found.append(each(x) if callable(each.where) else result)
         elif number in caught:
+            _check_count(caught[number], len(x))
             found.append(caught[number])
         else:
             raise ValueError(f"features is {each.where!r}, a submodule that the model's forward pass does not call")

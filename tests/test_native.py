@@ -1214,8 +1214,6 @@ def test_the_instruction_set_is_the_one_asked_for_or_the_widest() -> None:
     here = _C.instruction_sets()
     asked = os.environ.get("EQUIFAST_ISA") or None
     widest = "avx512" if "avx512f" in here else "avx2" if "avx2" in here else "baseline"
-    if asked not in (None, "baseline", *here) and not (asked == "avx512" and "avx512f" in here):
-        pytest.skip(f"this CPU has no {asked}")
     assert ops.instruction_set() == (asked or widest)
 
 

@@ -103,6 +103,9 @@ def _quiet() -> Iterator[None]:
     """Keeps the profiler from writing to the terminal that it starts, stops and finds no GPU, and the allocator that
     something is freed which was there before. What else the process writes there comes at the end.
     """
+    if sys.stderr is None:  # nowhere to write to
+        yield
+        return
     name = "KINETO_LOG_LEVEL"
     given = os.environ.get(name)
     os.environ.setdefault(name, "6")
