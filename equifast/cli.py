@@ -55,6 +55,7 @@ from equifast.evaluate.detection import STUDIES as DETECTION
 from equifast.evaluate.detection import Detection, DetectionReport
 from equifast.evaluate.records import CLEAN, Advance, list_images
 from equifast.evaluate.studies import STUDIES, Make, Sweep, nothing
+from equifast.evaluate.tables import Grid, grid, markdown
 from equifast.features import Features, evaluating, suggest
 from equifast.models import find_images, first_line, load_model, read_image, write_image
 from equifast.purifier import PRESETS, Defended, DefendedModel, Purifier
@@ -180,11 +181,18 @@ def demo(
         "for each, none of them\nthe evaluation's; averaging: through its own gradient; paper: through its last step "
         "alone, from a random\ncorner, tested on paper; none: PGD as before.\n"
         f"Similarity of PGD images after the defense; clean images have {similarity['clean']:.3f}.\n"
+        f"{_unsteady([row.defense for row in rows if row.unsteady])}"
         f"Panels and results.json are in {output}{os.sep} ({time.perf_counter() - begun:.0f} s).",
         highlight=False,
         markup=False,
         soft_wrap=True,
     )
+
+
+def _unsteady(defenses: Sequence[str]) -> str:
+    if not defenses:
+        return ""
+    return f"Times of {', '.join(defenses)} were unsteady, of the same work; something else may have been running.\n"
 
 
 def _radius(option: str, text: str) -> float:
@@ -670,16 +678,17 @@ def evaluate(
                 plots.save(plots.sweep(report, sweep), output / str(study))
             costs = {name: _cost(network, defended, chosen, _device(device)) for name, defended in rows.items()}
             _write(output / "costs.json", json.dumps({k: asdict(v) for k, v in costs.items()}, indent=2) + "\n")
-            tables = [(_title(report), *_cells(report, costs))]
+            tables = [(report.title, *_cells(report, costs))]
             if against is not None:
-                tables.append((f"minus {against}, paired over images", *_grid(_signed(document["differences"]))))
-            _write(output / "table.md", _markdown(tables, document["warnings"]))
+                tables.append((f"minus {against}, paired over images", *grid(_signed(document["differences"]))))
+            warnings = [*document["warnings"], *_busy(costs)]
+            _write(output / "table.md", markdown(tables, warnings, _FOOTNOTE))
             plots.save(plots.front(report, costs), output / "cost")
     except typer.Exit:  # of a worker, which has said why
         raise
     except _FAILURES as error:
         raise _fail(first_line(error)) from error
-    _print(tables, document["warnings"])
+    _print(tables, warnings)
 
 
 @dataclass(frozen=True)
@@ -764,6 +773,16 @@ def _cost(network: nn.Module, defended: DefendedModel, data: Any, device: torch.
     return Cost(**mean, mebibytes=max(each.mebibytes for each in found))
 
 
+def _busy(costs: Mapping[str, Cost]) -> list[str]:
+    """A warning where the model alone, which every defense is measured in turns with, did not take alike."""
+    alone = {name: spent.seconds / spent.times for name, spent in costs.items()}
+    slowest, quickest = max(alone, key=alone.__getitem__), min(alone, key=alone.__getitem__)
+    if alone[slowest] <= 1.5 * alone[quickest]:
+        return []
+    took = f"{alone[slowest]:.3g} s beside {slowest} and {alone[quickest]:.3g} s beside {quickest}"
+    return [f"a forward pass of the model took {took}; the machine was busy, and seconds of defenses do not compare"]
+
+
 def _write(path: Path, text: str) -> None:
     part = path.with_name(f"{path.name}.partial")
     part.write_text(text)
@@ -817,7 +836,7 @@ def _report_detection(study: str, detection: Detection, output: Path) -> None:
         curve = plots.evasion(report)
         if curve is not None:
             plots.save(curve, output / "evasion")
-        _write(output / "table.md", _markdown(_detection_tables(study, report, every=True), (), ""))
+        _write(output / "table.md", markdown(_detection_tables(study, report, every=True)))
     _print(_detection_tables(study, report), (), "")
 
 
@@ -979,39 +998,14 @@ def _defended(
     raise ValueError(f"defense is {whole!r}; it must be one of {', '.join(DEFENSES)}")
 
 
-_Grid = tuple[list[str], list[list[str]]]
-
-
-def _grid(columns: Mapping[str, Mapping[str, str]]) -> _Grid:
-    """Headings and rows of ``[column][row]`` texts; the other way round where there are many columns."""
-    names = list(dict.fromkeys(name for column in columns.values() for name in column))
-    rows = [[name, *(column.get(name, "") for column in columns.values())] for name in names]
-    if len(columns) <= 4:
-        return ["", *columns], rows
-    headings, *turned = (list(line) for line in zip(["", *columns], *rows, strict=True))
-    return headings, turned
-
-
-def _cells(report: Report, costs: Mapping[str, Cost]) -> _Grid:
+def _cells(report: Report, costs: Mapping[str, Cost]) -> Grid:
     """Attackers down, or defenses where there are many."""
-    table = report.table()
-    attackers = list(dict.fromkeys(attack for row in table.values() for attack in row))
-    attackers.sort(key=lambda attack: (report.radius.get(attack, 1) > 1, attack.startswith("worst")))
-    columns: dict[str, dict[str, str]] = {}
-    for defense, row in table.items():
-        column = columns.setdefault(defense, {})
-        for attack in attackers:
-            column[attack] = str(row.get(attack, ""))
-            if attack in report.aimed.get(defense, {}):
-                column[f"{attack}: target"] = str(report.reached(defense, attack))
-            if attack in report.purified.get(defense, {}):
-                column[f"{attack}: purified, %"] = f"{100 * report.purified[defense][attack].mean():.1f}"
-            if attack in report.similarities.get(defense, {}):
-                column[f"{attack}: similarity x 100"] = str(report.similarity(defense, attack))
+    columns = report.cells()
+    for defense, column in columns.items():
         spent = costs[defense]
         column["s/image"], column["forward passes' time"] = f"{spent.seconds:.3f}", f"{spent.times:.1f}"
         column["passes*"], column["MiB"] = f"{spent.passes:.1f}", f"{spent.mebibytes:.0f}"
-    return _grid(columns)
+    return grid(columns)
 
 
 def _signed(differences: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, str]]:
@@ -1022,24 +1016,7 @@ def _signed(differences: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str,
     return {defense: {attack: text(cell) for attack, cell in row.items()} for defense, row in differences.items()}
 
 
-def _title(report: Report) -> str:
-    without = f" ({report.left_out} labeled {report.target} left out)" if report.left_out else ""
-    return f"{report.figure}, {report.images} images{without}, ± standard error by bootstrap over images"
-
-
 _FOOTNOTE = "* forward passes of an image, by area; a backward pass counts as two"
-
-
-def _markdown(
-    tables: Sequence[tuple[str, list[str], list[list[str]]]], warnings: Sequence[str], footnote: str = _FOOTNOTE
-) -> str:
-    parts = []
-    for title, headings, rows in tables:
-        lines = [headings, ["---"] * len(headings), *rows]
-        parts.append(title + "\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
-    parts += [f"\\{footnote}\n"] if footnote else []
-    parts += [f"Warning: {warning}\n" for warning in warnings]
-    return "\n".join(parts)
 
 
 def _print(

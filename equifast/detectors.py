@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from scipy.stats import beta
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -297,6 +296,8 @@ def _threshold(scores: Tensor, rate: float, confidence: float) -> dict[str, Any]
         raise ValueError(f"false_positive_rate is {rate}; of {n} clean images it must be at least {1 / (n + 1):.3g}")
     place = min(n, math.ceil((n + 1) * (1 - rate) - 1e-9))
     # the part of all images above the place-th smallest of n is Beta(n + 1 - place, place)
+    from scipy.stats import beta  # here, since it takes its time
+
     low, high = (float(beta.ppf(q, n + 1 - place, place)) for q in ((1 - confidence) / 2, (1 + confidence) / 2))
     return {
         "false_positive_rate": float(rate),

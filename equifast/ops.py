@@ -165,10 +165,13 @@ def kept() -> Callable[[], contextlib.AbstractContextManager[None]]:
     return contextlib.nullcontext if asked is None else functools.partial(use, asked)
 
 
-# What torch.compile traces keeps the backend of that moment.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
 def _chosen(device: torch.device) -> bool:
     return choose(device) == "native"
+
+
+# What torch.compile traces keeps the backend of that moment. torch.compiler.assume_constant_result sets this too, but
+# imports the compiler for it, which takes as long as importing torch.
+_chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def native(tensor: Tensor) -> bool:

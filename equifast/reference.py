@@ -34,8 +34,10 @@ def row_sum(rows: Tensor) -> Tensor:
     """(N, M) -> (N,), where the sum of a row does not depend on N.
 
     PyTorch splits a large reduction to a single number over its threads, and one to several numbers not at all. Sums
-    of chunks are several numbers also where N is 1.
+    of chunks are several numbers also where N is 1. Its order is that of the memory, and the rows of one image may be
+    a view of channels_last where those of several are a copy.
     """
+    rows = rows.contiguous()
     whole = rows.shape[1] // _CHUNK * _CHUNK
     chunks = rows[:, :whole].unflatten(1, (-1, _CHUNK)).sum(2) if whole else rows[:, :0]
     return chunks.sum(1) + rows[:, whole:].sum(1)

@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from equifast import Purifier, __version__
+from equifast import Purifier, __version__, cli
 from equifast.cli import app
 from equifast.demo import load_model, load_scenes
+from equifast.evaluate import Cost
 from equifast.models import read_image, write_image
 
 MODEL_FILE = """
@@ -331,6 +332,13 @@ def test_doctor() -> None:
     assert result.exit_code == 0
     for word in (__version__, torch.__version__, "backend", "threads", "instruction sets", "GPU"):
         assert word in result.output
+
+
+def test_costs_of_a_busy_machine_are_told() -> None:
+    quiet = {"none": Cost(1.0, 1.0, 1.0, 1.0), "fast": Cost(24.0, 20.0, 20.0, 1.0)}
+    assert cli._busy(quiet) == []
+    (warning,) = cli._busy({**quiet, "averaging": Cost(20.0, 10.0, 10.0, 1.0)})
+    assert "took 2 s beside averaging and 1 s beside none" in warning
 
 
 @pytest.mark.slow

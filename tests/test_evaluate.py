@@ -89,6 +89,11 @@ def test_figures_are_those_of_the_attacks_by_hand(tmp_path: Path) -> None:
     table = report.table()
     assert set(table) == {"none", "fast", "averaging"}
     assert set(table["fast"]) == {"clean", "PGD", "BPDA", "worst"}
+    lines = str(report).splitlines()
+    assert lines[0] == report.title
+    assert lines[2] == "|  | none | fast | averaging |"
+    of_pgd = " | ".join(str(table[defense]["PGD"]) for defense in ("none", "fast", "averaging"))
+    assert f"| PGD | {of_pgd} |" in lines
     order = [image.index for image in made.images]
     x, y = data.tensors[0][order], data.tensors[1][order]
     ids = torch.tensor([image.id for image in made.images])
@@ -382,6 +387,7 @@ def test_outputs_that_are_no_number_are_said(tmp_path: Path) -> None:
     assert report.warnings() == [
         "none: outputs have NaN on images (clean 3 of 6 each), so that their labels are no predictions"
     ]
+    assert str(report).endswith(f"\nWarning: {report.warnings()[0]}\n")
 
 
 def test_images_that_are_there_twice_count_twice(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Imports inside the package point one way: what stands left in ORDER never imports what stands right."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import equifast
@@ -58,3 +60,11 @@ def test_direction() -> None:
 def test_what_is_exported_exists() -> None:
     for name in equifast.__all__:
         assert hasattr(equifast, name)
+
+
+def test_importing_takes_little_more_than_importing_torch() -> None:
+    """What takes long, and is not wanted by every call, is imported where it is."""
+    slow = {"torch._dynamo", "torch._inductor", "triton", "scipy.stats", "sklearn", "matplotlib", "torchvision"}
+    code = f"import sys, torch; own = set(sys.modules); import equifast.cli; print({slow!r} & set(sys.modules) - own)"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

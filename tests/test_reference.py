@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from equifast import ops, reference
+from equifast.objectives import pooled
 
 SIZES = [(1, 1), (2, 5), (20, 28), (33, 17)]
 HALF = {torch.float16: 2e-3, torch.bfloat16: 2e-2}  # absolute tolerance per dtype, values in [0, 1]
@@ -178,6 +179,11 @@ def test_row_sums_do_not_depend_on_the_batch() -> None:
     whole = reference.row_sum(rows)
     for n in (1, 2, 3, 5):
         assert torch.equal(reference.row_sum(rows[:n]), whole[:n])
+    # one image's maps in channels_last are a view as rows, several images' are copied: that order would be another
+    maps = torch.rand(6, 12, 20, 28).to(memory_format=torch.channels_last) - 0.3
+    of_all = pooled(maps)
+    for n in range(6):
+        assert torch.equal(pooled(maps[n : n + 1]), of_all[n : n + 1])
 
 
 def step(

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 from torch import Tensor
 
 from equifast.objectives import confusions, outside
@@ -106,6 +105,8 @@ def _estimate(statistic: Callable[[Array], Array], n: int, resamples: int) -> Es
     value = 100 * float(statistic(np.arange(n)))
     if n < 2:
         return Estimate(value, float("nan"))
+    from scipy import stats  # here, since it takes its time
+
     result = stats.bootstrap(
         (np.arange(n),),
         lambda index, axis: statistic(index),

@@ -34,6 +34,7 @@ from equifast.evaluate.records import (
     list_images,
     listed,
 )
+from equifast.evaluate.tables import grid, markdown
 from equifast.evaluate.worst import worst_accuracy, worst_iou
 from equifast.features import evaluating, output
 from equifast.objectives import outside
@@ -575,6 +576,33 @@ class Report:
     def table(self) -> dict[str, dict[str, Estimate]]:
         """``[defense][attack]`` figures; the worst of several attackers as ``worst``, and its figure by vote."""
         return self._table
+
+    @property
+    def title(self) -> str:
+        """Of the table: the figure, and of how many images."""
+        without = f" ({self.left_out} labeled {self.target} left out)" if self.left_out else ""
+        return f"{self.figure}, {self.images} images{without}, ± standard error by bootstrap over images"
+
+    def cells(self) -> dict[str, dict[str, str]]:
+        """``[defense][attack]`` the table as text, and what else was recorded."""
+        table = self.table()
+        attackers = list(dict.fromkeys(attack for row in table.values() for attack in row))
+        attackers.sort(key=lambda attack: (self.radius.get(attack, 1) > 1, attack.startswith("worst")))
+        columns: dict[str, dict[str, str]] = {}
+        for defense, row in table.items():
+            column = columns.setdefault(defense, {})
+            for attack in attackers:
+                column[attack] = str(row.get(attack, ""))
+                if attack in self.aimed.get(defense, {}):
+                    column[f"{attack}: target"] = str(self.reached(defense, attack))
+                if attack in self.purified.get(defense, {}):
+                    column[f"{attack}: purified, %"] = f"{100 * self.purified[defense][attack].mean():.1f}"
+                if attack in self.similarities.get(defense, {}):
+                    column[f"{attack}: similarity x 100"] = str(self.similarity(defense, attack))
+        return columns
+
+    def __str__(self) -> str:
+        return markdown([(self.title, *grid(self.cells()))], self.warnings())
 
     @functools.cached_property
     def _table(self) -> dict[str, dict[str, Estimate]]:
