@@ -294,7 +294,7 @@ void combine(const Axis<Real<T>>& axis, int i, const Row& row, int first, int la
   using real = Real<T>;
   int e = axis.begin[i];
   const int end = axis.begin[i + 1];
-  if constexpr (wide<T>) {
+  if constexpr (maskable<T>) {
     for (int x = first; x < last; x += 16) {
       with_lanes(0, last - x, [&](auto lanes) EQUIFAST_INLINE {
         Pack<16, real> sum, other;

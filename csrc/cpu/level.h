@@ -257,7 +257,7 @@ class LevelPlanes {
 };
 
 // The same for interleaved maps of few channels: a row is one line of numbers, whatever their channels, until
-// columns are combined, and then a pixel is a vector. Where vectors are wide.
+// columns are combined, and then a pixel is a vector. Where some lanes of one cost no more than all.
 template <typename T>
 class LevelPixels {
  public:
@@ -266,7 +266,7 @@ class LevelPixels {
   LevelPixels(const SimilarityParams& p, Scratch& s) : p_(p), scratch_(s) {}
 
   static bool serves(const SimilarityParams& p, const core::PixelMap& map, int k) {
-    if (!wide<T> || !p.interleaved || p.channels > 32 || !is_level(map)) return false;
+    if (!maskable<T> || !p.interleaved || p.channels > 32 || !is_level(map)) return false;
     const Map &anchor = p.anchor, &view = p.view[k];
     if (anchor.width > level_scratch || view.width > level_scratch) return false;  // and the sum overflows
     return Axis<real>::scratch(anchor.width, 2 * anchor.width) +

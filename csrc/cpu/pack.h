@@ -40,62 +40,79 @@ EQUIFAST_INLINE inline T* opaque(T* p) {
 template <typename T>
 constexpr bool wide = EQUIFAST_WIDE && !std::is_same<T, double>::value;
 
-// `lanes` numbers that are computed with at once: a vector, or one of 16 and a shorter one. As a type of its
-// own, since compilers unroll a loop over them before they think of vectors. Never passed by value: the
-// calling convention depends on the instruction set.
+// Whether some lanes of 16 are read and written about as fast as all.
+#if defined(__AVX2__)
+template <typename T>
+constexpr bool maskable = wide<T> || std::is_same<T, float>::value;
+#else
+template <typename T>
+constexpr bool maskable = false;
+#endif
+
+// Bytes of a register. A vector of more would live in memory.
+#if EQUIFAST_WIDE
+constexpr int register_bytes = 64;
+#elif defined(__AVX__)
+constexpr int register_bytes = 32;
+#else
+constexpr int register_bytes = 16;
+#endif
+
+// `lanes` numbers that are computed with at once: a register full of them, and a pack of the rest. As a type
+// of its own, since compilers unroll a loop over them before they think of vectors. Never passed by value:
+// the calling convention depends on the instruction set.
 template <int lanes, typename real>
 struct Pack {
-  static constexpr int head = lanes < 16 ? lanes : 16, tail = lanes - head;
-  typedef real Head __attribute__((vector_size(head * sizeof(real))));  // an alias would not take the
-  typedef real Tail __attribute__((vector_size((tail > 0 ? tail : 4) * sizeof(real))));  // attribute
+  static constexpr int most = register_bytes / int{sizeof(real)}, head = lanes < most ? lanes : most;
+  typedef real Head __attribute__((vector_size(head * sizeof(real))));  // an alias would not take it
   Head h;
-  Tail t;
+  Pack<lanes - head, real> rest;
 
-  void zero() { h = Head{}, t = Tail{}; }
-  void get(const real* from) {
-    std::memcpy(&h, from, sizeof(h));
-    if constexpr (tail > 0) std::memcpy(&t, from + head, sizeof(t));
+  EQUIFAST_INLINE inline void zero() { h = Head{}, rest.zero(); }
+  EQUIFAST_INLINE inline void get(const real* from) {
+    std::memcpy(&h, from, sizeof(h)), rest.get(from + head);
   }
-  void put(real* to) const {
-    std::memcpy(to, &h, sizeof(h));
-    if constexpr (tail > 0) std::memcpy(to + head, &t, sizeof(t));
-  }
-  void add(const Pack& a) {
-    h += a.h;
-    if constexpr (tail > 0) t += a.t;
-  }
-  void subtract(const Pack& a) {
-    h -= a.h;
-    if constexpr (tail > 0) t -= a.t;
-  }
-  void scaled(real f, const Pack& a) {
-    h = f * a.h;
-    if constexpr (tail > 0) t = f * a.t;
-  }
-  void add_scaled(real f, const Pack& a) {
-    h += f * a.h;
-    if constexpr (tail > 0) t += f * a.t;
-  }
-  void add_product(const Pack& a, const Pack& b) {
-    h += a.h * b.h;
-    if constexpr (tail > 0) t += a.t * b.t;
+  EQUIFAST_INLINE inline void put(real* to) const { std::memcpy(to, &h, sizeof(h)), rest.put(to + head); }
+  EQUIFAST_INLINE inline void add(const Pack& a) { h += a.h, rest.add(a.rest); }
+  EQUIFAST_INLINE inline void subtract(const Pack& a) { h -= a.h, rest.subtract(a.rest); }
+  EQUIFAST_INLINE inline void scaled(real f, const Pack& a) { h = f * a.h, rest.scaled(f, a.rest); }
+  EQUIFAST_INLINE inline void add_scaled(real f, const Pack& a) { h += f * a.h, rest.add_scaled(f, a.rest); }
+  EQUIFAST_INLINE inline void add_product(const Pack& a, const Pack& b) {
+    h += a.h * b.h, rest.add_product(a.rest, b.rest);
   }
   // f a - g b
-  void combine(real f, const Pack& a, real g, const Pack& b) {
-    h = f * a.h - g * b.h;
-    if constexpr (tail > 0) t = f * a.t - g * b.t;
+  EQUIFAST_INLINE inline void combine(real f, const Pack& a, real g, const Pack& b) {
+    h = f * a.h - g * b.h, rest.combine(f, a.rest, g, b.rest);
   }
   // a + f (b - a)
-  void between(real f, const Pack& a, const Pack& b) {
-    h = a.h + f * (b.h - a.h);
-    if constexpr (tail > 0) t = a.t + f * (b.t - a.t);
+  EQUIFAST_INLINE inline void between(real f, const Pack& a, const Pack& b) {
+    h = a.h + f * (b.h - a.h), rest.between(f, a.rest, b.rest);
   }
-  double sum() const {
-    double total = 0;
+  // In the order of the lanes.
+  EQUIFAST_INLINE inline void sum_to(double& total) const {
     for (int i = 0; i < head; ++i) total += double(h[i]);
-    for (int i = 0; i < tail; ++i) total += double(t[i]);
+    rest.sum_to(total);
+  }
+  EQUIFAST_INLINE inline double sum() const {
+    double total = 0;
+    sum_to(total);
     return total;
   }
+};
+
+template <typename real>
+struct Pack<0, real> {
+  void zero() {}
+  void get(const real*) {}
+  void put(real*) const {}
+  void add(const Pack&) {}
+  void subtract(const Pack&) {}
+  void scaled(real, const Pack&) {}
+  void add_scaled(real, const Pack&) {}
+  void add_product(const Pack&, const Pack&) {}
+  void combine(real, const Pack&, real, const Pack&) {}
+  void between(real, const Pack&, const Pack&) {}
+  void sum_to(double&) const {}
 };
 
 // The three sums of a cosine, over a few positions and channels: in `real`, and given away in double.
@@ -173,6 +190,33 @@ inline void put_16(T* to, int count, __m512 v) {
 inline void put_16(float* to, int count, __m512 v) { _mm512_mask_storeu_ps(to, first_of_16(count), v); }
 #endif
 
+#if defined(__AVX2__) && !EQUIFAST_WIDE
+// Eight lanes from `lane` on, of those in [first, last).
+inline __m256i of_8(int lane, int first, int last) {
+  const __m256i lanes = _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(lane));
+  return _mm256_andnot_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(first), lanes),
+                             _mm256_cmpgt_epi32(_mm256_set1_epi32(last), lanes));
+}
+
+inline void get_some(const float* from, int first, int last, Pack<16, float>& v) {
+  using Head = Pack<16, float>::Head;
+  v.h = (Head)_mm256_maskload_ps(from, of_8(0, first, last));
+  v.rest.h = (Head)_mm256_maskload_ps(from + 8, of_8(8, first, last));
+}
+
+// The first `count`. Eight or more in two stores that overlap: a masked one is slow on some CPUs.
+inline void put_first(float* to, int count, const Pack<16, float>& v) {
+  if (count < 8) return _mm256_maskstore_ps(to, of_8(0, 0, count), (__m256)v.h);
+  const __m256i lanes =
+      _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(count - 8));
+  const __m256 low = _mm256_permutevar8x32_ps((__m256)v.h, lanes),
+               high = _mm256_permutevar8x32_ps((__m256)v.rest.h, lanes);
+  const __m256i above = _mm256_cmpgt_epi32(lanes, _mm256_set1_epi32(7));
+  _mm256_storeu_ps(to, (__m256)v.h);
+  _mm256_storeu_ps(to + count - 8, _mm256_blendv_ps(low, high, _mm256_castsi256_ps(above)));
+}
+#endif
+
 // All lanes of 16, or those in [first, last).
 struct AllLanes {};
 struct SomeLanes {
@@ -215,6 +259,8 @@ EQUIFAST_INLINE inline void get(const T* from, SomeLanes lanes, Pack<16, Real<T>
     v.h = (typename Pack<16, Real<T>>::Head)load_16(from, of_16(lanes.first, lanes.last));
     return;
   }
+#elif defined(__AVX2__)
+  if constexpr (maskable<T>) return get_some(from, lanes.first, lanes.last, v);
 #endif
   Real<T> numbers[16] = {};
   for (int i = lanes.first; i < lanes.last; ++i) numbers[i] = load(from[i]);
@@ -244,6 +290,10 @@ EQUIFAST_INLINE inline void put(T* to, SomeLanes lanes, const Pack<16, Real<T>>&
   }
   if constexpr (wide<T>) {
     if (lanes.first == 0) return put_16(to, lanes.last, (__m512)v.h);
+  }
+#elif defined(__AVX2__)
+  if constexpr (maskable<T>) {
+    if (lanes.first == 0) return put_first(to, lanes.last, v);
   }
 #endif
   T numbers[16];  // a masked store of words is slow

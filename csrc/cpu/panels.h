@@ -465,6 +465,13 @@ void load_interleaved(const T* from, int64_t sx, int64_t ahead, int channels, in
     return;
   }
 #endif
+  if constexpr (maskable<T> && lanes == 16) {
+    for (int x = 0; x < count; ++x, from += sx, out += lanes) {
+      Pack<16, float> v;
+      get(from, SomeLanes{0, channels < 16 ? channels : 16}, v), v.put(out);
+    }
+    return;
+  }
   for (int x = 0; x < count; ++x, from += sx, out += lanes) {
     // Lanes beyond the channels are read from the next pixel, where there is one, and dropped.
     const int64_t left = (count - x - 1) * sx + channels;
@@ -586,6 +593,13 @@ void store_panel(const Gradient& map, T* image, int channels, bool interleaved, 
         continue;
       }
 #endif
+      if constexpr (maskable<T> && lanes == 16) {
+        for (int x = 0; x < columns; ++x, to += map.sx, from += lanes) {
+          Pack<16, float> v;
+          v.get(from), put(to, SomeLanes{0, channels < 16 ? channels : 16}, v);
+        }
+        continue;
+      }
       for (int x = 0; x < columns; ++x, to += map.sx, from += lanes) {
         for (int l = 0; l < channels; ++l) store(to[l], from[l]);
       }

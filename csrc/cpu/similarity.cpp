@@ -581,7 +581,7 @@ class TargetGradient {
 
   static bool serves(const SimilarityParams& p) {
     const int channels = p.channels < similarity_group ? p.channels : similarity_group;
-    return wide<T> && p.interleaved && int64_t{p.anchor.width} * channels <= most_numbers;
+    return maskable<T> && p.interleaved && int64_t{p.anchor.width} * channels <= most_numbers;
   }
 
   // Some rows of image n, channels [first, last).

@@ -49,7 +49,7 @@ void apply_to_pixels(const Axis<Real<T>>& axis, const Real<T>* __restrict line, 
   const int entries = axis.size * channels;
   for (int i = 0, x = 0; i < axis.size; ++i, x += channels) {
     const int begin = axis.begin[i], end = axis.begin[i + 1];
-    if constexpr (wide<T>) {
+    if constexpr (maskable<T>) {
       Pack<16, real> sum, other;
       sum.zero();
       if (begin < end) sum.get(line + axis.at[begin] * channels), sum.scaled(axis.weight[begin], sum);
