@@ -1,7 +1,7 @@
 """The operators against the published formulation and against the eager reference, forward plus backward.
 
     python bench/bench_ops.py --output bench/results/ops.json     # the table, from one run
-    pytest bench/bench_ops.py                                     # the same measurements as pytest-benchmark prints
+    pytest -n 0 bench/bench_ops.py                                # the same measurements as pytest-benchmark prints
 
 `published` computes all pairs of the K+1 maps, as the published code does: the masks are materialized, each pair is
 masked and normalized over its own overlap, quadratic in K. `eager` (equifast.reference) and `native` compute the K

@@ -73,8 +73,9 @@ print("torch", torch.__version__, torch.cuda.get_device_name(), "native:", ops.c
 }
 
 gpu_tests() {
-  local several=()
-  if "$python" -c 'import xdist' 2>/dev/null; then several=(-n 8 -p no:benchmark); fi
+  # the project's own options ask for xdist, which need not be there
+  local several=(-o "addopts=--strict-config --strict-markers")
+  if "$python" -c 'import xdist' 2>/dev/null; then several+=(-n 8 -p no:benchmark); fi
   within 240 "$python" -m pytest -q -p no:cacheprovider -m gpu --maxfail=25 --tb=short "${several[@]}" \
     tests/test_native.py tests/test_gpu.py tests/test_step_triton.py
 }

@@ -418,19 +418,44 @@ _CONVOLUTIONS = frozenset(
         torch.conv_transpose3d,
     )
 )
+_TRANSPOSED = frozenset((torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d))
 # Above this size PyTorch takes the algorithm of several maps (20480 in its source) for a lone one too.
 _LARGE = 32768
 _HEAVY = 2**18
 
 
+def _as_on_several_threads(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """The arguments of a convolution on the CPU, with which one thread takes the algorithm that several take.
+
+    Where there is one thread, kernels of one position, without stride and dilation, are sent to another algorithm in a
+    batch of less than sixteen images than in one of more. To such a kernel every dilation is the same, so that it gets
+    one of two. The gradient follows.
+    """
+    x, weight = args[:2]
+    if torch.compiler.is_compiling() or torch.get_num_threads() > 1 or x.dtype != torch.float32 or _is_lowered(x):
+        return args, kwargs
+    sides = weight.shape[2:]
+    if any(side != 1 for side in sides[-2:]):
+        return args, kwargs
+    place = 7 if func in _TRANSPOSED else 5
+    given = args[place] if len(args) > place else kwargs.get("dilation", 1)
+    each = tuple(given) if isinstance(given, Sequence) else (given,)
+    each = each * len(sides) if len(each) == 1 else each
+    dilation = tuple(2 if side == 1 else old for side, old in zip(sides, each, strict=True))
+    if len(args) > place:
+        return (*args[:place], dilation, *args[place + 1 :]), kwargs
+    return args, {**kwargs, "dilation": dilation}
+
+
 def _batchless(func: Any, args: Any, kwargs: Any) -> Any:
     """A convolution, on the CPU, that gives an image the same bits whatever its batch.
 
-    Two things depend on the number of images otherwise. PyTorch sends float32 convolutions of a single small map to
-    another algorithm than those of several: here they run as one of two. And oneDNN cuts the gradient of a strided
-    convolution into blocks by a rule that weighs images against threads: here that runs two images at a time (and the
-    convolution too where it is transposed, not in two dimensions, trained, traced or transformed). A lone image of
-    large maps is left out, where a second copy would cost memory: its last bits may be others than in a batch.
+    Three things depend on the number of images otherwise. One is that of :func:`_as_on_several_threads`, which has
+    been called. PyTorch sends float32 convolutions of a single small map to another algorithm than those of several:
+    here they run as one of two. And oneDNN cuts the gradient of a strided convolution into blocks by a rule that weighs
+    images against threads: here that runs two images at a time (and the convolution too where it is transposed, not in
+    two dimensions, trained, traced or transformed). A lone image of large maps is left out, where a second copy would
+    cost memory: its last bits may be others than in a batch.
     """
     x, rest = args[0], args[1:]
     stride = args[3] if len(args) > 3 else kwargs.get("stride", 1)
@@ -508,13 +533,16 @@ class _Running(TorchFunctionMode):
         if func is functional.linear and self.batchless and _is_batch(*args):
             return _rowwise(*args, **kwargs)
         if func in _CONVOLUTIONS:
+            batchless = self.batchless and _batched(*args) and args[0].device.type == "cpu"
+            if batchless:
+                args, kwargs = _as_on_several_threads(func, args, kwargs)
             if self.frozen and func is torch.conv2d and _followed(*args):
                 convolved = _frozen(*args, **kwargs)
                 if convolved is not None:
                     return convolved
             if self.lean and func is torch.conv2d:
                 args = _with_kept_weight(args)
-            if self.batchless and _batched(*args) and args[0].device.type == "cpu":
+            if batchless:
                 return _batchless(func, args, kwargs)
         elif self.batchless and func in _SOFTMAX and _of_maps(*args, **kwargs):
             return probabilities(args[0], *args[1:2], **{k: v for k, v in kwargs.items() if k in ("dim", "dtype")})

@@ -1,6 +1,11 @@
 import os
 from pathlib import Path
 
+# Before torch is loaded: threads that wait by spinning would take the time of the other processes of the suite.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# xdist's; tables are as wide as a test says.
+os.environ.pop("COLUMNS", None)
+
 import pytest
 import torch
 
@@ -15,5 +20,6 @@ def data() -> Path:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _few_threads() -> None:
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+def _two_threads() -> None:
+    """On any machine: with one some convolutions are others (`equifast.features`), which has tests of its own."""
+    torch.set_num_threads(2)

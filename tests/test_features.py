@@ -88,6 +88,42 @@ def test_a_strided_convolution_does_not_see_the_batch(size: tuple[int, int], dty
             assert torch.equal(torch.cat([g for _, g in parts]), gradient)
 
 
+POSITIONS = {
+    "plain": lambda: nn.Conv2d(8, 6, 1),
+    "groups": lambda: nn.Conv2d(8, 6, 1, groups=2, padding="same", bias=False),
+    "padded": lambda: nn.Conv2d(8, 6, 1, padding=(0, 1)),
+    "strided": lambda: nn.Conv2d(8, 6, 1, stride=(2, 1)),
+    "transposed": lambda: nn.ConvTranspose2d(8, 6, 1),
+    "one dimension": lambda: nn.Conv1d(8, 6, 1),
+    "one dimension, transposed": lambda: nn.ConvTranspose1d(8, 6, 1),
+    "three dimensions": lambda: nn.Conv3d(8, 6, 1),
+    "three dimensions, dilated": lambda: nn.Conv3d(8, 6, (3, 1, 1), dilation=(2, 1, 1), padding=(1, 0, 0)),
+}
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_kernel_of_one_position_does_not_see_the_batch(name: str, threads: int) -> None:
+    """On one thread PyTorch runs less than sixteen images otherwise than more."""
+    torch.manual_seed(0)
+    model = POSITIONS[name]()
+    x = torch.randn(18, 8, *(6, 10, 14)[5 - model.weight.dim() :])
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        out, gradient = run(model, x, True)
+        for rows in (slice(0, 1), slice(3, 5), slice(2, 17)):
+            part, part_gradient = run(model, x[rows], True)
+            assert torch.equal(part, out[rows])
+            assert torch.equal(part_gradient, gradient[rows])
+    finally:
+        torch.set_num_threads(before)
+    leaf = x.clone().requires_grad_()
+    expected = model(leaf)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected.square().sum(), leaf)[0])
+
+
 def test_suggestions() -> None:
     x = cases.images()
     assert suggest(cases.dense(), x) == "head"

@@ -54,6 +54,20 @@ def test_result_is_that_of_the_image_alone(name: str, size: tuple[int, int]) -> 
         assert not torch.equal(purifier(x, ids=IDS + 1, draw=2), whole)
 
 
+@pytest.mark.parametrize("name", ["fast", "strong", "all-pairs"])
+def test_result_is_that_of_the_image_alone_on_one_thread(name: str) -> None:
+    """Where PyTorch has another algorithm for small batches."""
+    purifier, threads = cases.PURIFIERS[name](cases.dense()), torch.get_num_threads()
+    x = cases.images(8, 20, 28)  # with views of one size more than sixteen
+    try:
+        torch.set_num_threads(1)
+        whole = purifier(x, ids=IDS, draw=2)
+        for i in range(8):
+            assert torch.equal(purifier(x[i : i + 1], ids=IDS[i : i + 1], draw=2), whole[i : i + 1])
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("size", [(1, 1), (20, 28), (32, 32)])
 def test_score_is_that_of_the_image_alone(size: tuple[int, int]) -> None:
     purifier, x = Purifier(cases.dense()), cases.images(8, *size)

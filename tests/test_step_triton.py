@@ -60,7 +60,7 @@ def runs(test: Callable[..., None]) -> Callable[..., None]:
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_in_the_interpreter() -> None:
     # -P: "-m" would put the working directory on the path, and the repository's root must stay off it
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", __file__]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert child.returncode == 0, child.stdout + child.stderr

@@ -6,6 +6,7 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -137,9 +138,11 @@ def peak_memory(task: Callable[[], object], device: torch.device) -> float:
         before = torch.cuda.memory_allocated(device)
         task()
         return float(torch.cuda.max_memory_allocated(device) - before)
-    # one cycle, of which torch 2.11 says, unless it is to accumulate several, that it is one
-    with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
-        task()
+    with warnings.catch_warnings(), _quiet():
+        # that there is one cycle; to accumulate several is to parse at the end what is not wanted here
+        warnings.filterwarnings("ignore", ".*Profiler clears events")
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+            task()
     assert record.profiler is not None
     assert record.profiler.kineto_results is not None
     events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
