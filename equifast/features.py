@@ -325,6 +325,68 @@ def _resized(
     return resized.contiguous(memory_format=torch.channels_last) if interleaved else resized
 
 
+def _settings(stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1) -> tuple[Any, ...]:
+    """Those of a convolution in two dimensions, a number for each side; padding is no word."""
+    sides = (side if isinstance(side, Sequence) else (side, side) for side in (stride, padding, dilation))
+    return (*map(tuple, sides), groups)
+
+
+def _is_phased(x: Tensor, settings: tuple[Any, ...]) -> bool:
+    """Whether the gradient of a convolution is :func:`_phased_gradient`."""
+    (stride, across), _, dilation, groups = settings
+    return x.dtype == torch.float32 and stride == across > 1 and set(dilation) == {1} and groups == 1
+
+
+def _phases(weight: Tensor, stride: int) -> Tensor:
+    """(O, I, h, w) -> (I stride^2, O, h', w'): the kernel whose plain convolution is the gradient of a strided one.
+
+    Every stride-th position of the input gets its gradient by the same weights, which are every stride-th too. Kept for
+    weights that never change.
+    """
+    kept: dict[Any, Tensor] | None = None if _untouchable() else getattr(weight, _KEPT, None)
+    if kept is not None and stride in kept:
+        return kept[stride]
+    out, into, *sides = weight.shape
+    high, wide = (-(-side // stride) for side in sides)
+    padded = functional.pad(weight, (0, wide * stride - sides[1], 0, high * stride - sides[0]))
+    parts = padded.reshape(out, into, high, stride, wide, stride).permute(1, 3, 5, 0, 2, 4).flip(4, 5)
+    kernel = parts.reshape(into * stride**2, out, high, wide)
+    if weight.is_contiguous(memory_format=torch.channels_last):
+        kernel = kernel.contiguous(memory_format=torch.channels_last)
+    if kept is not None and type(kernel) is Tensor:
+        kept[stride] = kernel
+    return kernel
+
+
+def _phased_gradient(upstream: Tensor, x: Tensor, weight: Tensor, settings: tuple[Any, ...]) -> Tensor:
+    """The gradient of a strided convolution by its input, from plain convolutions, whose bits know of no batch."""
+    (stride, _), padding, _, _ = settings
+    high, wide = x.shape[2:]
+    if weight.shape[2:] == (1, 1) and padding == (0, 0):
+        gradient = torch.zeros_like(x)
+        seen = gradient[:, :, ::stride, ::stride]
+        seen.copy_(_plain(upstream, weight.transpose(0, 1), 0))
+        return gradient
+    kernel = _phases(weight, stride)
+    around: list[int] = []  # left, right, top, bottom
+    for side in (3, 2):
+        first, last = padding[side - 2] // stride, (x.shape[side] - 1 + padding[side - 2]) // stride
+        around += [kernel.shape[side] - 1 - first, last - (upstream.shape[side] - 1)]
+    if len(set(around)) == 1 and around[0] >= 0:
+        found = _plain(upstream, kernel, around[0])
+    else:
+        found = _plain(functional.pad(upstream, around), kernel, 0)
+    top, left = (number % stride for number in padding)
+    return functional.pixel_shuffle(found, stride)[:, :, top : top + high, left : left + wide]
+
+
+def _plain(x: Tensor, weight: Tensor, padding: int) -> Tensor:
+    convolved: Tensor = _batchless(
+        torch.conv2d, *_as_on_several_threads(torch.conv2d, (x, weight, None, 1, padding), {})
+    )
+    return convolved
+
+
 def _convolution_gradient(upstream: Tensor, x: Tensor, weight: Tensor, settings: tuple[Any, ...]) -> Tensor:
     """The gradient of a convolution by its input; on the CPU an image's has the same bits in any batch (_batchless)."""
     stride, padding, dilation, groups = settings
@@ -333,6 +395,8 @@ def _convolution_gradient(upstream: Tensor, x: Tensor, weight: Tensor, settings:
     if x.device.type != "cpu" or not (pairs or alone):
         gradient: Tensor = torch.ops.aten.convolution_backward(upstream, x, weight, *rest)[0]
         return gradient
+    if _is_phased(x, settings):
+        return _phased_gradient(upstream, x, weight, settings)
     found = []
     for given, images in zip(upstream.split(2), x.split(2), strict=True):
         if len(images) == 1:
@@ -392,14 +456,14 @@ def _frozen(
     trained = weight.requires_grad or (bias is not None and bias.requires_grad)
     if isinstance(padding, str) or trained or _untouchable():
         return None
-    sides = [side if isinstance(side, Sequence) else (side, side) for side in (stride, padding, dilation)]
+    settings = _settings(stride, padding, dilation, groups)
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
         # on the way back it is off
         lowered = torch.get_autocast_dtype(kind)
         x, weight = x.to(lowered), _lowered(weight, lowered)
         bias = None if bias is None else bias.to(lowered)
-    return _frozen_convolution(x, weight, bias, (*map(tuple, sides), groups))
+    return _frozen_convolution(x, weight, bias, settings)
 
 
 def _is_lowered(x: Tensor) -> bool:
@@ -454,16 +518,17 @@ def _batchless(func: Any, args: Any, kwargs: Any) -> Any:
     been called. PyTorch sends float32 convolutions of a single small map to another algorithm than those of several:
     here they run as one of two. And oneDNN cuts the gradient of a strided convolution into blocks by a rule that weighs
     images against threads: here that runs two images at a time (and the convolution too where it is transposed, not in
-    two dimensions, trained, traced or transformed). A lone image of large maps is left out, where a second copy would
-    cost memory: its last bits may be others than in a batch.
+    two dimensions, trained, traced or transformed), or is done by plain convolutions (:func:`_phased_gradient`). Where
+    neither that is for it, nor a second copy for its memory, a lone image of large maps is left out: its last bits may
+    be others than in a batch.
     """
     x, rest = args[0], args[1:]
     stride = args[3] if len(args) > 3 else kwargs.get("stride", 1)
     strided = stride not in (1, (1,), (1, 1), (1, 1, 1))
-    if strided and func is torch.conv2d and len(x) > 1:
+    if strided and func is torch.conv2d and (len(x) > 1 or _is_phased_alone(*args, **kwargs)):
         if not (torch.is_grad_enabled() and x.requires_grad):
-            return func(*args, **kwargs)
-        if (convolved := _frozen(*args, **kwargs)) is not None:
+            strided = False
+        elif (convolved := _frozen(*args, **kwargs)) is not None:
             return convolved
     if strided and (len(x) > 1 or x.numel() <= _HEAVY):
         pairs = x.split(2)
@@ -472,6 +537,14 @@ def _batchless(func: Any, args: Any, kwargs: Any) -> Any:
     if len(x) == 1 and x.numel() <= _LARGE and not _is_lowered(x):
         return func(torch.cat((x, x)), *rest, **kwargs)[:1]
     return func(*args, **kwargs)
+
+
+def _is_phased_alone(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, *rest: Any, **more: Any
+) -> bool:
+    """Whether a strided ``torch.conv2d``, called alike, of a lone image is one whose gradient is phased."""
+    known = not isinstance(padding, str) and not _is_lowered(x) and not _untouchable()
+    return known and _is_phased(x, _settings(stride, padding, *rest, **more))
 
 
 def _rowwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

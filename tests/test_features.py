@@ -88,6 +88,58 @@ def test_a_strided_convolution_does_not_see_the_batch(size: tuple[int, int], dty
             assert torch.equal(torch.cat([g for _, g in parts]), gradient)
 
 
+STRIDED = {
+    "three": {"kernel_size": 3, "stride": 2, "padding": 1},
+    "three, no padding": {"kernel_size": 3, "stride": 2},
+    "even": {"kernel_size": 4, "stride": 2, "padding": (0, 3)},
+    "one": {"kernel_size": 1, "stride": 2},
+    "one of nine": {"kernel_size": 1, "stride": 3},
+    "seven": {"kernel_size": 7, "stride": 2, "padding": 3},
+    "patches": {"kernel_size": 4, "stride": 4},
+    "apart": {"kernel_size": 2, "stride": 3, "padding": 1},
+    "not square": {"kernel_size": (3, 5), "stride": 2, "padding": (1, 2)},
+}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [(13, 18), (196, 231)])
+@pytest.mark.parametrize("name", STRIDED)
+def test_the_gradient_of_a_strided_convolution_by_plain_ones(
+    name: str, size: tuple[int, int], layout: torch.memory_format
+) -> None:
+    """It is PyTorch's, and that of an image alone, also of large maps, is that in a batch."""
+    torch.manual_seed(0)
+    model = nn.Conv2d(8, 6, **STRIDED[name]).to(memory_format=layout)  # type: ignore[arg-type]
+    x = torch.randn(3, 8, *size)
+    assert size[0] < 100 or x[0].numel() > features._HEAVY
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            out, gradient = run(model, x, True)
+            for i in range(3):
+                part, part_gradient = run(model, x[i : i + 1], True)
+                assert torch.equal(part, out[i : i + 1])
+                assert torch.equal(part_gradient, gradient[i : i + 1])
+    finally:
+        torch.set_num_threads(threads)
+    leaf = x.clone().requires_grad_()
+    expected = model(leaf)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
+    expected_gradient = torch.autograd.grad(expected.square().sum(), leaf)[0]
+    torch.testing.assert_close(gradient, expected_gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_kernels_of_weights_that_never_change_are_made_once() -> None:
+    conv = nn.Conv2d(3, 4, 3, 2).requires_grad_(False)
+    assert features._phases(conv.weight, 2) is not features._phases(conv.weight, 2)
+    features.keep_lowered(conv.weight)
+    kernel = features._phases(conv.weight, 2)
+    assert features._phases(conv.weight, 2) is kernel
+    assert kernel.shape == (12, 4, 2, 2)
+    assert features._phases(conv.weight, 3).shape == (27, 4, 1, 1)
+
+
 POSITIONS = {
     "plain": lambda: nn.Conv2d(8, 6, 1),
     "groups": lambda: nn.Conv2d(8, 6, 1, groups=2, padding="same", bias=False),
