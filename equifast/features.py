@@ -381,9 +381,8 @@ def _phased_gradient(upstream: Tensor, x: Tensor, weight: Tensor, settings: tupl
 
 
 def _plain(x: Tensor, weight: Tensor, padding: int) -> Tensor:
-    convolved: Tensor = _batchless(
-        torch.conv2d, *_as_on_several_threads(torch.conv2d, (x, weight, None, 1, padding), {})
-    )
+    args, kwargs = _as_on_several_threads(torch.conv2d, (x, weight, None, 1, padding), {})
+    convolved: Tensor = _batchless(torch.conv2d, args, kwargs)
     return convolved
 
 
@@ -488,6 +487,11 @@ _LARGE = 32768
 _HEAVY = 2**18
 
 
+def _is_strided(args: Any, kwargs: Any) -> bool:
+    stride = args[3] if len(args) > 3 else kwargs.get("stride", 1)
+    return stride not in (1, (1,), (1, 1), (1, 1, 1))
+
+
 def _as_on_several_threads(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
     """The arguments of a convolution on the CPU, with which one thread takes the algorithm that several take.
 
@@ -499,7 +503,7 @@ def _as_on_several_threads(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]
     if torch.compiler.is_compiling() or torch.get_num_threads() > 1 or x.dtype != torch.float32 or _is_lowered(x):
         return args, kwargs
     sides = weight.shape[2:]
-    if any(side != 1 for side in sides[-2:]):
+    if _is_strided(args, kwargs) or any(side != 1 for side in sides[-2:]):
         return args, kwargs
     place = 7 if func in _TRANSPOSED else 5
     given = args[place] if len(args) > place else kwargs.get("dilation", 1)
@@ -523,8 +527,7 @@ def _batchless(func: Any, args: Any, kwargs: Any) -> Any:
     be others than in a batch.
     """
     x, rest = args[0], args[1:]
-    stride = args[3] if len(args) > 3 else kwargs.get("stride", 1)
-    strided = stride not in (1, (1,), (1, 1), (1, 1, 1))
+    strided = _is_strided(args, kwargs)
     if strided and func is torch.conv2d and (len(x) > 1 or _is_phased_alone(*args, **kwargs)):
         if not (torch.is_grad_enabled() and x.requires_grad):
             strided = False
