@@ -88,7 +88,7 @@ def test_a_strided_convolution_does_not_see_the_batch(size: tuple[int, int], dty
             assert torch.equal(torch.cat([g for _, g in parts]), gradient)
 
 
-STRIDED = {
+STRIDED: dict[str, dict[str, Any]] = {
     "three": {"kernel_size": 3, "stride": 2, "padding": 1},
     "three, no padding": {"kernel_size": 3, "stride": 2},
     "even": {"kernel_size": 4, "stride": 2, "padding": (0, 3)},
@@ -109,7 +109,7 @@ def test_the_gradient_of_a_strided_convolution_by_plain_ones(
 ) -> None:
     """It is PyTorch's, and that of an image alone, also of large maps, is that in a batch."""
     torch.manual_seed(0)
-    model = nn.Conv2d(8, 6, **STRIDED[name]).to(memory_format=layout)  # type: ignore[arg-type]
+    model = nn.Conv2d(8, 6, **STRIDED[name]).to(memory_format=layout)
     x = torch.randn(3, 8, *size)
     assert size[0] < 100 or x[0].numel() > features._HEAVY
     threads = torch.get_num_threads()
@@ -128,6 +128,24 @@ def test_the_gradient_of_a_strided_convolution_by_plain_ones(
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
     expected_gradient = torch.autograd.grad(expected.square().sum(), leaf)[0]
     torch.testing.assert_close(gradient, expected_gradient, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("channels", [(16, 32, 150, 120), (128, 256, 50, 52)])
+def test_a_lone_image_of_large_maps_has_the_gradient_of_one_in_a_batch(channels: tuple[int, ...]) -> None:
+    """Where oneDNN's own, of AVX2 and three threads, is another than that of two images."""
+    into, out, *size = channels
+    torch.manual_seed(0)
+    model = nn.Conv2d(into, out, 3, 2, 1).to(memory_format=torch.channels_last)
+    x = torch.randn(5, into, *size)
+    assert x[0].numel() > features._HEAVY
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        _, gradient = run(model, x, True)
+        for i in range(5):
+            assert torch.equal(run(model, x[i : i + 1], True)[1], gradient[i : i + 1])
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_kernels_of_weights_that_never_change_are_made_once() -> None:

@@ -139,7 +139,8 @@ def peak_memory(task: Callable[[], object], device: torch.device) -> float:
         task()
         return float(torch.cuda.max_memory_allocated(device) - before)
     with warnings.catch_warnings(), _quiet():
-        # that there is one cycle; to accumulate several is to parse at the end what is not wanted here
+        # torch 2.11 says that there is one cycle; to have it accumulate several is to have it parse all events, which
+        # takes longer than the task
         warnings.filterwarnings("ignore", ".*Profiler clears events")
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
             task()
