@@ -1,7 +1,7 @@
 """equifast: fast, honest test-time robustness for vision models, by equivariance."""
 
 from equifast import attacks, defenses, detectors, nn, ops, reference, rng, spatial, train, views
-from equifast._allocator import keep_freed_memory
+from equifast._allocator import keep_freed_memory, keep_kernels
 from equifast._version import __version__
 from equifast.purifier import Defended, Purifier, purify
 
@@ -13,6 +13,7 @@ __all__ = [
     "defenses",
     "detectors",
     "keep_freed_memory",
+    "keep_kernels",
     "nn",
     "ops",
     "purify",

@@ -32,7 +32,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from equifast import _C, __version__, ops
-from equifast._allocator import keep_freed_memory
+from equifast._allocator import keep_freed_memory, keep_kernels
 from equifast._cheap import has_fast_bfloat16
 from equifast._fingerprint import weights
 from equifast.defenses import Averaging, Contrastive, Invariance, RandomNoise, Rotation
@@ -138,8 +138,7 @@ def main(
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text
     keep_freed_memory()
-    # of kernels for views of every size; oneDNN's own 1024 are too few for those of one step of an expectation
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "4096")
+    keep_kernels()
 
 
 @app.command()

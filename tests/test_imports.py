@@ -9,8 +9,8 @@ import equifast
 
 ORDER = [
     {"_version", "_C"},
-    {"_checks", "_allocator", "_capture", "_fingerprint", "_memory"},
-    {"rng"},
+    {"_checks", "_capture", "_fingerprint", "_memory"},
+    {"rng", "_allocator"},
     {"reference"},
     {"_step_triton"},
     {"ops"},

@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 import itertools
+import os
 import platform
 import subprocess
 import sys
@@ -614,14 +615,15 @@ def test_presets_are_those_that_figures_are_of(preset: str) -> None:
     assert {key: settings[key] for key in others} == others
 
 
-def test_freed_memory_is_kept() -> None:
-    """Pages that were given back once are not asked for again."""
-    code = """
+@pytest.mark.parametrize(("blocks", "numbers"), [(8, 2**20), (1, 2**24)])
+def test_freed_memory_is_kept(blocks: int, numbers: int) -> None:
+    """Pages that were given back once are not asked for again, also of blocks of 64 MiB."""
+    code = f"""
 import resource, torch, equifast
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(20):
-        a = [torch.ones(2**20) for _ in range(8)]
+        a = [torch.ones({numbers}) for _ in range({blocks})]
         del a
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 faults()
@@ -632,6 +634,34 @@ print(faults(), equifast.keep_freed_memory(), faults() and faults())
     assert kept == str(platform.libc_ver()[0] == "glibc")
     if kept == "True":
         assert int(within) <= int(without) / 5  # none at all where torch has an allocator of its own
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN")
+def test_kernels_are_kept() -> None:
+    """More than oneDNN keeps by itself are made once, and what the environment says stands."""
+    code = """
+import torch, equifast
+equifast.keep_kernels(4000)  # with those that reorder weights
+weight = torch.ones(2, 2, 3, 3)
+for turn in range(2):
+    print("turn", turn, flush=True)
+    for width in range(3, 1503):
+        torch.conv2d(torch.ones(2, 2, 3, width), weight)
+"""
+
+    def made(**environment: str) -> int:
+        """Kernels, in the second turn."""
+        told = {key: value for key, value in os.environ.items() if not key.startswith(("ONEDNN_", "DNNL_"))}
+        told |= {"ONEDNN_VERBOSE": "2", **environment}
+        done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True, env=told)
+        first, second = done.stdout.split("turn 1")
+        assert first.count("cache_miss,cpu,convolution") >= 1500
+        return second.count("cache_miss,cpu,convolution")
+
+    assert made() == 0
+    assert made(ONEDNN_PRIMITIVE_CACHE_CAPACITY="1024") >= 1500
+    with pytest.raises(ValueError, match="count is 0; it must be an integer from 1"):
+        equifast.keep_kernels(0)
 
 
 def test_large_images_run_a_few_at_a_time() -> None:
