@@ -641,11 +641,11 @@ def test_kernels_are_kept() -> None:
     """More than oneDNN keeps by itself are made once, and what the environment says stands."""
     code = """
 import torch, equifast
-equifast.keep_kernels(4000)  # with those that reorder weights
+equifast.keep_kernels(2000)  # with those that reorder weights
 weight = torch.ones(2, 2, 3, 3)
 for turn in range(2):
     print("turn", turn, flush=True)
-    for width in range(3, 1503):
+    for width in range(3, 703):
         torch.conv2d(torch.ones(2, 2, 3, width), weight)
 """
 
@@ -655,11 +655,11 @@ for turn in range(2):
         told |= {"ONEDNN_VERBOSE": "2", **environment}
         done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True, env=told)
         first, second = done.stdout.split("turn 1")
-        assert first.count("cache_miss,cpu,convolution") >= 1500
+        assert first.count("cache_miss,cpu,convolution") >= 700
         return second.count("cache_miss,cpu,convolution")
 
     assert made() == 0
-    assert made(ONEDNN_PRIMITIVE_CACHE_CAPACITY="1024") >= 1500
+    assert made(ONEDNN_PRIMITIVE_CACHE_CAPACITY="1024") >= 700
     with pytest.raises(ValueError, match="count is 0; it must be an integer from 1"):
         equifast.keep_kernels(0)
 
