@@ -327,8 +327,8 @@ def _resized(
 
 def _settings(stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1) -> tuple[Any, ...]:
     """Those of a convolution in two dimensions, a number for each side; padding is no word."""
-    sides = (side if isinstance(side, Sequence) else (side, side) for side in (stride, padding, dilation))
-    return (*map(tuple, sides), groups)
+    sides = [(side, side) if isinstance(side, int) else tuple(side) for side in (stride, padding, dilation)]
+    return (*sides, groups)
 
 
 def _is_phased(x: Tensor, settings: tuple[Any, ...]) -> bool:
@@ -414,7 +414,8 @@ class _Frozen(torch.autograd.Function):
         if x.device.type != "cpu":
             return torch.conv2d(x, weight, bias, *settings)
         convolved: Tensor = _batchless(torch.conv2d, (x, weight, bias, *settings), {})
-        return convolved
+        # one of two is a view of both, and a view that a function of one's own gives must not be changed in place
+        return convolved.clone() if convolved._is_view() else convolved
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:

@@ -73,6 +73,43 @@ def test_a_lone_image_is_treated_as_one_of_several() -> None:
         assert torch.equal(torch.cat([g for _, g in alone]), gradient)
 
 
+class InPlace(nn.Module):
+    """As torchvision's residual networks have it: what a convolution gives is changed in place."""
+
+    def __init__(self, inplace: bool, stride: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Conv2d(3, 8, 3, stride, 1), nn.Conv2d(8, 8, 3, stride, 1)
+        self.shortcut, self.inplace = nn.Conv2d(8, 8, 1, stride), inplace
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.relu(self.first(x), self.inplace)
+        y = self.second(x)
+        if self.inplace:
+            y += self.shortcut(x)
+        else:
+            y = y + self.shortcut(x)
+        return functional.relu(y, self.inplace)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_what_a_convolution_gives_may_be_changed_in_place(count: int, stride: int, frozen: bool) -> None:
+    """Also that of a lone small image, which is one of two."""
+    given = torch.rand(count, 3, 20, 28)
+    found = []
+    for inplace in (False, True):
+        model, x = InPlace(inplace, stride), given.clone().requires_grad_()
+        with evaluating(x, model, frozen=frozen):
+            out = model(x)
+            (gradient,) = torch.autograd.grad(out.square().sum(), x)
+        found.append((out.detach(), gradient))
+    (out, gradient), (changed, other) = found
+    assert torch.equal(out, changed)
+    assert torch.equal(gradient, other)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [(20, 28), (88, 120)])
 def test_a_strided_convolution_does_not_see_the_batch(size: tuple[int, int], dtype: torch.dtype) -> None:
