@@ -255,6 +255,12 @@ def _affine(
     return (x * scale.view(shape)).add_(shift.view(shape))
 
 
+def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    """``functional.hardsigmoid``, called alike, with second derivatives, which PyTorch's own has not."""
+    scaled = input.div_(6).add_(0.5) if inplace else input / 6 + 0.5
+    return functional.hardtanh(scaled, 0.0, 1.0, inplace)
+
+
 _KEPT = "_equifast_lowered"
 
 
@@ -592,8 +598,8 @@ class _Running(TorchFunctionMode):
 
     Args:
         batchless: see :func:`_batchless`.
-        frozen: convolutions of constant weights are :class:`_Frozen`: their second derivatives cost no gradient of
-            the weight, which PyTorch's own computes.
+        frozen: for second derivatives. Convolutions of constant weights are :class:`_Frozen`: no gradient of the
+            weight is computed, as PyTorch's own do. A hard sigmoid, whose second derivative PyTorch lacks, has one.
         lean: for less, at the price of other last bits. Batch norm in eval mode is run as the affine map that it is:
             where neither its statistics nor its weights need a gradient, the backward pass wants only the scale;
             PyTorch's own operator keeps its whole input all the same, which is about half of what a network's graph
@@ -621,6 +627,8 @@ class _Running(TorchFunctionMode):
                 args = _with_kept_weight(args)
             if batchless:
                 return _batchless(func, args, kwargs)
+        elif self.frozen and func is functional.hardsigmoid:
+            return _hardsigmoid(*args, **kwargs)
         elif self.batchless and func in _SOFTMAX and _of_maps(*args, **kwargs):
             return probabilities(args[0], *args[1:2], **{k: v for k, v in kwargs.items() if k in ("dim", "dtype")})
         elif self.lean:

@@ -73,6 +73,24 @@ def test_a_lone_image_is_treated_as_one_of_several() -> None:
         assert torch.equal(torch.cat([g for _, g in alone]), gradient)
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_hard_sigmoid_has_second_derivatives(inplace: bool) -> None:
+    """As MobileNetV3 has it; PyTorch's own has none."""
+
+    def second(run: Any) -> tuple[Tensor, Tensor, Tensor]:
+        x = torch.linspace(-4, 4, 40, dtype=torch.float64, requires_grad=True)
+        out = run(x * 1.5).pow(3)
+        (gradient,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+        return out.detach(), gradient.detach(), torch.autograd.grad(gradient.square().sum(), x)[0]
+
+    model = nn.Hardsigmoid(inplace)
+    with evaluating(torch.ones(1), model, frozen=True):
+        found = second(model)
+    for actual, expected in zip(found, second(lambda x: functional.relu6(x + 3) / 6), strict=True):
+        torch.testing.assert_close(actual, expected)
+    assert found[2].any()
+
+
 class InPlace(nn.Module):
     """As torchvision's residual networks have it: what a convolution gives is changed in place."""
 
