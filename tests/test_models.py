@@ -3,11 +3,14 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import cases
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
+from equifast import Defended, Purifier
 from equifast.models import Normalized, find_images, load_model, read_image, write_image
 
 
@@ -156,6 +159,29 @@ def _works(name: str) -> bool:
     except (ImportError, RuntimeError):  # RuntimeError: a torchvision that does not fit torch
         return False
     return True
+
+
+@pytest.mark.parametrize(("name", "layer"), [("resnet18", "layer4"), ("mobilenet_v3_small", "features")])
+def test_torchvision_models_are_defended(name: str, layer: str) -> None:
+    """Models that work in place: an image alone and in a batch, with the gradients that attackers follow."""
+    if not _works("torchvision"):
+        pytest.skip("torchvision is not here, or does not fit this torch")
+    torch.manual_seed(0)
+    model = load_model(f"torchvision:{name}:none")
+    x, ids = cases.images(3, 48, 48), torch.arange(3)
+    for gradient in ("straight-through", "unrolled"):
+        defended = Defended(model, Purifier(model, f"model.{layer}", "fast", steps=1), gradient=gradient)
+
+        def run(rows: slice, defended: Defended = defended) -> tuple[Tensor, Tensor]:
+            given = x[rows].clone().requires_grad_()
+            logits = defended(given, ids=ids[rows])
+            return logits.detach(), torch.autograd.grad(logits.square().sum(), given)[0]
+
+        whole, parts = run(slice(3)), [run(slice(i, i + 1)) for i in range(3)]
+        assert torch.equal(torch.cat([logits for logits, _ in parts]), whole[0])
+        found = torch.cat([each for _, each in parts])
+        torch.testing.assert_close(found, whole[1], rtol=0, atol=1e-6 * float(whole[1].abs().max()))
+        assert found.flatten(1).any(1).all()
 
 
 def test_torchvision_models() -> None:
