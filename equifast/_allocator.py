@@ -41,5 +41,9 @@ def keep_kernels(count: int = 4096) -> None:
 
     Args:
         count: how many, 1 or more.
+
+    Raises:
+        TypeError: if ``count`` is no integer.
+        ValueError: if it is below 1, or 2^31 or more.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(_checks.integer("count", count, 1, 2**31 - 1)))

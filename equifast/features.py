@@ -333,8 +333,8 @@ def _resized(
 
 def _settings(stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1) -> tuple[Any, ...]:
     """Those of a convolution in two dimensions, a number for each side; padding is no word."""
-    sides = [(side, side) if isinstance(side, int) else tuple(side) for side in (stride, padding, dilation)]
-    return (*sides, groups)
+    sides = [tuple(side) if isinstance(side, tuple | list) else (side,) for side in (stride, padding, dilation)]
+    return (*(side * 2 if len(side) == 1 else side for side in sides), groups)
 
 
 def _is_phased(x: Tensor, settings: tuple[Any, ...]) -> bool:
@@ -496,7 +496,7 @@ _HEAVY = 2**18
 
 def _is_strided(args: Any, kwargs: Any) -> bool:
     stride = args[3] if len(args) > 3 else kwargs.get("stride", 1)
-    return stride not in (1, (1,), (1, 1), (1, 1, 1))
+    return any(side != 1 for side in (stride if isinstance(stride, tuple | list) else (stride,)))
 
 
 def _as_on_several_threads(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:

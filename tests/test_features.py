@@ -2,6 +2,7 @@ import itertools
 from typing import Any
 
 import cases
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -126,6 +127,20 @@ def test_what_a_convolution_gives_may_be_changed_in_place(count: int, stride: in
     (out, gradient), (changed, other) = found
     assert torch.equal(out, changed)
     assert torch.equal(gradient, other)
+
+
+@pytest.mark.parametrize("stride", [2, [2], (2,), (2, 2), np.int64(2)])
+@pytest.mark.parametrize("count", [1, 3])
+def test_settings_of_a_convolution_may_be_written_in_every_way(count: int, stride: Any) -> None:
+    """That PyTorch takes."""
+    given, weight = torch.rand(count, 3, 20, 28), torch.rand(4, 3, 3, 3)
+    found = []
+    for model in (lambda x: torch.conv2d(x, weight, None, stride, 1), lambda x: torch.conv2d(x, weight, None, 2, 1)):
+        x = given.clone().requires_grad_()
+        with evaluating(x, model):
+            out = model(x)
+            found.append((out.detach(), torch.autograd.grad(out.square().sum(), x)[0]))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
