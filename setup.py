@@ -1,12 +1,18 @@
-"""Runs CMake. CMakeLists.txt says what is compiled, pyproject.toml everything else about the package."""
+"""Runs CMake. CMakeLists.txt says what is compiled, pyproject.toml everything else about the package.
+
+Also the build backend that pyproject.toml names: setuptools' own, and a torch only where there is none to build with.
+"""
 
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+from importlib.metadata import distributions
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, build_meta, setup
+from setuptools.build_meta import *  # noqa: F403  (the hooks of a build backend)
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
@@ -53,5 +59,23 @@ class CMakeBuild(build_ext):
         return {}  # an editable install builds into the package's folder: nothing to map
 
 
-# The extension only makes the wheel a platform wheel and build_ext run; CMake knows its sources.
-setup(ext_modules=[Extension("equifast._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+def _torch() -> list[str]:
+    """What a build needs besides: torch, for its headers. One of 2.11 or later in the environment that is installed
+    into serves, which pip's isolated build hides and CMake finds (`ask_torch`): gigabytes less to fetch and unpack."""
+    for found in distributions(name="torch", path=[sysconfig.get_path("platlib")]):
+        if tuple(int(number) for number in re.findall(r"\d+", found.version)[:2]) >= (2, 11):
+            return []
+    return ["torch>=2.11"]
+
+
+def get_requires_for_build_wheel(config_settings: dict | None = None) -> list[str]:
+    return build_meta.get_requires_for_build_wheel(config_settings) + _torch()
+
+
+def get_requires_for_build_editable(config_settings: dict | None = None) -> list[str]:
+    return build_meta.get_requires_for_build_editable(config_settings) + _torch()
+
+
+if __name__ == "__main__":  # as setuptools runs it, also for the hooks above
+    # The extension only makes the wheel a platform wheel and build_ext run; CMake knows its sources.
+    setup(ext_modules=[Extension("equifast._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Runs nvcc, prints what each kernel takes on each architecture, and fails where one spills registers.
 
-ptxas_report.py NVCC ARGUMENT...  one compilation; CMake puts this script before its own
+ptxas_report.py NVCC ARGUMENT...  one compilation; CMake puts this script before its own. The table also goes beside
+                                  the object, as NAME.o.txt
 ptxas_report.py [NVCC]            all kernels, for the architectures that are built for; needs no torch
 """
 
@@ -49,16 +50,18 @@ def compile_and_report(command: list[str]) -> int:
         return done.returncode
     columns = ("architecture", "registers", "shared", "stack", "stores", "loads")
     head = ("sm", "registers", "shared B", "stack B", "spill st B", "spill ld B")
-    print(" ".join(f"{title:>10}" for title in head) + "  kernel")
+    table = [" ".join(f"{title:>10}" for title in head) + "  kernel"]
     spilled = []
     for name, kernel in sorted(
         zip(readable([kernel["name"] for kernel in kernels]), kernels, strict=False),
         key=lambda k: (k[0], int(k[1]["architecture"][3:])),
     ):
         kernel["architecture"] = kernel["architecture"].removeprefix("sm_")
-        print(" ".join(f"{kernel[column]:>10}" for column in columns) + f"  {name}")
+        table.append(" ".join(f"{kernel[column]:>10}" for column in columns) + f"  {name}")
         if any(kernel[column] != "0" for column in ("stack", "stores", "loads")):
             spilled.append(f"{name} on sm_{kernel['architecture']}")
+    print("\n".join(table))
+    Path(command[command.index("-o") + 1] + ".txt").write_text("\n".join(table) + "\n")
     if spilled:
         print(f"equifast: registers spill, or arrays lie in local memory: {', '.join(spilled)}", file=sys.stderr)
     return 1 if spilled else 0
