@@ -141,6 +141,7 @@ class Folded:
     def _forget(self) -> None:
         self._version: str | None = None
         self._copy: nn.Module | None = None
+        self._failed: set[Any] | None = None  # of which images folding raised; None where it is decided
         self._probes: dict[torch.device, Tensor] = {}
         self._lock = threading.Lock()
 
@@ -169,9 +170,16 @@ class Folded:
             except Exception:  # tensors that have no values to look at, such as sparse ones
                 return self._model
             if version != self._version:
-                # a copy that is made in inference mode would have no gradients later
-                with torch.inference_mode(False):
-                    self._copy, self._version = self._fold(x, run), version
+                self._copy, self._version, self._failed = None, version, set()
+            given = (x.shape[1:], x.dtype, x.device)
+            if self._failed is not None and given not in self._failed:
+                try:
+                    # a copy that is made in inference mode would have no gradients later
+                    with torch.inference_mode(False):
+                        self._copy, self._failed = self._fold(x, run), None
+                # not every module can be copied, and what is wrong with a model is said where it is run
+                except Exception:
+                    self._failed.add(given)  # other images may go well
             return self._model if self._copy is None else self._copy
 
     @property
@@ -216,18 +224,15 @@ class Folded:
         # two images, since a reshape may go well with one
         generator = torch.Generator("cpu").manual_seed(0)
         images = torch.rand((2, *x.shape[1:]), generator=generator, dtype=torch.float64, device="cpu").to(x)
-        try:
-            # copies, since a model may keep what it saw; and images, since some work in place
-            original: nn.Module = copy.deepcopy(self._model).eval()
-            found, reshaped = pairs(original, images.clone(), run)
-            names = {id(module): name for name, module in original.named_modules()}
-            folding = [(names[id(conv)], names[id(norm)]) for conv, norm in found]
-            folding = [pair for pair in folding if not self._kept(*pair)]
-            if not folding:
-                return None
-            expected = list(_tried(self._model, images, run))
-        except Exception:  # not every module can be copied, and what is wrong with a model is said where it is run
+        # copies, since a model may keep what it saw; and images, since some work in place
+        original: nn.Module = copy.deepcopy(self._model).eval()
+        found, reshaped = pairs(original, images.clone(), run)
+        names = {id(module): name for name, module in original.named_modules()}
+        folding = [(names[id(conv)], names[id(norm)]) for conv, norm in found]
+        folding = [pair for pair in folding if not self._kept(*pair)]
+        if not folding:
             return None
+        expected = list(_tried(self._model, images, run))
         # The first is faster. Views want what they merge side by side in memory, at every size of an image.
         layouts = (torch.contiguous_format,) if reshaped else (torch.channels_last, torch.contiguous_format)
         for layout in layouts:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from equifast import _checks, ops, rng
 from equifast.balls import STARTS, Ball, Step
+from equifast.features import uncast
 from equifast.objectives import Objective
 from equifast.reference import row_sum
 
@@ -40,7 +41,7 @@ class Ascent:
         keep: ``"last"`` iterate, or the ``"best"`` of all, by the objective (with restarts, ``"last"`` keeps the
             best of the last iterates). Where the objective is random this costs another value per iterate: all are
             compared at one realization.
-        adaptive: whether the steps are those of Auto-PGD (Croce and Hein 2020, Algorithm 1): each goes three quarters
+        adaptive_steps: whether they are those of Auto-PGD (Croce and Hein 2020, Algorithm 1): each goes three quarters
             of its way and a quarter of the last one's again, and an image's step size, ``step_size`` at first, halves
             where progress stalls, which takes it back to its best iterate. For ``keep="best"`` without noise and
             momentum.
@@ -56,7 +57,7 @@ class Ascent:
     momentum: float | None = None
     restarts: int = 1
     keep: str = "last"
-    adaptive: bool = False
+    adaptive_steps: bool = False
     stop: float | None = None
 
     def __post_init__(self) -> None:
@@ -72,9 +73,11 @@ class Ascent:
             raise ValueError(
                 "start is 'origin' with several restarts; it must be 'uniform' or 'corner', or they are equal"
             )
-        _checks.boolean("adaptive", self.adaptive)
-        if self.adaptive and (self.keep != "best" or self.noise or self.momentum is not None):
-            raise ValueError("adaptive is True with keep='last', noise or momentum; it must be with keep='best' alone")
+        _checks.boolean("adaptive_steps", self.adaptive_steps)
+        if self.adaptive_steps and self.keep != "best":
+            raise ValueError(f"keep is {self.keep!r} with adaptive steps; it must be 'best'")
+        if self.adaptive_steps and (self.noise or self.momentum is not None):
+            raise ValueError("adaptive_steps is True with noise or momentum; it must be without")
         if self.stop is not None and (self.restarts > 1 or self.keep == "best"):
             raise ValueError("stop is given with several restarts or keep='best'; it is for one run's last iterate")
         if self.steps * self.restarts > rng.MAX_STEP:
@@ -155,7 +158,7 @@ class Ascent:
             stream = rng.Stream.START.of(party)
             x = self.ball.start(origin, self.start, seed=seed, stream=stream, ids=ids, draw=draw, step=restart)
             momentum = torch.zeros_like(origin, dtype=torch.promote_types(origin.dtype, torch.float32))
-            schedule = _Schedule(self, origin) if self.adaptive else None
+            schedule = _Schedule(self, origin) if self.adaptive_steps else None
             for t in range(self.steps):
                 if slope is not None and t >= self.steps - last:
                     if t == self.steps - last:
@@ -280,7 +283,7 @@ class _Unrolled(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor, momentum_upstream: Tensor) -> tuple[Tensor | None, ...]:
         ascent, slope, t, place, kept = ctx.rest
-        with torch.enable_grad(), kept():
+        with torch.enable_grad(), kept(), uncast(upstream):
             x, momentum, origin = (tensor.detach().requires_grad_() for tensor in ctx.saved_tensors)
             gradient, following = ascent.accumulated(slope(x, t), momentum)
             moved = ascent.ball.relaxed_step(x, gradient, origin, **place)

@@ -77,13 +77,13 @@ class Attack:
         eps: radius of the ball, in units of image values.
         step_size: length of a step, in the same units; a quarter of ``eps`` where None.
         steps: number of steps.
-        norm: ``"linf"`` or ``"l2"``.
+        norm: ``"linf"`` or ``"l2"``; that of the whole image, in which the default radius is next to nothing.
         targeted: whether ``y`` is what the model shall say, instead of what it shall not.
         start: ``"origin"``, ``"uniform"`` or ``"corner"``.
         restarts: runs from random starts, of which each image keeps the one with the largest loss; where images have
             one label, of those that have turned it, if any has (of a random defense, in most draws).
         keep: ``"last"`` iterate or ``"best"``, by the same.
-        momentum, adaptive: as in :class:`equifast.ascent.Ascent`.
+        momentum, adaptive_steps: as in :class:`equifast.ascent.Ascent`.
         seed: 0..2**32-1, or None for a fresh one per call.
         ignore_index: the dense label that does not count.
         dtype: ``"float32"``: the model runs as it is. ``"auto"`` and ``"bfloat16"``: gradients come from a copy of the
@@ -111,7 +111,7 @@ class Attack:
         restarts: int = 1,
         keep: str = "last",
         momentum: float | None = None,
-        adaptive: bool = False,
+        adaptive_steps: bool = False,
         seed: int | None = 0,
         ignore_index: int = 255,
         dtype: str = "float32",
@@ -139,7 +139,7 @@ class Attack:
             restarts=restarts,
             keep=keep,
             momentum=momentum,
-            adaptive=adaptive,
+            adaptive_steps=adaptive_steps,
         )
 
     @property
@@ -422,7 +422,7 @@ class APGD(Attack):
         if "step_size" in settings:
             raise TypeError("step_size is given; APGD begins with twice the radius and finds its own")
         several = 9 if objective == "targeted-dlr" else 1
-        default = {"steps": 100, "adaptive": True, "keep": "best", "restarts": several}
+        default = {"steps": 100, "adaptive_steps": True, "keep": "best", "restarts": several}
         super().__init__(model, **{**default, **settings})
         if objective != "ce" and self.targeted:
             raise ValueError(f"objective is {objective!r} with targeted; it must be 'ce'")
@@ -535,7 +535,7 @@ class Square(Attack):
     _SHRINKS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries out of 10,000 at which that halves
 
     def __init__(self, model: Callable[..., Any], *, share: float = 0.8, **settings: Any) -> None:
-        for name in ("step_size", "start", "keep", "momentum", "adaptive"):
+        for name in ("step_size", "start", "keep", "momentum", "adaptive_steps"):
             if name in settings:
                 raise TypeError(f"{name} is given; Square is a search by random squares and has none")
         super().__init__(model, **{"steps": 1000, **settings})
@@ -796,7 +796,9 @@ class Spatial(Attack):
         """Every point of the grid on every image, (N, P) bool in the order of ``grid.points()``: whether it fails."""
         every = copy.copy(self)
         every.search = "everything"
-        return every.find(x, y, ids, progress) > 0 if len(x) else torch.zeros(0, len(self.order), dtype=torch.bool)
+        if len(x) == 0:
+            return torch.zeros(0, len(self.order), dtype=torch.bool, device=x.device)
+        return every.find(x, y, ids, progress) > 0
 
     def learned_order(
         self, x: Tensor, y: Tensor, ids: Tensor | None = None, progress: Progress | None = None
@@ -941,7 +943,7 @@ class BPDA:
         defense: images to images, ``(x, ids=None, draw=0) -> x``, as a :class:`equifast.Purifier`, put before the
             attack's model; or a whole defended model (:class:`equifast.purifier.DefendedModel`), as
             :class:`equifast.Defended` and :class:`equifast.defenses.Averaging` are, attacked in place of it.
-        eot: number of draws per step (expectation over transformation).
+        eot: number of draws per step (expectation over transformation). All steps together have at most 65535.
         draw: the one draw that every step sees, instead: of an attacker who knows the defender's random numbers.
         trajectory: whether gradients are the mean of those at the images after every step of the purification, instead
             of that at the last. For a :class:`equifast.Purifier` with one run that keeps its last iterate.

@@ -532,13 +532,19 @@ def evaluate(
     ] = None,
     quick: Annotated[
         bool,
-        typer.Option("--quick", help="A look: 8 images, 10 steps, 4 draws, 100 queries, whatever these are set to."),
+        typer.Option(
+            "--quick",
+            help="A look: 10 steps, 4 draws, 100 queries, unrolled through one step, whatever these are set to; and 8 "
+            "images where --images is not given.",
+        ),
     ] = False,
     images: Annotated[int | None, typer.Option(min=1, help="How many images, evenly over the data.")] = None,
     size: Annotated[str | None, typer.Option(help="Height and width that image files are resized to.")] = None,
-    eps: Annotated[str, typer.Option(help="Radius of the attacks, as 4/255.")] = "4/255",
+    eps: Annotated[
+        str | None, typer.Option(help="Radius of the attacks, as 4/255, where not given; l2 wants one, as 0.5.")
+    ] = None,
     norm: Annotated[str, typer.Option(help="In which the radius of the attacks is: linf or l2.")] = "linf",
-    purify_eps: Annotated[str, typer.Option(help="Radius of the defenses, as 6/255.")] = "6/255",
+    purify_eps: Annotated[str, typer.Option(help="Radius of the defenses, as 6/255, always linf.")] = "6/255",
     steps: Annotated[int, typer.Option(min=1, help="Steps of the attacks.")] = 20,
     eot: Annotated[int, typer.Option(min=1, help="Draws per step of attackers with an expectation.")] = 20,
     queries: Annotated[int, typer.Option(min=1, help="Queries of the black box.")] = 500,
@@ -568,7 +574,7 @@ def evaluate(
     Started again with the same settings it computes what is missing.
     """
     asked = dict(locals())
-    radius, purify_radius = _radius("--eps", eps), _radius("--purify-eps", purify_eps)
+    radius, purify_radius = _radius("--eps", eps or "4/255"), _radius("--purify-eps", purify_eps)
     try:
         if workers > 1 and study is not None:
             raise ValueError(f"workers is {workers} with a study; a study has one")
@@ -597,6 +603,8 @@ def evaluate(
         targeted = target is not None
         if norm not in ("linf", "l2"):
             raise ValueError(f"norm is {norm!r}; it must be 'linf' or 'l2'")
+        if norm == "l2" and eps is None:
+            raise ValueError("norm is 'l2' without --eps; it must be given, as 0.5: 4/255 is next to nothing there")
         how: dict[str, Any] = {"steps": steps, "eot": eot, "queries": queries, "seed": seed + 1}
         strength = Strength(eps=radius, norm=norm, targeted=targeted, **how)
         strength = strength.quick if quick else strength
@@ -631,7 +639,7 @@ def evaluate(
             return
         if foreign:
             raise ValueError("foreign is given without the study 'ood', which it is for")
-        if detector and ("detect" not in (defense or ()) or len(detector) > 1):
+        if detector and (not detects or len(detector) > 1):
             studies = ", ".join(DETECTION)
             raise ValueError(
                 f"detector is given; it is for the defense 'detect', which has one, or for a study, one of {studies}"
@@ -945,7 +953,7 @@ class _Heads:
             found = list(self.folder.glob(f"{name}-*.safetensors"))
             if len(found) != 1:
                 where = f"{self.folder} has {len(found)}"
-                raise ValueError(f"defense {name} needs one head, of which {where}; name data for it with --fit")
+                raise ValueError(f"{name} needs one trained head, of which {where}; name data for it with --fit")
             return purifier.load(found[0])
         chosen, path = self._open(self.data, name, "safetensors")
         if path.exists():

@@ -79,7 +79,7 @@ class Averaging(DefendedModel):
         """(N, 3, H, W) -> mean logits, (N, C) or (N, C, h, w)."""
         x = _checks.images("x", x, channels=3)
         _checks.integer("draw", draw, 0, rng.MAX_DRAW)
-        with evaluating(x, self.model, lean=self._cheap is not None):
+        with evaluating(x, self.model, lean=self.dtype != "float32"):
             return average(self._predictor(x), x, self.views, self.seed, ids, draw)
 
 
@@ -209,12 +209,13 @@ class _WithHead(_Other):
         with torch.no_grad(), self._objective(images, None, 0, None, plain) as (x, objective, _, _):
             parts = []
             for rows in self._chunks(x, graph=False):
-                sampled = self._training_views(x[rows], number)
+                sampled = self._training_views(x[rows], number, rows.start)
                 views = [x[rows], *rendered(x[rows], sampled)]
                 parts.append(torch.stack([pooled(objective.features(view.clone())) for view in views], 1))
             return torch.cat(parts)
 
-    def _training_views(self, x: Tensor, number: int) -> Sequence[Any]:
+    def _training_views(self, x: Tensor, number: int, first: int) -> Sequence[Any]:
+        """Of images of the batch ``number``, beginning with its image ``first``."""
         raise NotImplementedError
 
     def _training_loss(self, head: nn.Module, found: Tensor) -> Tensor:
@@ -302,7 +303,7 @@ class Rotation(_WithHead):
     def _agreement(self, features: Features, **rest: Any) -> Agreement:
         return TurnPrediction(features, self.views, head=self._on(rest["ids"].device), **rest)
 
-    def _training_views(self, x: Tensor, number: int) -> Sequence[Any]:
+    def _training_views(self, x: Tensor, number: int, first: int) -> Sequence[Any]:
         ids = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         return sample(self.views[1:], (x.shape[2], x.shape[3]), seed=0, ids=ids)
 
@@ -337,8 +338,8 @@ class Contrastive(_WithHead):
         bank = self.bank.to(rest["ids"].device)
         return Contrast(features, self.views, head=head, bank=bank, temperature=self._TEMPERATURE, **rest)
 
-    def _training_views(self, x: Tensor, number: int) -> Sequence[Any]:
-        ids = torch.arange(len(x), device=x.device)
+    def _training_views(self, x: Tensor, number: int, first: int) -> Sequence[Any]:
+        ids = torch.arange(first, first + len(x), device=x.device)
         size = (x.shape[2], x.shape[3])
         return [
             view

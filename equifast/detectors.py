@@ -117,7 +117,7 @@ class Detector:
             count = int(seen.flatten(1).isnan().any(1).sum()) if seen.dim() > 1 else int(seen.isnan().sum())
             raise ValueError(f"model gives {count} clean images a score of NaN; there must be none")
         self._keep(seen, false_positive_rate, confidence)
-        self._fitted |= {"fitted_on": {"images": n, "digest": fingerprint([torch.cat(ids)])}}  # type: ignore[operator]
+        self._note({"images": n, "digest": fingerprint([torch.cat(ids)])})
         return self
 
     def at(self, false_positive_rate: float, confidence: float = 0.95) -> Self:
@@ -130,6 +130,10 @@ class Detector:
         found = copy.copy(self)
         found._fitted = {**self.description(), **_threshold(self.clean_scores, false_positive_rate, confidence)}
         return found
+
+    def _note(self, fitted_on: dict[str, Any]) -> None:
+        assert self._fitted is not None
+        self._fitted["fitted_on"] = fitted_on
 
     def _seen(self, x: Tensor) -> Tensor:
         """What :meth:`fit` keeps of clean images, (N, ...)."""
@@ -806,7 +810,7 @@ class OutputVariance(_OfViews):
         with torch.no_grad(), evaluating(x, self.model, lean=True):
             variance = self._measured(x, numbers, draw, how=self._variance)
         if variance.dim() == 1:
-            return super().map(x, ids, draw)
+            raise TypeError("model gives logits (N, C); for a map they must be dense, (N, C, h, w)")
         return _enlarged(variance, x)
 
 
@@ -875,6 +879,13 @@ class Combined(Detector):
         fitted = {**self._origin(), **_threshold(scores, rate, confidence), **learned}
         self.detectors, self._fitted, self._stamp = detectors, fitted, self._state()
         return scores
+
+    def _note(self, fitted_on: dict[str, Any]) -> None:
+        super()._note(fitted_on)
+        assert self._fitted is not None
+        for detector in self.detectors:
+            detector._note(fitted_on)
+        self._fitted["parts"] = [detector.description() for detector in self.detectors]
 
     def _take(self, fitted: dict[str, Any], state: object) -> None:
         super()._take(fitted, state)

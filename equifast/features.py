@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from equifast import _checks, ops
+from equifast.objectives import MOST_ROWS
 from equifast.reference import probabilities
 
 __all__ = ["Features", "LogProbabilities", "evaluating", "output", "passed", "suggest"]
@@ -222,15 +223,11 @@ def _batched(*args: Any) -> bool:
     return isinstance(x, Tensor) and isinstance(weight, Tensor) and x.dim() == weight.dim()
 
 
-# More rows are hardly images, but positions of them, and a product for each would take its time.
-_ROWS = 1024
-
-
 def _is_batch(x: Any = None, *_: Any) -> bool:
     """Whether the first argument of a linear layer is several images on the CPU."""
     if not isinstance(x, Tensor) or x.dim() < 2 or x.device.type != "cpu" or not x.is_floating_point():
         return False
-    return 1 < len(x) <= _ROWS and not _untouchable()
+    return 1 < len(x) <= MOST_ROWS and not _untouchable()
 
 
 def _affine(
@@ -427,7 +424,8 @@ class _Frozen(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:
         x, weight = ctx.saved_tensors
         gradient = _frozen_gradient if torch.is_grad_enabled() else _convolution_gradient
-        return gradient(upstream[0], x.detach(), weight, ctx.settings), None, None, None
+        with uncast(x):
+            return gradient(upstream[0], x.detach(), weight, ctx.settings), None, None, None
 
 
 class _FrozenGradient(torch.autograd.Function):
@@ -442,7 +440,8 @@ class _FrozenGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *second: Tensor) -> tuple[Tensor, None, None, None]:
         (weight,) = ctx.saved_tensors
-        return _frozen_convolution(second[0], weight, None, ctx.settings), None, None, None
+        with uncast(second[0]):
+            return _frozen_convolution(second[0], weight, None, ctx.settings), None, None, None
 
 
 _frozen_convolution: Callable[..., Tensor] = _Frozen.apply
@@ -465,7 +464,7 @@ def _frozen(
     settings = _settings(stride, padding, dilation, groups)
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
-        # on the way back it is off
+        # whatever is on on the way back
         lowered = torch.get_autocast_dtype(kind)
         x, weight = x.to(lowered), _lowered(weight, lowered)
         bias = None if bias is None else bias.to(lowered)
@@ -697,11 +696,19 @@ def _release(key: tuple[int, str]) -> Exception | None:
     return None
 
 
+def uncast(x: object) -> contextlib.AbstractContextManager[Any]:
+    """Without an autocast that the caller is in, of the device of a tensor."""
+    if isinstance(x, Tensor) and torch.amp.is_autocast_available(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def evaluating(x: Tensor, *models: Model, lean: bool = False, frozen: bool = False) -> Iterator[None]:
     """Run models in eval mode, without gradients for their parameters, and leave them as they were found.
 
-    Also when an exception passes through. Inside, an image on the CPU gets the same result alone as in a batch.
+    Also when an exception passes through. Inside, an image on the CPU gets the same result alone as in a batch of up to
+    ``MOST_ROWS``.
     With ``lean`` the graphs of float32 models with batch norm hold about half as much, and some operations take less
     time, but round otherwise than the model's own. With ``frozen`` second derivatives take less time. A function that
     is no Module is run as it is.

@@ -81,7 +81,7 @@ def _torchvision(name: str, weights: str) -> nn.Module:
         extra["weights_backbone"] = None  # or those would be downloaded
     try:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # weights that are asked to be random are the same each time
+            torch.default_generator.manual_seed(0)  # weights that are asked to be random are the same each time
             model = models.get_model(name, weights=chosen, **extra)
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"torchvision model {name!r} cannot be loaded: {first_line(error)}") from error

@@ -70,6 +70,11 @@ def column_sum(columns: Tensor) -> Tensor:
     return total
 
 
+MOST_ROWS = 1024
+"""So many images at once have on the CPU the bits of each alone. More rows of a linear layer are hardly images but
+positions of them, and a product for each would take its time."""
+
+
 def batched(n: int, sizes: Sequence[tuple[int, ...]], together: int) -> list[list[int]]:
     """Which of several (n, C, h, w), given by (h, w), run at once: those of one size, up to so many positions."""
     alike: dict[tuple[int, ...], list[int]] = {}
@@ -77,7 +82,7 @@ def batched(n: int, sizes: Sequence[tuple[int, ...]], together: int) -> list[lis
         alike.setdefault(tuple(size), []).append(i)
     found: list[list[int]] = []
     for size, members in alike.items():
-        most = max(1, together // max(1, n * math.prod(size)))
+        most = max(1, min(together // max(1, n * math.prod(size)), MOST_ROWS // max(1, n)))
         found += [members[i : i + most] for i in range(0, len(members), most)]
     return found
 

@@ -19,8 +19,9 @@ from equifast._folded import Folded
 from equifast._memory import pass_bytes
 from equifast.ascent import Advance, Ascent, Progress
 from equifast.balls import STARTS, Step, make
-from equifast.features import Features, LogProbabilities, evaluating, output
+from equifast.features import Features, LogProbabilities, evaluating, output, uncast
 from equifast.objectives import (
+    MOST_ROWS,
     PAIRINGS,
     Agreement,
     Equivariance,
@@ -39,11 +40,11 @@ Purify = Callable[..., Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """Named settings of a :class:`Purifier`; each is also a keyword of it.
+    """Named settings of a :class:`Purifier`; each but ``relative_step`` is also a keyword of it.
 
     Args:
         steps: T.
-        relative_step: step size over the radius of the ball.
+        relative_step: step size over the radius of the ball; of a Purifier ``step_size``, in units of image values.
         start: ``"origin"``, ``"uniform"`` or ``"corner"``.
         noise: the noise schedule of the paper's Algorithm 1.
         views: the set of views.
@@ -128,7 +129,7 @@ def at_once(x: Tensor, ahead: int = 0) -> int:
         return max(1, len(x))
     most = _CHUNK // max(1, x.shape[2] * x.shape[3])
     most -= most % 2  # derivatives of some convolutions take two at a time
-    return max(2, most, _AHEAD // ahead if ahead else 0)
+    return min(MOST_ROWS, max(2, most, _AHEAD // ahead if ahead else 0))
 
 
 def chunks(x: Tensor, most: int | None = None) -> list[slice]:
@@ -158,7 +159,7 @@ class Purifier:
             and ``torch.seed()`` once where something has called ``torch.manual_seed``, after which none is secret.
         dtype: ``"auto"`` (bfloat16 autocast for float32 images where the hardware has it, else none), ``"float32"``
             (no autocast), ``"bfloat16"`` or ``"float16"`` (autocast; in the latter gradients are scaled).
-        norm: ``"linf"`` or ``"l2"``.
+        norm: ``"linf"`` or ``"l2"``; that of the whole image, in which the default radius is next to nothing.
         views: the set of views (:mod:`equifast.views`).
         views_per_step: how many of them a step uses, or ``"all"``; None for what the preset says, where ``views`` is
             given all of them.
@@ -528,11 +529,15 @@ class Purifier:
         ascent = self.ascent
         if ascent.steps == 0 or ascent.restarts > 1 or ascent.keep == "best" or ascent.stop is not None:
             raise ValueError(
-                "last is for purifiers with steps, one start, keep='last' and no stop; this one has others"
+                "purifier has no steps, several restarts, keep='best' or a stop; an unrolled gradient, iterates and a "
+                "trajectory must be of one run that keeps its last iterate"
             )
 
     def similarities(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
-        """(N, K): the similarity of each of the preset's views to the image, at the first step's draw, in [-1, 1]."""
+        """(N, K): the similarity of each of :attr:`views` to the image, at the first step's draw.
+
+        In [-1, 1]; :class:`equifast.defenses.Rotation` and ``Contrastive`` have log-probabilities in its place.
+        """
         with self._objective(x, ids, draw, None) as (x, objective, _, _):
             if len(x) == 0:
                 return torch.zeros(0, len(self.views), device=x.device)
@@ -540,7 +545,7 @@ class Purifier:
             return torch.cat([objective.only(rows).similarities(x[rows]) for rows in chunks])
 
     def score(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
-        """(N,): the mean similarity over all views of the preset, in [-1, 1], no graph; arguments as for a call."""
+        """(N,): the mean of :meth:`similarities` over the views, no graph; arguments as for a call."""
         return column_sum(self.similarities(x, ids, draw)) / len(self.views)
 
     @contextlib.contextmanager
@@ -554,7 +559,7 @@ class Purifier:
     ) -> Iterator[tuple[Tensor, Agreement, int, Tensor]]:
         # outside inference mode, whose tensors autograd refuses, and without an autocast that the caller is in, which
         # would reach derivatives too
-        with torch.inference_mode(False), _uncast(x):
+        with torch.inference_mode(False), uncast(x):
             x = _checks.images("x", x, channels=3).detach()
             x = x.clone() if x.is_inference() else x
             numbers = _checks.ids(ids, len(x), x.device)
@@ -587,12 +592,6 @@ class Purifier:
             reduction=self.reduction,
             **rest,
         )
-
-
-def _uncast(x: object) -> contextlib.AbstractContextManager[Any]:
-    if isinstance(x, Tensor) and torch.amp.is_autocast_available(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return contextlib.nullcontext()
 
 
 def purify(model: Callable[[Tensor], Any], x: Tensor, **settings: Any) -> Tensor:
@@ -640,7 +639,7 @@ class DefendedModel(nn.Module):
         # attack libraries put back the mode that they find, in the model too
         self.training = getattr(model, "training", False)
         self.dtype = _checks.choice("dtype", dtype, DTYPES)
-        self._cheap = None if dtype == "float32" else Cheap(model, dtype)
+        self._cheap: Cheap | None = None
         if next(model.parameters(), None) is None:
             # attack libraries find the device by looking at a parameter
             self.anchor = nn.Parameter(torch.zeros(()), requires_grad=False)
@@ -656,12 +655,17 @@ class DefendedModel(nn.Module):
         """The logits of the undefended model."""
         if self.predictor is not None:
             return self.predictor(x)
-        return output(self.model(x)) if self._cheap is None else self._cheap.on(x)(x)
+        return output(self.model(x)) if self.dtype == "float32" else self._cheaply(x)(x)
+
+    def _cheaply(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        if self._cheap is None or self._cheap.model is not self.model:
+            self._cheap = Cheap(self.model, self.dtype)
+        return self._cheap.on(x)
 
     def _predictor(self, x: Tensor) -> Callable[[Tensor], Tensor]:
         """:meth:`predict` for several batches: one, as it looks at the weights each time."""
         own = type(self).predict is DefendedModel.predict and self.predictor is None
-        return self._cheap.on(x) if own and self._cheap is not None else self.predict
+        return self._cheaply(x) if own and self.dtype != "float32" else self.predict
 
 
 class Defended(DefendedModel):
@@ -702,7 +706,8 @@ class Defended(DefendedModel):
         if detector is not None and not callable(getattr(detector, "predict", None)):
             raise TypeError(f"detector is a {type(detector).__name__}; it must have predict(x, ids=None, draw=0)")
         of = getattr(detector, "model", None)
-        if isinstance(of, nn.Module) and alike(model, of) and weights(of) != weights(model):
+        other = isinstance(of, nn.Module) and of is not model and alike(model, of)
+        if other and weights(of) != weights(model):
             raise ValueError("detector is of the same model with other weights; it must be of the one that it guards")
         self.detector = detector
         self.seen = self.purified = 0
@@ -734,6 +739,7 @@ class Defended(DefendedModel):
             logits, suspected = self._purified(x, ids, draw), len(x)
         else:
             _checks.tensor("x", x, 4, "(N, 3, H, W)")
+            ids = _checks.ids(ids, len(x), x.device)
             own, examine = None, getattr(self.detector, "examine", None)
             with torch.no_grad():
                 if examine is None:
@@ -749,7 +755,7 @@ class Defended(DefendedModel):
         self.seen, self.purified = self.seen + len(x), self.purified + suspected
         return logits
 
-    def _by_branch(self, x: Tensor, ids: Tensor | None, draw: int, mask: Tensor, own: Tensor | None) -> Tensor:
+    def _by_branch(self, x: Tensor, ids: Tensor, draw: int, mask: Tensor, own: Tensor | None) -> Tensor:
         """Logits of images that are purified where the mask says so; of others those that there are, or the model's."""
         known = isinstance(mask, Tensor)
         if not known or mask.dtype != torch.bool or mask.shape != (len(x),):
@@ -759,13 +765,13 @@ class Defended(DefendedModel):
             return self._purified(x, ids, draw)
         if own is not None:
             if bool(mask.any()):
-                own[mask] = self._purified(x[mask], None if ids is None else ids[mask], draw).to(own.dtype)
+                own[mask] = self._purified(x[mask], ids[mask], draw).to(own.dtype)
             return own
-        with evaluating(x, self.model, lean=self._cheap is not None):
+        with evaluating(x, self.model, lean=self.dtype != "float32"):
             alone = self.predict(x[~mask])
         if not bool(mask.any()):
             return alone
-        chosen = self._purified(x[mask], None if ids is None else ids[mask], draw)
+        chosen = self._purified(x[mask], ids[mask], draw)
         order = torch.cat([(~mask).nonzero().flatten(), mask.nonzero().flatten()]).argsort()
         return torch.cat([alone, chosen.to(alone.dtype)])[order]
 
@@ -787,11 +793,18 @@ class Defended(DefendedModel):
         return self._predict(x, purified, ids, draw)
 
     def _predict(self, x: Tensor, purified: Tensor, ids: Tensor | None, draw: int) -> Tensor:
-        with evaluating(x, self.model, lean=self._cheap is not None):
+        with evaluating(x, self.model, lean=self.dtype != "float32"):
             predict = self._predictor(purified)
             if isinstance(self.purifier, Purifier) and self.purifier.average:
                 return average(predict, purified, self.purifier.average, self.purifier.seed, ids, draw)
-            return predict(purified)
+            if len(x) == 0 or (torch.is_grad_enabled() and purified.requires_grad):
+                return predict(purified)
+            found = None
+            for rows in chunks(purified, at_once(purified, purified.shape[2] * purified.shape[3])):
+                # a model may work in place, and what a defense returns may be what it was given
+                found = put(found, len(x), rows, predict(purified[rows].clone()))
+            assert found is not None
+            return found
 
 
 def average(

@@ -74,9 +74,10 @@ def transform(images: Tensor, parameters: Tensor, *, two_pass: bool = False) -> 
     passes = [(degrees, none, none), (none, right, down)] if two_pass else [(degrees, right, down)]
     warp = reference.warp if parameters.requires_grad and torch.is_grad_enabled() else ops.warp
     height, width = images.shape[2:]
-    border = torch.tensor([width / (width + 2), height / (height + 2)], dtype=parameters.dtype).view(2, 1)
+    scale = [width / (width + 2), height / (height + 2)]
+    border = torch.tensor(scale, dtype=parameters.dtype, device=parameters.device).view(2, 1)
     for each in passes:
-        theta = matrices((height, width), *each) * border.to(parameters.device)
+        theta = matrices((height, width), *each) * border
         images = warp(functional.pad(images, (1, 1, 1, 1)), theta[None], [(height, width)])[0]
     return images
 
@@ -118,13 +119,13 @@ class Grid:
         Far is by parts of what is largest, of equals the first rotation, from left to right and from top to bottom.
         """
         axes = [
-            torch.linspace(-most, most, count, dtype=torch.float64)
+            torch.linspace(-most, most, count, dtype=torch.float64, device="cpu")
             if count > 1
-            else torch.zeros(1, dtype=torch.float64)
+            else torch.zeros(1, dtype=torch.float64, device="cpu")
             for most, count in zip(self.bounds, self.counts, strict=True)
         ]
         found = torch.cartesian_prod(*axes).view(-1, 3)
-        largest = torch.tensor([most or 1.0 for most in self.bounds], dtype=torch.float64)
+        largest = torch.tensor([most or 1.0 for most in self.bounds], dtype=torch.float64, device="cpu")
         far = (found / largest).square().sum(1)
         # rounded, so that points of one distance are equals
         return found[(far * 1e6).round().argsort(descending=True, stable=True)]

@@ -82,6 +82,7 @@ class Recipe:
         weight: lambda; 8 for ``"kl"`` and 1 for ``"l2"`` where None, as published.
         on: what cross-entropy counts: ``"clean"``, ``"transformed"`` or ``"both"``; None: both with a regularizer, else
             what there is.
+        ignore_index: the dense label that does not count.
 
     Raises:
         TypeError, ValueError: for any setting that cannot be, in one sentence that names it.

@@ -554,7 +554,7 @@ def test_square_compares_in_more_than_half() -> None:
 
 
 def test_square_refuses_what_it_does_not_have() -> None:
-    for name in ("step_size", "start", "keep", "momentum", "adaptive"):
+    for name in ("step_size", "start", "keep", "momentum", "adaptive_steps"):
         with pytest.raises(TypeError, match=f"{name} is given; Square is a search"):
             attacks.Square(cases.dense(), **{name: 1})
 

@@ -60,6 +60,15 @@ def test_rotation_learns_which_side_is_up() -> None:
     assert (purifier.score(purifier(gray)) > purifier.score(gray)).all()
 
 
+def test_a_head_does_not_depend_on_how_many_images_run_at_once() -> None:
+    heads = [
+        defenses.Contrastive(cases.dense(), "body", dtype="float32", max_batch=most).fit([scenes(8, 0)], epochs=2).head
+        for most in (4, 8)
+    ]
+    for a, b in zip(*(head.parameters() for head in heads if head is not None), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_contrastive_tells_an_image_from_others() -> None:
     purifier = defenses.Contrastive(Pattern(), lambda x: Pattern()(x), dtype="float32", views=[views.Resize(0.5)])
     before = defenses.Contrastive(Pattern(), lambda x: Pattern()(x), dtype="float32", views=[views.Resize(0.5)])

@@ -104,6 +104,15 @@ def test_separation_is_that_of_scikit_learn() -> None:
     assert mean_auroc(np.arange(10.0), kinds).value == pytest.approx(75)
 
 
+def test_scores_are_of_images_that_a_model_in_place_has_not_changed(tmp_path: Path) -> None:
+    model, data = cases.InPlace().eval(), scenes(3)
+    study = Detection(model, data, {"variance": OutputVariance(model).fit([images(20)])}, [noise()])
+    x = data.tensors[0][[image.index for image in study.images]]
+    ids = torch.tensor([image.id for image in study.images])
+    expected = study.detectors["variance"].score(x, ids).numpy()
+    assert np.array_equal(study.run(tmp_path).scores["variance"]["clean"], expected)
+
+
 def test_intervals_cover() -> None:
     """The truth lies inside about as often as they say."""
     generator, truth, inside = np.random.default_rng(0), 0.76025, 0  # of normal scores one apart
@@ -421,6 +430,9 @@ def test_a_model_that_purifies_what_it_suspects_from_the_command_line(tmp_path: 
     assert done.exit_code == 0, done.output
     study = json.loads((tmp_path / "other" / "study.json").read_text())
     assert study["defenses"]["detect"]["detector"]["detector"] == "OutputVariance"
+    fixed[3], somewhere = tmp_path / "somewhere", [a if a != "detect" else "detect@body" for a in rest]
+    done = CliRunner().invoke(app, [str(a) for a in (*fixed, *somewhere, "--detector", "similarity")])
+    assert done.exit_code == 0, done.output
     for wrong, sentence in (
         (("--foreign", "variance"), "foreign is given without the study 'ood', which it is for"),
         (

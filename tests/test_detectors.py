@@ -335,9 +335,10 @@ def test_maps_of_where_views_disagree() -> None:
         marked[:5, :7] = marked[:5, -7:] = True
         assert float(heat[:, marked].mean()) > 10 * float(heat[:, ~marked].mean())
         assert detector.map(x[:0]).shape == (0, 20, 28)
-    for whole in (Similarity(defenses.Invariance(model)), OutputVariance(cases.classifier())):
-        with pytest.raises(TypeError, match="sees an image as a whole; it has no map"):
-            whole.map(x)
+    with pytest.raises(TypeError, match="sees an image as a whole; it has no map"):
+        Similarity(defenses.Invariance(model)).map(x)
+    with pytest.raises(TypeError, match=r"model gives logits .*; for a map they must be dense"):
+        OutputVariance(cases.classifier()).map(x)
 
 
 def test_the_threshold_is_an_order_statistic() -> None:
@@ -559,6 +560,20 @@ def test_a_threshold_is_of_one_arithmetic(make: Any, tmp_path: Path, monkeypatch
     monkeypatch.setattr(detectors, "has_fast_bfloat16", lambda device: False)
     with pytest.raises(ValueError, match=r"auto: bfloat16.*it must be.*auto: float32"):
         make(model).load(tmp_path / "detector.json")
+
+
+def test_parts_of_a_combined_detector_are_saved_alone(tmp_path: Path) -> None:
+    model = cases.dense().eval()
+
+    def make() -> Combined:
+        return Combined([Deviation(model), Combined([OutputVariance(model), Deviation(model)])])
+
+    fitted = make().fit(clean(40), false_positive_rate=0.1)
+    fitted.save(tmp_path / "all.json")
+    for combined in (fitted, make().load(tmp_path / "all.json")):
+        for part, fresh in zip(combined.detectors, make().detectors, strict=True):
+            part.save(tmp_path / "part.json")
+            assert fresh.load(tmp_path / "part.json").threshold == part.threshold
 
 
 def test_parts_of_a_combined_detector_are_its_own() -> None:

@@ -215,9 +215,13 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: attacks.APGD(MODEL, objective="dlr", targeted=True),
         "objective is 'dlr' with targeted; it must be 'ce'",
     ),
-    "adaptive": (
-        lambda: attacks.PGD(MODEL, adaptive=True),
-        "adaptive is True with keep='last', noise or momentum; it must be with keep='best' alone",
+    "adaptive steps of the last iterate": (
+        lambda: attacks.PGD(MODEL, adaptive_steps=True),
+        "keep is 'last' with adaptive steps; it must be 'best'",
+    ),
+    "adaptive steps with momentum": (
+        lambda: attacks.PGD(MODEL, adaptive_steps=True, keep="best", momentum=1.0),
+        "adaptive_steps is True with noise or momentum; it must be without",
     ),
     "adaptive without a purifier": (
         lambda: attacks.Adaptive(MODEL, defenses.RandomNoise()),  # type: ignore[arg-type]

@@ -48,3 +48,12 @@ def test_labels_that_are_no_class_are_refused() -> None:
             confusion(torch.zeros_like(labels), labels, 3)
     with pytest.raises(ValueError, match="predictions has values from 0 to 3"):
         confusion(labels.clamp(min=0) + torch.eye(2, dtype=torch.int64) * 3, labels.clamp(min=0), 3)
+    many = torch.zeros(70, 2, 2, dtype=torch.int64)
+    prediction = many.clone()
+    prediction[0, 0, 0] = 255  # is no class, whatever labels do not count
+    with pytest.raises(ValueError, match="predictions has values from 0 to 255; they must be 0 to 1"):
+        confusion(prediction, many, 2)
+    many[0, 0, 0] = 255
+    assert confusion(prediction, many, 2).sum() == 70 * 4 - 1
+    with pytest.raises(ValueError, match=r"prediction has shape .3, 2, 2. for labels .70, 2, 2."):
+        confusion(prediction[:3], many, 2)

@@ -184,6 +184,17 @@ def test_torchvision_models_are_defended(name: str, layer: str) -> None:
         assert found.flatten(1).any(1).all()
 
 
+def test_a_model_with_random_weights_leaves_generators_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not _works("torchvision"):
+        pytest.skip("torchvision is not here, or does not fit this torch")
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    before = torch.get_rng_state()
+    load_model("torchvision:mobilenet_v3_small:none")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not seeded
+
+
 def test_torchvision_models() -> None:
     if not _works("torchvision"):
         with pytest.raises(ValueError, match="torchvision cannot be used"):

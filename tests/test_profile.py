@@ -4,6 +4,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import cases
 import numpy as np
 import pytest
 import torch
@@ -55,6 +56,14 @@ def test_an_image_alone_and_by_its_id() -> None:
     assert np.array_equal(whole, np.concatenate([kept(x[i : i + 1], [i]) for i in range(5)], 1))
     assert not np.array_equal(whole, kept(x, [5, 6, 7, 8, 9]))
     assert len(set(whole[1])) > 1
+
+
+def test_images_are_left_alone() -> None:
+    model = nn.Sequential(cases.InPlace(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    x = cases.images(4)
+    invariance(model, x, degrees=(0, 90), draws=1)
+    robustness(model, x, eps=(0.01,), steps=1)
+    assert torch.equal(x, cases.images(4))
 
 
 def test_an_invariant_network_keeps_all_at_quarter_turns() -> None:

@@ -20,13 +20,16 @@ from torch import Tensor, nn
 import equifast
 from equifast import Defended, Purifier, views
 from equifast.ascent import Ascent
-from equifast.attacks import BPDA, PGD
+from equifast.attacks import BPDA, PGD, Spatial
 from equifast.balls import Linf
 from equifast.defenses import Averaging, Invariance
-from equifast.evaluate import PARTS, profile_step
+from equifast.evaluate import PARTS, nothing, profile_step
 from equifast.features import evaluating, suggest
-from equifast.objectives import Equivariance, number_of_pairs, pairwise
+from equifast.nn import P4CNN
+from equifast.objectives import MOST_ROWS, Equivariance, number_of_pairs, pairwise
 from equifast.purifier import PRESETS
+from equifast.spatial import Grid
+from equifast.views import Flip
 
 
 @pytest.fixture(params=["dense", "small"])
@@ -395,6 +398,24 @@ def test_an_enclosing_autocast_changes_nothing(make: Callable[[], nn.Module], pa
     assert torch.equal(inside, purifier(x))
 
 
+def test_an_autocast_around_a_backward_pass_changes_nothing() -> None:
+    model, x = cases.dense(), cases.images(3)
+    purifier = Purifier(model, steps=2, dtype="float32")
+    for defended in (
+        Defended(model, nothing),
+        Defended(model, purifier),
+        Defended(model, purifier, gradient="unrolled", last=2),
+    ):
+        found = []
+        for inside in (False, True):
+            leaf = x.clone().requires_grad_()
+            loss = defended(leaf).square().sum()
+            with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+                loss.backward()
+            found.append(leaf.grad)
+        assert torch.equal(*found)
+
+
 def test_another_default_device_changes_nothing() -> None:
     x, model = cases.images(), cases.dense()
     for defended in (
@@ -406,6 +427,13 @@ def test_another_default_device_changes_nothing() -> None:
             inside = defended(x)
         with torch.no_grad():
             assert torch.equal(inside, defended(x))
+    network = P4CNN(3, 5, size=28, widths=(2, 4)).eval()
+    images, y = cases.images(2, 28, 28), torch.arange(2)
+    turned = Spatial(cases.classifier(), grid=Grid(counts=(3, 1, 1)))
+    expected = network(images), turned(images, y)
+    with torch.device("meta"):
+        assert torch.equal(network(images), expected[0])
+        assert torch.equal(turned(images, y), expected[1])
 
 
 def test_models_made_in_inference_mode() -> None:
@@ -532,7 +560,7 @@ def test_profile(settings: dict[str, Any]) -> None:
 
 
 def test_profile_of_a_model_that_works_in_place() -> None:
-    assert profile_step(Purifier(InPlace()), cases.images(), rounds=1).seconds["backward"] > 0
+    assert profile_step(Purifier(cases.InPlace()), cases.images(), rounds=1).seconds["backward"] > 0
 
 
 def test_what_has_no_step_to_profile() -> None:
@@ -699,14 +727,6 @@ def test_passes_without_a_graph_run_more_at_a_time(monkeypatch: pytest.MonkeyPat
             assert found.stride() == wanted.stride()
 
 
-class InPlace(cases.DenseNet):
-    """Its first operation works in place."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x -= 0.25
-        return super().forward(x)  # type: ignore[no-any-return]
-
-
 class OutOfPlace(cases.DenseNet):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x - 0.25)  # type: ignore[no-any-return]
@@ -715,7 +735,7 @@ class OutOfPlace(cases.DenseNet):
 @pytest.mark.parametrize("fold", [True, False])
 def test_a_model_that_works_in_place(fold: bool) -> None:
     torch.manual_seed(0)
-    model = InPlace()
+    model = cases.InPlace()
     given = cases.images()
     assert suggest(model, given) is not None
     assert torch.equal(given, cases.images())
@@ -738,6 +758,45 @@ def test_a_model_that_works_in_place(fold: bool) -> None:
     y = expected(x).argmax(1)
     attacked = [BPDA(PGD(m, steps=2), d)(x, y) for m, d in ((model, defended), (other, expected))]
     assert torch.equal(*attacked)
+    with torch.no_grad():
+        left = Defended(model, nothing)(x)  # which returns what it is given
+    assert torch.equal(x, before)
+    assert torch.equal(left, Defended(other, nothing)(x))
+
+
+def test_more_images_than_run_at_once() -> None:
+    """A product of matrices takes images one by one, but not any number of rows: these may be positions."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 10)).eval(), torch.rand(MOST_ROWS + 1, 3, 4, 4)
+    for defended in (Defended(model, nothing), Averaging(model, [Flip()])):
+        with torch.no_grad():
+            whole = defended(x)
+            assert torch.equal(whole, torch.cat([defended(part) for part in x.split(64)]))
+
+
+def test_images_that_do_not_fold_once_may_do_later() -> None:
+    class Wide(cases.DenseNet):
+        def forward(self, x: Tensor) -> Any:
+            if x.shape[3] < 10:
+                raise ValueError("too narrow")
+            return super().forward(x)
+
+    purifier = Purifier(Wide().eval(), views=[Flip()], steps=1, dtype="float32")
+    with pytest.raises(ValueError, match="too narrow"):
+        purifier(cases.images(2, 20, 6))
+    assert not purifier.folded
+    purifier(cases.images())
+    assert purifier.folded
+
+
+def test_a_defended_model_predicts_from_the_model_that_it_has() -> None:
+    x = cases.images()
+    for dtype in ("float32", "bfloat16"):
+        defended = Defended(cases.dense(), nothing, dtype=dtype)
+        before = defended(x)
+        defended.model = cases.dense(1)
+        assert torch.equal(defended(x), Defended(cases.dense(1), nothing, dtype=dtype)(x))
+        assert not torch.equal(defended(x), before)
     assert torch.equal(x, before)
 
 

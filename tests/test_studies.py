@@ -169,7 +169,7 @@ def test_command(tmp_path: Path) -> None:
     for more, sentence in (
         (["--study", "luck"], "study is 'luck'; it must be one of equivariance, views"),
         (["--study", "views", "--defense", "none"], "study is given with defenses"),
-        (["--defense", "rotation"], "needs one head, of which"),
+        (["--defense", "rotation"], "needs one trained head, of which"),
         (["--study", "views", "--preset", "slow"], "preset is 'slow'"),
     ):
         done = run("-o", str(tmp_path / "refused"), *more)

@@ -282,7 +282,7 @@ class Detection:
     def _damage(self, x: Tensor, y: Tensor) -> list[Any]:
         """What the model without a defense makes of them."""
         with evaluating(x, self.model), torch.no_grad():
-            logits = output(self.model(x))
+            logits = output(self.model(x.clone()))  # models may work in place
         if len(logits) != len(x) or logits.shape[2:] != y.shape[1:]:
             raise ValueError(f"the model gives logits {tuple(logits.shape)} for labels {tuple(y.shape)}")
         check_range(y, logits.shape[1], self.ignore_index)

@@ -82,7 +82,12 @@ def confusion(prediction: Tensor, labels: Tensor, classes: int, ignore_index: in
     Raises:
         ValueError: for labels that count or predictions that are no such class.
     """
-    for name, given in (("labels", labels), ("predictions", prediction)):
+    if prediction.shape != labels.shape or labels.dim() != 3:
+        raise ValueError(
+            f"prediction has shape {tuple(prediction.shape)} for labels {tuple(labels.shape)}; both must be (N, H, W)"
+        )
+    counted = prediction[labels != ignore_index]  # (P,), of which no value is left out
+    for name, given in (("labels", labels), ("predictions", counted)):
         if beyond := outside(given, classes, ignore_index):
             raise ValueError(f"{name} has values {beyond}; they must be 0 to {classes - 1}")
     # torchmetrics would do, but importing it imports torchvision, and fails where that does not fit torch

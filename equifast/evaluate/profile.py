@@ -59,7 +59,7 @@ def _ascending(name: str, values: Sequence[float], most: float) -> tuple[float, 
 
 def _predicted(model: Callable[..., Any], images: Tensor, batch: int) -> Tensor:
     with torch.no_grad():
-        found = torch.cat([output(model(part)) for part in images.split(batch)])
+        found = torch.cat([output(model(part.clone())) for part in images.split(batch)])
     if found.dim() != 2:
         raise ValueError(f"model gave {_checks.shape(found)}; it must give logits (N, classes)")
     return found.argmax(1)

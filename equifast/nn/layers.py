@@ -36,7 +36,7 @@ class _Kept:
     def of(cls, weight: Tensor, filters: Tensor) -> "_Kept":
         probe = None
         if weight.device.type == "cpu":
-            probe = (torch.arange(1, weight.numel() + 1, dtype=torch.float64) * 2.39996).sin().float()
+            probe = (torch.arange(1, weight.numel() + 1, dtype=torch.float64, device="cpu") * 2.39996).sin().float()
         return cls(filters, weight, weight._version, probe, cls._sum(weight, probe))
 
     @staticmethod
