@@ -129,7 +129,7 @@ def at_once(x: Tensor, ahead: int = 0) -> int:
         return max(1, len(x))
     most = _CHUNK // max(1, x.shape[2] * x.shape[3])
     most -= most % 2  # derivatives of some convolutions take two at a time
-    return min(MOST_ROWS, max(2, most, _AHEAD // ahead if ahead else 0))
+    return min(MOST_ROWS - 2, max(2, most, _AHEAD // ahead if ahead else 0))  # one more may join them (chunks)
 
 
 def chunks(x: Tensor, most: int | None = None) -> list[slice]:

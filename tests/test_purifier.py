@@ -25,7 +25,7 @@ from equifast.balls import Linf
 from equifast.defenses import Averaging, Invariance
 from equifast.evaluate import PARTS, nothing, profile_step
 from equifast.features import evaluating, suggest
-from equifast.nn import P4CNN
+from equifast.nn import GCNN
 from equifast.objectives import MOST_ROWS, Equivariance, number_of_pairs, pairwise
 from equifast.purifier import PRESETS
 from equifast.spatial import Grid
@@ -427,7 +427,7 @@ def test_another_default_device_changes_nothing() -> None:
             inside = defended(x)
         with torch.no_grad():
             assert torch.equal(inside, defended(x))
-    network = P4CNN(3, 5, size=28, widths=(2, 4)).eval()
+    network = GCNN(3, 5, size=28, widths=(2, 4)).eval()
     images, y = cases.images(2, 28, 28), torch.arange(2)
     turned = Spatial(cases.classifier(), grid=Grid(counts=(3, 1, 1)))
     expected = network(images), turned(images, y)
@@ -797,7 +797,6 @@ def test_a_defended_model_predicts_from_the_model_that_it_has() -> None:
         defended.model = cases.dense(1)
         assert torch.equal(defended(x), Defended(cases.dense(1), nothing, dtype=dtype)(x))
         assert not torch.equal(defended(x), before)
-    assert torch.equal(x, before)
 
 
 class Unbatched(cases.DenseNet):
