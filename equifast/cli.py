@@ -771,11 +771,14 @@ def _run_worker(arguments: Mapping[str, Any], part: Part, threads: int, told: An
         sys.exit(stop.exit_code)
 
 
+_ROUNDS = 5  # in which the time of a defense is measured
+
+
 def _cost(network: nn.Module, defended: DefendedModel, data: Any, device: torch.device) -> Cost:
     """Of one image; where it depends on the image what is done, the mean over clean images."""
     count = 1 if getattr(defended, "detector", None) is None else min(20, len(data))
     places = [place * len(data) // count for place in range(count)]
-    found = [cost(network, defended, data[i][0][None].to(device), rounds=5 if count == 1 else 1) for i in places]
+    found = [cost(network, defended, data[i][0][None].to(device), rounds=_ROUNDS if count == 1 else 1) for i in places]
     mean = {key: sum(getattr(each, key) for each in found) / count for key in ("seconds", "times", "passes")}
     return Cost(**mean, mebibytes=max(each.mebibytes for each in found))
 

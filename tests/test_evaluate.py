@@ -62,6 +62,12 @@ def scenes(n: int = 6, model: nn.Module = MODEL, size: tuple[int, int] = (20, 28
     return TensorDataset(x, y)
 
 
+@pytest.fixture(autouse=True)
+def _one_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Costs are measured once, which takes a third of the time."""
+    monkeypatch.setattr(cli, "_ROUNDS", 1)
+
+
 PGD = Attacker("PGD", lambda model, defended: attacks.PGD(model, steps=2), knows=False)
 KNOWING = Attacker("BPDA", lambda model, defended: BPDA(attacks.PGD(model, steps=1), defended))
 
@@ -1245,7 +1251,7 @@ def test_what_options_say(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_killed_at_any_moment(folder: Path) -> None:
     """SIGKILL at random moments, until it ends by itself: nothing is lost, nothing twice, the table is the same."""
     asked = os.environ.get("EQUIFAST_KILLS")
-    most = int(asked or 6)  # each starts Python anew
+    most = int(asked or 4)  # each starts Python anew
     x, y = scenes(2 * most, size=(10, 14)).tensors  # work for all of them, on a fast machine too
     np.savez(folder / "dense.npz", images=(x * 255).byte().permute(0, 2, 3, 1).numpy(), labels=y.numpy())
     some = ("--images", 2 * most if asked else 4)
@@ -1319,9 +1325,10 @@ def test_a_folder_is_written_by_one_at_a_time(tmp_path: Path) -> None:
 
 
 def test_workers_end_with_who_started_them(folder: Path) -> None:
-    x, y = scenes(40, size=(10, 14)).tensors
+    x, y = scenes(20, size=(10, 14)).tensors
     np.savez(folder / "dense.npz", images=(x * 255).byte().permute(0, 2, 3, 1).numpy(), labels=y.numpy())
-    arguments = command(folder, "--batch", 1, "--defense", "fast", "--defense", "none", "--images", "40")
+    rows = ("--defense", "fast", "--defense", "none", "--attack", "PGD", "--images", "20")
+    arguments = command(folder, "--batch", 1, *rows)
     python = [sys.executable, "-P", "-m", "equifast.cli"]
     run = subprocess.Popen([*python, *arguments, "--workers", "2"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     out = folder / "out"
@@ -1337,7 +1344,7 @@ def test_workers_end_with_who_started_them(folder: Path) -> None:
     assert done.exit_code == 0, done.output
     assert [path.name for path in out.glob("records*")] == ["records.jsonl"]
     assert all(line in (out / "records.jsonl").read_bytes() for line in kept.splitlines(keepends=True)[:-1])
-    assert len(records(out)) == 40 * 2 * 4
+    assert len(records(out)) == 20 * 2 * 2
 
 
 def test_a_worker_that_fails(folder: Path) -> None:

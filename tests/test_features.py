@@ -551,7 +551,7 @@ def test_second_derivatives_of_frozen_convolutions() -> None:
 
         for actual, expected in zip(second(x, True), second(x, False), strict=True):
             torch.testing.assert_close(actual, expected)
-        assert torch.autograd.gradgradcheck(lambda x: first(x, True), x)
+        assert torch.autograd.gradgradcheck(lambda x: first(x, True), x, fast_mode=n > 1)
     # PyTorch's own takes a gradient of the weight too
     for frozen in (True, False):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:

@@ -94,8 +94,8 @@ def test_gradients_of_warp() -> None:
 def test_gradients_of_similarity(reduction: str) -> None:
     theta = torch.cat([cases.theta(name, 2) for name in ("flip", "rotation", "outside")])
     tensors = [
-        random(2, 3, *size, seed=i, dtype=torch.float64) - 0.4
-        for i, size in enumerate([(4, 5), (4, 5), (3, 6), (2, 2)])
+        random(2, 2, *size, seed=i, dtype=torch.float64) - 0.4
+        for i, size in enumerate([(3, 4), (3, 4), (2, 5), (2, 2)])
     ]
     leaves = [tensor.requires_grad_() for tensor in tensors]
 

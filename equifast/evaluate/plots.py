@@ -47,6 +47,7 @@ def save(figure: Figure, path: Path) -> list[Path]:
         figure.savefig(part, format=kind, dpi=110)
         part.replace(target)
         found.append(target)
+        figure.set_layout_engine("none")  # what was laid out once stays: finding it is most of the time
     return found
 
 
