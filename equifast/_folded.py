@@ -171,15 +171,15 @@ class Folded:
                 return self._model
             if version != self._version:
                 self._copy, self._version, self._failed = None, version, set()
-            given = (x.shape[1:], x.dtype, x.device)
-            if self._failed is not None and given not in self._failed:
+            given, failed = (x.shape[1:], x.dtype, x.device), self._failed
+            if failed is not None and given not in failed:
                 try:
                     # a copy that is made in inference mode would have no gradients later
                     with torch.inference_mode(False):
                         self._copy, self._failed = self._fold(x, run), None
                 # not every module can be copied, and what is wrong with a model is said where it is run
                 except Exception:
-                    self._failed.add(given)  # other images may go well
+                    failed.add(given)  # other images may go well
             return self._model if self._copy is None else self._copy
 
     @property

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from equifast import _C, __version__, ops
 from equifast._allocator import keep_freed_memory, keep_kernels
 from equifast._cheap import has_fast_bfloat16
+from equifast._files import replacing
 from equifast._fingerprint import weights
 from equifast.defenses import Averaging, Contrastive, Invariance, RandomNoise, Rotation
 from equifast.demo import report
@@ -794,9 +795,8 @@ def _busy(costs: Mapping[str, Cost]) -> list[str]:
 
 
 def _write(path: Path, text: str) -> None:
-    part = path.with_name(f"{path.name}.partial")
-    part.write_text(text)
-    part.replace(path)
+    with replacing(path) as beside:
+        beside.write_text(text)
 
 
 def _detectors(
@@ -1154,9 +1154,7 @@ class _Ledger:
         self._file.close()
 
     def _rewrite(self) -> None:
-        part = self._path.with_suffix(".part")
-        part.write_text("".join(json.dumps(line) + "\n" for line in self._lines.values()))
-        part.replace(self._path)
+        _write(self._path, "".join(json.dumps(line) + "\n" for line in self._lines.values()))
         self._file = self._path.open("a")
 
     def has(self, name: Path, digest: str) -> bool:

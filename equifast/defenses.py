@@ -1,7 +1,6 @@
 """The defenses that purification is measured against."""
 
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from equifast import _checks, objectives, rng
+from equifast._files import replacing
 from equifast._fingerprint import describe, weights
 from equifast.ascent import Progress
 from equifast.features import Features, evaluating
@@ -241,14 +241,9 @@ class _WithHead(_Other):
 
     def save(self, path: str | Path) -> None:
         """Write the head, and what it needs, to a safetensors file; RuntimeError where there is none yet."""
-        path = Path(path)
-        beside = path.with_name(f"{path.name}.{os.getpid()}.partial")  # others may save to the folder too
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self._state().items()}
-        try:
+        with replacing(Path(path)) as beside:
             save_file(tensors, beside, self._origin())
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
 
     def load(self, path: str | Path) -> Self:
         """Read what :meth:`save` wrote.

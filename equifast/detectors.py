@@ -4,7 +4,6 @@ import contextlib
 import copy
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -15,6 +14,7 @@ from torch.nn import functional
 
 from equifast import _checks, ops, rng
 from equifast._cheap import DTYPES, autocast, has_fast_bfloat16
+from equifast._files import replacing
 from equifast._fingerprint import describe, fingerprint, stamp, weights
 from equifast._folded import Folded
 from equifast.features import Features, evaluating, passed
@@ -235,13 +235,8 @@ class Detector:
         RuntimeError before :meth:`fit`.
         """
         self._known("threshold")
-        path = Path(path)
-        beside = path.with_name(f"{path.name}.{os.getpid()}.partial")  # others may save to the folder too
-        try:
+        with replacing(Path(path)) as beside:
             beside.write_text(json.dumps(self._fitted, indent=1) + "\n")
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
 
     def load(self, path: str | Path) -> Self:
         """Read what :meth:`save` wrote.

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from equifast import demo
+from equifast._files import replacing
 from equifast.evaluate.data import SUFFIXES, first_line, upright
 
 __all__ = ["SUFFIXES", "Normalized", "find_images", "first_line", "load_model", "read_image", "write_image"]
@@ -168,10 +169,5 @@ def write_image(path: Path, image: Tensor) -> None:
     """Write (3, H, W) in [0, 1] as an 8-bit PNG: beside first, then renamed, so that no half file is left."""
     pixels = (image.detach().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.stem}.part")
-    try:
-        Image.fromarray(pixels).save(part, format="PNG")
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    with replacing(path) as beside:
+        Image.fromarray(pixels).save(beside, format="PNG")

@@ -706,8 +706,7 @@ class Defended(DefendedModel):
         if detector is not None and not callable(getattr(detector, "predict", None)):
             raise TypeError(f"detector is a {type(detector).__name__}; it must have predict(x, ids=None, draw=0)")
         of = getattr(detector, "model", None)
-        other = isinstance(of, nn.Module) and of is not model and alike(model, of)
-        if other and weights(of) != weights(model):
+        if isinstance(of, nn.Module) and of is not model and alike(model, of) and weights(of) != weights(model):
             raise ValueError("detector is of the same model with other weights; it must be of the one that it guards")
         self.detector = detector
         self.seen = self.purified = 0

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from equifast import _checks
 from equifast._cheap import DTYPES, autocast
+from equifast._files import replacing
 from equifast.ascent import Progress
 from equifast.attacks import Attack
 from equifast.features import evaluating, output
@@ -416,14 +417,7 @@ def _keep(folder: Path, run: _Run, settings: Mapping[str, Any], log: list[dict[s
     folder.mkdir(parents=True, exist_ok=True)
     state = {"settings": dict(settings), "log": log}
     state |= {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()}
-    writers: dict[str, Callable[[Path], object]] = {
-        "checkpoint.pt": lambda path: torch.save(state, path),
-        "log.json": lambda path: path.write_text(json.dumps(log, indent=2) + "\n"),
-    }
-    for name, write in writers.items():
-        beside = folder / f"{name}.partial"
-        try:
-            write(beside)
-            beside.replace(folder / name)
-        finally:
-            beside.unlink(missing_ok=True)
+    with replacing(folder / "checkpoint.pt") as beside:
+        torch.save(state, beside)
+    with replacing(folder / "log.json") as beside:
+        beside.write_text(json.dumps(log, indent=2) + "\n")

@@ -130,7 +130,7 @@ def test_a_corrupt_file_is_reported_and_the_rest_done(folder: Path) -> None:
     assert "deep.png: it has pixels of mode I;16" in result.output.replace("\n", "")
     assert "4 of 6 images purified" in result.output
     assert len(lines(folder / "out")) == 4
-    assert not list((folder / "out").rglob("*.part"))
+    assert not list((folder / "out").rglob("*.partial"))
 
 
 def test_features_of_a_classifier_are_found(folder: Path) -> None:
@@ -165,7 +165,7 @@ def test_killed_and_started_again(folder: Path) -> None:
     after = lines(folder / "out")
     assert after[: len(done)] == done
     assert len({line["image"] for line in after}) == len(after) == 16
-    assert not list((folder / "out").rglob("*.part"))
+    assert not list((folder / "out").rglob("*.partial"))
 
 
 @pytest.mark.parametrize(

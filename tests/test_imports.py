@@ -9,7 +9,7 @@ import equifast
 
 ORDER = [
     {"_version", "_C"},
-    {"_checks", "_capture", "_fingerprint", "_memory"},
+    {"_checks", "_capture", "_files", "_fingerprint", "_memory"},
     {"rng", "_allocator"},
     {"reference"},
     {"_step_triton"},

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from equifast._files import replacing
 from equifast.attacks import BPDA, PGD
 from equifast.defenses import Averaging, RandomNoise
 from equifast.demo import CLASSES, PALETTE, load_model, load_scenes
@@ -134,9 +135,8 @@ def _write_results(path: Path, scenes: int, rows: list[Row], similarities: dict[
     }
     # JSON has no NaN, which is the error of one scene
     results = json.loads(json.dumps(results), parse_constant=lambda _: None)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
-    part.replace(path)
+    with replacing(path) as beside:
+        beside.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
 
 
 def _rgb(x: Tensor) -> NDArray[Any]:
@@ -145,10 +145,7 @@ def _rgb(x: Tensor) -> NDArray[Any]:
 
 
 def _panel(path: Path, model: nn.Module, clean: Tensor, attacked: Tensor, purified: Tensor) -> None:
-    import matplotlib  # here, since it takes its time
-
-    matplotlib.use("Agg")
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # here, since it takes its time
 
     palette = np.asarray(PALETTE, dtype=np.uint8)
     sampled = sample(
@@ -175,6 +172,5 @@ def _panel(path: Path, model: nn.Module, clean: Tensor, attacked: Tensor, purifi
     axes[3, 2].set_title(f"purification, magnified {1 / (2 * PURIFY_EPS):.0f} times", fontsize=9)
     for axis in axes.flat:
         axis.set_axis_off()
-    part = path.with_suffix(".part")
-    figure.savefig(part, format="png", dpi=64)
-    part.replace(path)
+    with replacing(path) as beside:
+        figure.savefig(beside, format="png", dpi=64)

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
+from equifast._files import replacing
 from equifast.evaluate.cost import Cost
 from equifast.evaluate.detection import DetectionReport
 from equifast.evaluate.metrics import Estimate
@@ -43,9 +44,8 @@ def save(figure: Figure, path: Path) -> list[Path]:
     found = []
     for kind in ("png", "svg"):
         target = path.with_suffix(f".{kind}")
-        part = target.with_suffix(".part")
-        figure.savefig(part, format=kind, dpi=110)
-        part.replace(target)
+        with replacing(target) as beside:
+            figure.savefig(beside, format=kind, dpi=110)
         found.append(target)
         figure.set_layout_engine("none")  # what was laid out once stays: finding it is most of the time
     return found

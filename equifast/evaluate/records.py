@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from equifast._files import replacing
 from equifast.evaluate.metrics import confusion
 
 __all__ = [
@@ -291,12 +292,10 @@ def _manifest(path: Path) -> dict[str, Any]:
 
 def _replace(path: Path, content: bytes) -> None:
     """Write a file beside, which takes the place of the one that was there once it is on the disk."""
-    beside = path.with_suffix(".partial")
-    with beside.open("wb") as file:
+    with replacing(path) as beside, beside.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    beside.replace(path)
 
 
 def _told(value: object) -> str:
