@@ -1,5 +1,8 @@
 """equifast: fast, honest test-time robustness for vision models, by equivariance."""
 
+import importlib
+from types import ModuleType
+
 from equifast import attacks, defenses, detectors, nn, ops, reference, rng, spatial, train, views
 from equifast._allocator import keep_freed_memory, keep_kernels
 from equifast._version import __version__
@@ -23,3 +26,11 @@ __all__ = [
     "train",
     "views",
 ]
+
+_LATER = ("certify", "evaluate", "models")  # which take their time to import, and are when they are named
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _LATER:
+        return importlib.import_module(f"equifast.{name}")
+    raise AttributeError(f"module 'equifast' has no attribute {name!r}")

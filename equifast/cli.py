@@ -342,22 +342,7 @@ def detect(
                 chosen.load(fit)
                 chosen = chosen if rate is None else chosen.at(rate)
             else:
-                flagged = 0.05 if rate is None else rate
-
-                def opened(paths: Sequence[Path], what: str) -> Iterable[Tensor]:
-                    tensors = (_readable(path)[None].to(_device(device)) for path in paths)
-                    return progress.track(tensors, task_id=progress.add_task(what, total=len(paths)))
-
-                if head is not None:  # what it was trained on is no measure of it
-                    least = needed(flagged)
-                    if len(clean) < 2 * least:
-                        raise ValueError(
-                            f"fit has {len(clean)} images, every second one for the head; "
-                            f"it must have at least {2 * least}"
-                        )
-                    head.fit(opened(clean[::2], "a head"))
-                    clean = clean[1::2]
-                chosen.fit(opened(clean, "clean images"), false_positive_rate=flagged)
+                _fit(chosen, head, clean, 0.05 if rate is None else rate, _device(device), progress)
             chosen.save(output / "detector.json")
             if head is not None:
                 head.save(output / HEAD)
@@ -385,6 +370,25 @@ def detect(
     )
     if failed:
         raise typer.Exit(1)
+
+
+def _fit(
+    detector: Detector, head: Rotation | None, clean: list[Path], rate: float, device: torch.device, progress: Progress
+) -> None:
+    """The threshold by clean images; of every second one the head, since what it was trained on is no measure of it."""
+    least = needed(rate) * (1 if head is None else 2)
+    if len(clean) < least:
+        half = "" if head is None else ", every second one for the head"
+        raise ValueError(f"--fit has {len(clean)} images{half}; for --rate {rate} it must have at least {least}")
+
+    def opened(paths: Sequence[Path], what: str) -> Iterable[Tensor]:
+        tensors = (_readable(path)[None].to(device) for path in paths)
+        return progress.track(tensors, task_id=progress.add_task(what, total=len(paths)))
+
+    if head is not None:
+        head.fit(opened(clean[::2], "a head"))
+        clean = clean[1::2]
+    detector.fit(opened(clean, "clean images"), false_positive_rate=rate)
 
 
 def _readable(path: Path) -> Tensor:

@@ -263,8 +263,8 @@ class Detector:
             raise ValueError(f"{path} is not of a detector; it must have {', '.join(sorted(keys))}")
         for key, value in own.items():
             if found[key] != value:
-                what = "weights" if key == "model" else key
-                raise ValueError(f"{path} is of a model or detector with {what} {found[key]!r}; it must be {value!r}")
+                what, was, now = _apart("weights" if key == "model" else key, found[key], value)
+                raise ValueError(f"{path} is of a model or detector with {what} {was!r}; it must be {now!r}")
         if not keys <= found.keys():
             raise ValueError(f"{path} lacks {', '.join(sorted(keys - found.keys()))}")
         self._take(found, self._state())  # whose fingerprint is that of the file
@@ -272,6 +272,14 @@ class Detector:
 
     def _take(self, fitted: dict[str, Any], state: object) -> None:
         self._fitted, self._stamp = fitted, state
+
+
+def _apart(name: str, was: Any, now: Any) -> tuple[str, Any, Any]:
+    """Where two values of one name first differ: of dictionaries of the same keys, in which key."""
+    while isinstance(was, dict) and isinstance(now, dict) and was.keys() == now.keys():
+        key = next(key for key in now if was[key] != now[key])
+        name, was, now = f"{name}, {key}", was[key], now[key]
+    return name, was, now
 
 
 def own_ids(x: Tensor) -> Tensor:

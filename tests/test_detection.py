@@ -578,11 +578,14 @@ def test_what_detect_refuses(tmp_path: Path, spec: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a.png").write_text("no image")
+    (tmp_path / "bad").mkdir()
+    for i in range(19):
+        (tmp_path / "bad" / f"{i}.png").write_text("no image")
     many = write_data(tmp_path / "many", 20, seed=6) / "images"
     out = tmp_path / "out"
     for arguments, sentence in (
         ((tmp_path / "empty",), "no PNG, JPEG or WebP file in"),
-        ((clean,), "loader has 4 images; for false_positive_rate 0.05 it must have at least 19"),
+        ((clean,), "--fit has 4 images; for --rate 0.05 it must have at least 19"),
         (
             (clean, "--detector", "magic"),
             "detector is 'magic'; it must be one of similarity, variance, guard, error, deviation, combined",
@@ -590,8 +593,11 @@ def test_what_detect_refuses(tmp_path: Path, spec: str) -> None:
         ((clean, "--fit", tmp_path / "model.py"), "is no JSON"),
         ((clean, "--fit", tmp_path / "model.py", "--detector", "combined"), "rotation.safetensors"),
         ((tmp_path / "broken", "--fit", many), "none of 1 images can be read"),
-        ((clean, "--fit", tmp_path / "broken"), "a.png: "),
-        ((clean, "--fit", many, "--detector", "combined"), "fit has 20 images, every second one for the head; it must"),
+        ((clean, "--fit", tmp_path / "bad"), "0.png: "),
+        (
+            (clean, "--fit", many, "--detector", "combined"),
+            "--fit has 20 images, every second one for the head; for",
+        ),
         ((clean, "--fit", many, "--detector", "combined", "--rate", "1.5"), "false_positive_rate is 1.5; it must"),
         ((tmp_path / "broken", "--fit", many, "--features", "body"), "none of 1 images can be read"),
     ):

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import equifast
 
 ORDER = [
@@ -61,6 +63,14 @@ def test_direction() -> None:
 def test_what_is_exported_exists() -> None:
     for name in equifast.__all__:
         assert hasattr(equifast, name)
+
+
+def test_what_is_imported_when_it_is_named() -> None:
+    code = "import equifast; print(equifast.evaluate.Evaluation, equifast.certify.clever, equifast.models.load_model)"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert "Evaluation" in done.stdout
+    with pytest.raises(AttributeError, match="module 'equifast' has no attribute 'evaluation'"):
+        _ = equifast.evaluation
 
 
 def test_importing_takes_little_more_than_importing_torch() -> None:
