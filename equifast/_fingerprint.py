@@ -1,5 +1,6 @@
 """What tells one model, attack, defense or detector from another: its weights, its settings, its code."""
 
+import copy
 import dataclasses
 import dis
 import functools
@@ -18,13 +19,41 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FRAMEWORK", "Known", "alike", "describe", "fingerprint", "hooks", "stamp", "tensors_of", "weights"]
+__all__ = [
+    "FRAMEWORK",
+    "Known",
+    "alike",
+    "copy_of",
+    "describe",
+    "fingerprint",
+    "hooks",
+    "stamp",
+    "tensors_of",
+    "weights",
+]
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def hooks(module: nn.Module) -> int:
-    """How many hooks a module has."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return sum(len(getattr(module, kind)) for kind in kinds)
+    """How many hooks a module has, but for those that :mod:`equifast.features` sets for the length of a call."""
+    return sum(not _passing(hook) for kind in _HOOKS for hook in tuple(getattr(module, kind).values()))
+
+
+def _passing(hook: object) -> bool:
+    return getattr(hook, "__module__", None) == "equifast.features"
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """A deep copy in eval mode, without such hooks: another thread may be in the middle of a call."""
+    found = copy.deepcopy(model).eval()
+    for module in found.modules():
+        for kind in _HOOKS:
+            kept = getattr(module, kind)
+            for key in [key for key, hook in kept.items() if _passing(hook)]:
+                del kept[key]
+    return found
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:

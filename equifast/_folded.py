@@ -4,7 +4,6 @@ In eval mode batch norm is an affine map per channel, which a convolution can do
 section 3.2). What follows what is seen in one run of a copy, operation by operation.
 """
 
-import copy
 import threading
 import weakref
 from collections import Counter
@@ -20,7 +19,7 @@ from torch.nn.utils.memory_format import convert_conv2d_weight_memory_format
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from equifast._fingerprint import hooks
+from equifast._fingerprint import copy_of, hooks
 from equifast.features import keep_lowered
 
 __all__ = ["Folded", "pairs"]
@@ -225,7 +224,7 @@ class Folded:
         generator = torch.Generator("cpu").manual_seed(0)
         images = torch.rand((2, *x.shape[1:]), generator=generator, dtype=torch.float64, device="cpu").to(x)
         # copies, since a model may keep what it saw; and images, since some work in place
-        original: nn.Module = copy.deepcopy(self._model).eval()
+        original: nn.Module = copy_of(self._model)
         found, reshaped = pairs(original, images.clone(), run)
         names = {id(module): name for name, module in original.named_modules()}
         folding = [(names[id(conv)], names[id(norm)]) for conv, norm in found]
@@ -237,7 +236,7 @@ class Folded:
         layouts = (torch.contiguous_format,) if reshaped else (torch.channels_last, torch.contiguous_format)
         for layout in layouts:
             try:
-                copied: nn.Module = copy.deepcopy(self._model).eval().requires_grad_(False)
+                copied: nn.Module = copy_of(self._model).requires_grad_(False)
                 for first, second in folding:
                     conv, norm = copied.get_submodule(first), copied.get_submodule(second)
                     _replace(copied, conv, fuse_conv_bn_eval(conv, norm).requires_grad_(False))  # type: ignore[type-var, arg-type]
@@ -269,7 +268,7 @@ def _tried(model: nn.Module, images: Tensor, run: Run) -> Iterator[Tensor | None
     for number, size in enumerate(
         ((height, width), (height + 1 | 1, width + 1 | 1), (height // 2 | 1, width // 2 | 1))
     ):
-        tried: nn.Module = copy.deepcopy(model).eval()
+        tried: nn.Module = copy_of(model)
         resized = images if number == 0 else functional.interpolate(images, size)
         try:
             with torch.no_grad(), torch.autocast(images.device.type, enabled=False):

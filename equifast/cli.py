@@ -581,17 +581,8 @@ def evaluate(
     asked = dict(locals())
     radius, purify_radius = _radius("--eps", eps or "4/255"), _radius("--purify-eps", purify_eps)
     try:
-        if workers > 1 and study is not None:
-            raise ValueError(f"workers is {workers} with a study; a study has one")
-        if protocol not in (None, "adaptive"):
-            raise ValueError(f"protocol is {protocol!r}; it must be 'adaptive'")
-        if protocol is not None and attack:
-            raise ValueError("protocol is given with attacks; it brings its own")
-        if preset is not None and study is None:
-            raise ValueError("preset is given without a study; name it as a defense")
-        if preset is not None and study in _OF_NO_PRESET:
-            raise ValueError(f"preset is given with study {study!r}, which does not depend on it")
-        preset = preset or "fast"
+        _check_protocol(protocol, attack, norm, eps)
+        _check_study(study, preset, workers)
         detects = study in DETECTION or "detect" in {name.partition("@")[0] for name in defense or ()}
         looking = detector or ([] if study in DETECTION else ["guard"])  # of a study all, where none is named
         deviates = detects and (not looking or not {"deviation", "combined"}.isdisjoint(looking))
@@ -605,13 +596,8 @@ def evaluate(
         if quick and images is None:
             images = min(8, len(open_data(data, None, shape)))
         chosen = open_data(data, images, shape)
-        targeted = target is not None
-        if norm not in ("linf", "l2"):
-            raise ValueError(f"norm is {norm!r}; it must be 'linf' or 'l2'")
-        if norm == "l2" and eps is None:
-            raise ValueError("norm is 'l2' without --eps; it must be given, as 0.5: 4/255 is next to nothing there")
         how: dict[str, Any] = {"steps": steps, "eot": eot, "queries": queries, "seed": seed + 1}
-        strength = Strength(eps=radius, norm=norm, targeted=targeted, **how)
+        strength = Strength(eps=radius, norm=norm, targeted=target is not None, **how)
         strength = strength.quick if quick else strength
         everyone = known(strength)
         wanted = attack or ("PGD", "through averaging", "BPDA")
@@ -621,26 +607,18 @@ def evaluate(
         attackers = [everyone[name] for name in wanted] if protocol is None else adaptive(strength)
         if features is None:
             features = _find_features(network, chosen[0][0][None].to(_device(device)))
+        make = Make(network, features, preset or "fast", purify_radius, seed)
+        heads = _Heads(kept or output, fit, clean, fit_images, shape, _device(device), chosen)
         if study is not None and study in DETECTION:
             given: dict[str, object] = {"target": target, "protocol": protocol, "votes": votes, "against": against}
             given |= {"defense": defense or None, "attack": attack or None, "panels": panels or None}
-            other = [f"--{name}" for name, value in given.items() if value is not None]
-            if other:
-                raise ValueError(f"study {study!r} is of detectors; it takes no {', '.join(other)}")
-            heads = _Heads(kept or output, fit, clean, fit_images, shape, _device(device), chosen)
-            if foreign and study != "ood":
-                raise ValueError(f"foreign is given with study {study!r}; it is for 'ood'")
+            _check_detection(study, given, foreign or ())
             others = {_name(path): open_data(path, len(chosen)) for path in foreign or ()}
-            if len(others) < len(foreign or ()):
-                raise ValueError(
-                    f"foreign is {', '.join(map(str, foreign or ()))}; names and their folders' must differ"
-                )
-            anomalies = DETECTION[study](strength, Purifier(network, features, preset, purify_radius, seed), others)
+            anomalies = DETECTION[study](strength, make.purifier(), others)
             detectors = _detectors(network, features, layer or (), seed, heads, detector or ())
             told = {"size": size, "spec": model, "study": study}
-            _report_detection(
-                str(study), Detection(network, chosen, detectors, anomalies, batch=batch, arguments=told), output
-            )
+            detection = Detection(network, chosen, detectors, anomalies, batch=batch, arguments=told)
+            _report_detection(study, detection, output)
             return
         if foreign:
             raise ValueError("foreign is given without the study 'ood', which it is for")
@@ -649,11 +627,10 @@ def evaluate(
             raise ValueError(
                 f"detector is given; it is for the defense 'detect', which has one, or for a study, one of {studies}"
             )
-        sweep = _sweep(study, defense, Make(network, features, preset, purify_radius, seed))
+        sweep = _sweep(study, defense, make)
         if sweep is not None:
             rows = dict(sweep.defenses)
         else:
-            heads = _Heads(kept or output, fit, clean, fit_images, shape, _device(device), chosen)
             rows = {
                 name: _defended(name, network, features, layer or (), purify_radius, seed, heads, looking[0])
                 for name in defense or ("none", "averaging" if protocol is None else "averaging-12", "fast")
@@ -683,11 +660,6 @@ def evaluate(
             document = report.document(against)
             _write(output / "table.json", json.dumps(document, indent=2) + "\n")
             progress.update(task, description="figures and costs")
-            from equifast.evaluate import plots  # here, since matplotlib takes its time
-
-            plots.write_all(evaluation, report, output, panels, list(rows))
-            if sweep is not None:
-                plots.save(plots.sweep(report, sweep), output / str(study))
             costs = {name: _cost(network, defended, chosen, _device(device)) for name, defended in rows.items()}
             _write(output / "costs.json", json.dumps({k: asdict(v) for k, v in costs.items()}, indent=2) + "\n")
             tables = [(report.title, *_cells(report, costs))]
@@ -695,12 +667,47 @@ def evaluate(
                 tables.append((f"minus {against}, paired over images", *grid(_signed(document["differences"]))))
             warnings = [*document["warnings"], *_busy(costs)]
             _write(output / "table.md", markdown(tables, warnings, _FOOTNOTE))
+            from equifast.evaluate import plots  # here, since matplotlib takes its time
+
+            plots.write_all(evaluation, report, output, panels, list(rows))
+            if sweep is not None:
+                plots.save(plots.sweep(report, sweep), output / str(study))
             plots.save(plots.front(report, costs), output / "cost")
     except typer.Exit:  # of a worker, which has said why
         raise
     except _FAILURES as error:
         raise _fail(first_line(error)) from error
     _print(tables, warnings)
+
+
+def _check_protocol(protocol: str | None, attack: Sequence[str] | None, norm: str, eps: str | None) -> None:
+    if protocol not in (None, "adaptive"):
+        raise ValueError(f"protocol is {protocol!r}; it must be 'adaptive'")
+    if protocol is not None and attack:
+        raise ValueError("protocol is given with attacks; it brings its own")
+    if norm not in ("linf", "l2"):
+        raise ValueError(f"norm is {norm!r}; it must be 'linf' or 'l2'")
+    if norm == "l2" and eps is None:
+        raise ValueError("norm is 'l2' without --eps; it must be given, as 0.5: 4/255 is next to nothing there")
+
+
+def _check_study(study: str | None, preset: str | None, workers: int) -> None:
+    if workers > 1 and study is not None:
+        raise ValueError(f"workers is {workers} with a study; a study has one")
+    if preset is not None and study is None:
+        raise ValueError("preset is given without a study; name it as a defense")
+    if preset is not None and study in _OF_NO_PRESET:
+        raise ValueError(f"preset is given with study {study!r}, which does not depend on it")
+
+
+def _check_detection(study: str, given: Mapping[str, object], foreign: Sequence[Path]) -> None:
+    other = [f"--{name}" for name, value in given.items() if value is not None]
+    if other:
+        raise ValueError(f"study {study!r} is of detectors; it takes no {', '.join(other)}")
+    if foreign and study != "ood":
+        raise ValueError(f"foreign is given with study {study!r}; it is for 'ood'")
+    if len({_name(path) for path in foreign}) < len(foreign):
+        raise ValueError(f"foreign is {', '.join(map(str, foreign))}; names and their folders' must differ")
 
 
 @dataclass(frozen=True)

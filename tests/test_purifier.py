@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections import Counter
@@ -792,6 +793,36 @@ def test_images_that_do_not_fold_once_may_do_later() -> None:
     assert not purifier.folded
     purifier(cases.images())
     assert purifier.folded
+
+
+def test_a_call_in_another_thread_leaves_the_copy_alone() -> None:
+    """Features of a submodule are caught by a hook while a call lasts, which is no change of the model."""
+
+    class Met(cases.DenseNet):
+        met: Callable[[], None] | None = None
+
+        def forward(self, x: Tensor) -> Any:
+            met, self.met = self.met, None
+            if met is not None:
+                other = threading.Thread(target=met)
+                other.start()
+                other.join()
+            return super().forward(x)
+
+    model, x = Met().eval(), cases.images()
+    folded = Purifier(model, "body", dtype="float32")
+    expected, found = folded(x), []
+    made = folded._folded and folded._folded._copy
+    for purifier in (folded, Purifier(model, "body", dtype="float32")):  # whose copy is made right then
+        model.met = lambda purifier=purifier: found.append(purifier(x))
+        Purifier(model, "body", dtype="float32", fold=False)(x)
+        assert purifier.folded
+        assert torch.equal(found.pop(), expected)
+    assert folded._folded is not None
+    assert folded._folded._copy is made
+    model.body.register_forward_hook(lambda *_: None)
+    folded(x)
+    assert not folded.folded
 
 
 def test_a_defended_model_predicts_from_the_model_that_it_has() -> None:
