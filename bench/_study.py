@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import equifast
 from equifast.attacks import BPDA, CW, PGD
 from equifast.defenses import Averaging, RandomNoise
-from equifast.evaluate import Estimate, difference
+from equifast.evaluate import Estimate, difference, nothing
 
 Array = np.ndarray[Any, Any]
 
@@ -94,17 +94,13 @@ class Cell:
     seconds: float
 
 
-def _purify_nothing(x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
-    return x.detach()
-
-
 def defended(study: Study, row: str) -> nn.Module:
     """The model behind the defense that a row names: `(x, ids, draw) -> logits`."""
     model, eps, features = study.model, study.eps_purify, study.features
     if row == "averaging":
         return Averaging(model, seed=DEFENSE_SEED)
     if row == "none":
-        return equifast.Defended(model, _purify_nothing)
+        return equifast.Defended(model, nothing)
     if row == "random":
         return equifast.Defended(model, RandomNoise(eps, seed=DEFENSE_SEED))
     if row == "paper, last step":  # from a random corner of the ball, which is where the steps before it end
@@ -251,7 +247,7 @@ def figure(study: Study, cell: Cell) -> dict[str, float]:
     return _entry(study.estimate(cell.results), len(cell.results))
 
 
-def paired(study: Study, a: Cell, b: Cell) -> dict[str, float]:
+def paired(a: Cell, b: Cell) -> dict[str, float]:
     """a - b over the images that both have, resampled in pairs."""
     common = sorted(set(a.indices) & set(b.indices))
     left, right = (cell.results[[cell.indices.index(i) for i in common]] for cell in (a, b))
@@ -303,7 +299,7 @@ def run(study: Study, output: Path | None) -> dict[str, object]:
         differing.add_column(heading, justify="right" if heading else "left")
     differences: dict[str, dict[str, object]] = {}
     for a, b in DIFFERENCES:
-        entries = {column: paired(study, cells[a, column], cells[b, column]) for column in COLUMNS}
+        entries = {column: paired(cells[a, column], cells[b, column]) for column in COLUMNS}
         differences[f"{a} - {b}"] = dict(entries)
         differing.add_row(f"{a} - {b}", *(_text(entry, everyone) for entry in entries.values()))
     console.print(differing)

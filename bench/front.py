@@ -511,7 +511,7 @@ def measure(
             ):
                 against = cells.get(reference, {})
                 found[name][f"minus {other}"] = {
-                    column: paired(study, cell, against[column]) for column, cell in row.items() if column in against
+                    column: paired(cell, against[column]) for column, cell in row.items() if column in against
                 }
             progress.update(task, advance=1)
             if output is not None:

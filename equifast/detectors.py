@@ -18,7 +18,7 @@ from equifast._files import replacing
 from equifast._fingerprint import describe, fingerprint, stamp, weights
 from equifast._folded import Folded
 from equifast.features import Features, evaluating, passed
-from equifast.objectives import Objective, batched, distances, in_frame, pooled, rendered
+from equifast.objectives import Objective, Scaled, batched, distances, pooled, rendered
 from equifast.purifier import Purifier, at_once, chunks, put, together
 from equifast.reference import probabilities, row_sum
 from equifast.views import Flip, Sampled, View, as_set, positions, sample
@@ -360,7 +360,7 @@ class Similarity(Detector):
     def _scores(self, x: Tensor, ids: Tensor | None, draw: int) -> Iterator[Objective]:
         x = _checks.images("x", x, channels=3)
         with self.purifier.objective(x, own_ids(x) if ids is None else ids, draw, scored=True) as similarity:
-            yield _OneMinus(similarity)
+            yield Scaled(similarity, -1.0, offset=1.0)
 
     def map(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
         """(N, H, W) in [0, 2]: one minus the cosine of features, in the mean over the views that see a position.
@@ -380,27 +380,6 @@ class Similarity(Detector):
                     for rows in self.purifier._chunks(images, graph=False)
                 ]
             return _enlarged(torch.cat(apart), images)
-
-
-class _OneMinus:
-    """One minus an objective."""
-
-    def __init__(self, objective: Objective) -> None:
-        self._objective = objective
-
-    @property
-    def fixed(self) -> bool:
-        return self._objective.fixed
-
-    def value(self, x: Tensor) -> Tensor:
-        return 1 - self._objective.value(x)
-
-    def gradient(self, x: Tensor, t: int) -> tuple[Tensor, Tensor]:
-        value, gradient = self._objective.gradient(x, t)
-        return 1 - value, -gradient
-
-    def only(self, rows: Tensor | slice) -> "_OneMinus":
-        return _OneMinus(self._objective.only(rows))
 
 
 class _Unsuspicious:
@@ -452,7 +431,7 @@ def _in_frame(output: Tensor, view: Sampled, like: Tensor) -> tuple[Tensor, Tens
     found = probabilities(output)
     if found.dim() != 4:
         return found, torch.ones_like(found[:, :1])
-    back, overlap = in_frame(found, view, (like.shape[2], like.shape[3]))
+    back, overlap = ops.in_frame(found, view.theta, (like.shape[2], like.shape[3]))
     return back, overlap.to(back.dtype)
 
 

@@ -34,7 +34,6 @@ __all__ = [
     "disagreement",
     "distances",
     "in_batches",
-    "in_frame",
     "label_index",
     "label_mean",
     "margins",
@@ -602,12 +601,7 @@ def warped_back(
 ) -> list[tuple[Tensor, Tensor]]:
     """Predictions on views, in the frame of the image: pairs of (N, C, h, w) and the overlap (N, 1, h, w)."""
     views = zip(sampled, rendered(x, sampled), strict=True)
-    return [in_frame(predict(image), view, size) for view, image in views]
-
-
-def in_frame(maps: Tensor, view: Sampled, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Maps (N, C, h, w) of a view in the frame of the image, and the overlap (N, 1, h, w) of such a size, bool."""
-    return ops.in_frame(maps, view.theta, size)
+    return [ops.in_frame(predict(image), view.theta, size) for view, image in views]
 
 
 def average_predictions(
@@ -629,7 +623,7 @@ def average_predictions(
         return (first + sum(others)) / (1 + len(others))
     total, count = first, torch.ones_like(first[:, :1])
     for logits, view in zip(others, sampled, strict=True):
-        prediction, overlap = in_frame(logits, view, (first.shape[2], first.shape[3]))
+        prediction, overlap = ops.in_frame(logits, view.theta, (first.shape[2], first.shape[3]))
         total, count = total + prediction, count + overlap
     return total / count
 
@@ -656,7 +650,7 @@ def distances(anchor: Tensor, views: Iterable[Tensor], sampled: Sequence[Sampled
     anchor, size = anchor.float(), (anchor.shape[2], anchor.shape[3])
     total, count = torch.zeros_like(anchor[:, 0]), torch.zeros_like(anchor[:, 0])
     for view, features in zip(sampled, views, strict=True):
-        back, overlap = in_frame(features.float(), view, size)
+        back, overlap = ops.in_frame(features.float(), view.theta, size)
         cosine = functional.cosine_similarity(anchor, back, dim=1, eps=1e-6)
         total, count = total + (1 - cosine) * overlap[:, 0], count + overlap[:, 0]
     return total / count.clamp(min=1)
@@ -784,13 +778,12 @@ class TaskLoss:
     def _steady(self) -> bool:
         return self._draws(0) == self._draws(1)
 
-    def value(self, x: Tensor, t: int = 0) -> Tensor:
-        """(N,): the rank at the draws of a step, the first where none is given."""
-        draws = self._draws(t)
+    def value(self, x: Tensor) -> Tensor:
+        """(N,): the rank at the draws of the first step."""
         if self._latest is not None and self._latest[0] is x:
             return self._latest[1]
         with torch.no_grad():
-            return torch.stack([self._last(x, draw) for draw in draws]).mean(0)
+            return torch.stack([self._last(x, draw) for draw in self._draws(0)]).mean(0)
 
     def _last(self, x: Tensor, draw: int) -> Tensor:
         *_, logits = self._predict(x.clone(), self._ids, draw)  # models may work in place
@@ -821,10 +814,12 @@ class TaskLoss:
 
 
 class Scaled:
-    """``factor`` times an objective; its value, which may sum over more than a step does, times one of its own."""
+    """``offset`` plus ``factor`` times an objective; the value, which may be of more than a step, by another."""
 
-    def __init__(self, objective: Objective, factor: float, value_factor: float | None = None) -> None:
-        self._objective, self._factor = objective, factor
+    def __init__(
+        self, objective: Objective, factor: float, value_factor: float | None = None, offset: float = 0.0
+    ) -> None:
+        self._objective, self._factor, self._offset = objective, factor, offset
         self._value_factor = factor if value_factor is None else value_factor
 
     @property
@@ -834,15 +829,15 @@ class Scaled:
 
     def value(self, x: Tensor) -> Tensor:
         """(N,)."""
-        return self._value_factor * self._objective.value(x)
+        return self._offset + self._value_factor * self._objective.value(x)
 
     def gradient(self, x: Tensor, t: int) -> tuple[Tensor, Tensor]:
         value, gradient = self._objective.gradient(x, t)
-        return self._factor * value, self._factor * gradient
+        return self._offset + self._factor * value, self._factor * gradient
 
     def only(self, rows: Tensor | slice) -> "Scaled":
         """The same for some of the images."""
-        return Scaled(self._objective.only(rows), self._factor, self._value_factor)
+        return Scaled(self._objective.only(rows), self._factor, self._value_factor, self._offset)
 
 
 class Sum:

@@ -185,7 +185,7 @@ def test_nothing_to_purify() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "last", "error"),
-    [({"steps": 2}, 3, "last is 3"), ({"steps": 2}, 0, "last is 0"), ({"keep": "best"}, 1, "keep='last'")],
+    [({"steps": 2}, 3, "last is 3"), ({"steps": 2}, 0, "last is 0"), ({"keep": "best"}, 1, "keep='best' or a stop")],
 )
 def test_what_cannot_be_unrolled(settings: dict[str, Any], last: int, error: str) -> None:
     purifier = Purifier(Smooth(), **settings)
