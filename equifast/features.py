@@ -698,8 +698,9 @@ def _release(key: tuple[int, str]) -> Exception | None:
 
 def uncast(x: object) -> contextlib.AbstractContextManager[Any]:
     """Without an autocast that the caller is in, of the device of a tensor."""
-    if isinstance(x, Tensor) and torch.amp.is_autocast_available(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
+    kind = x.device.type if isinstance(x, Tensor) else ""
+    if kind and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
     return contextlib.nullcontext()
 
 

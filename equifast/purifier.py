@@ -738,7 +738,7 @@ class Defended(DefendedModel):
             logits, suspected = self._purified(x, ids, draw), len(x)
         else:
             _checks.tensor("x", x, 4, "(N, 3, H, W)")
-            ids = _checks.ids(ids, len(x), x.device)
+            ids = None if ids is None else _checks.ids(ids, len(x), x.device)  # a detector has others than 0 of its own
             own, examine = None, getattr(self.detector, "examine", None)
             with torch.no_grad():
                 if examine is None:
@@ -754,7 +754,7 @@ class Defended(DefendedModel):
         self.seen, self.purified = self.seen + len(x), self.purified + suspected
         return logits
 
-    def _by_branch(self, x: Tensor, ids: Tensor, draw: int, mask: Tensor, own: Tensor | None) -> Tensor:
+    def _by_branch(self, x: Tensor, ids: Tensor | None, draw: int, mask: Tensor, own: Tensor | None) -> Tensor:
         """Logits of images that are purified where the mask says so; of others those that there are, or the model's."""
         known = isinstance(mask, Tensor)
         if not known or mask.dtype != torch.bool or mask.shape != (len(x),):
@@ -764,13 +764,13 @@ class Defended(DefendedModel):
             return self._purified(x, ids, draw)
         if own is not None:
             if bool(mask.any()):
-                own[mask] = self._purified(x[mask], ids[mask], draw).to(own.dtype)
+                own[mask] = self._purified(x[mask], None if ids is None else ids[mask], draw).to(own.dtype)
             return own
         with evaluating(x, self.model, lean=self.dtype != "float32"):
             alone = self.predict(x[~mask])
         if not bool(mask.any()):
             return alone
-        chosen = self._purified(x[mask], ids[mask], draw)
+        chosen = self._purified(x[mask], None if ids is None else ids[mask], draw)
         order = torch.cat([(~mask).nonzero().flatten(), mask.nonzero().flatten()]).argsort()
         return torch.cat([alone, chosen.to(alone.dtype)])[order]
 

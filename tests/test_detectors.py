@@ -594,12 +594,25 @@ def test_parts_of_a_combined_detector_are_its_own() -> None:
 
 def test_a_detector_of_another_dtype_does_not_predict() -> None:
     model, x = cases.dense().eval(), torch.cat(clean(4))
-    for detector in (Deviation(model, dtype="bfloat16"),):
-        defended = Defended(model, Purifier(model), detector=detector.fit(clean(40), false_positive_rate=0.1))
-        mask = detector.predict(x)
-        assert not mask.all()
-        with torch.no_grad():
-            assert torch.equal(defended(x)[~mask], model(x[~mask]))
+    detector = Deviation(model, dtype="bfloat16").fit(clean(40), false_positive_rate=0.1)
+    defended = Defended(model, Purifier(model), detector=detector)
+    mask = detector.predict(x)
+    assert not mask.all()
+    with torch.no_grad():
+        assert torch.equal(defended(x)[~mask], model(x[~mask]))
+
+
+def test_without_ids_a_detector_has_those_that_it_was_fitted_with() -> None:
+    model, x = cases.dense().eval(), torch.cat(clean(6))
+    detector = OutputVariance(model, [views.Rotation(45)]).fit(clean(40), false_positive_rate=0.4)
+    assert not torch.equal(detector.score(x), detector.score(x, torch.zeros(6, dtype=torch.int64)))
+    given = []
+    detector.examine = lambda x, ids, draw: given.append(ids) or OutputVariance.examine(detector, x, ids, draw)  # type: ignore[method-assign, func-returns-value]
+    defended = Defended(model, Purifier(model, steps=1), detector=detector)
+    defended(x)
+    assert given == [None]
+    assert defended.suspected is not None
+    assert torch.equal(defended.suspected, detector.predict(x))
 
 
 def test_a_prediction_of_ones_own_is_that_of_what_is_not_suspected_too() -> None:
