@@ -464,7 +464,7 @@ def _frozen(
     settings = _settings(stride, padding, dilation, groups)
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
-        # whatever is on on the way back
+        # whatever autocast there will be on the way back
         lowered = torch.get_autocast_dtype(kind)
         x, weight = x.to(lowered), _lowered(weight, lowered)
         bias = None if bias is None else bias.to(lowered)
