@@ -81,7 +81,7 @@ def test_samples_are_uniform_in_the_ball(norm: str, size: int) -> None:
 
 def test_an_image_alone_and_in_a_batch() -> None:
     torch.manual_seed(0)
-    model, x = StdCNN(size=16).eval(), torch.rand(3, 1, 16, 16)
+    model, x = StdCNN(classes=4, size=16).eval(), torch.rand(3, 1, 16, 16)
     settings: dict[str, Any] = {"blocks": 4, "samples": 8}
     whole = clever(model, x, **settings)
     alone = clever(model, x[2:], ids=torch.tensor([2]), **settings)

@@ -288,7 +288,7 @@ def test_who_evades_is_overlooked_where_who_does_not_is_seen(name: str) -> None:
     settings: dict[str, Any] = {"eps": 6 / 255, "start": "origin", "dtype": "auto"}
     plain = attacks.PGD(model, steps=20, **settings)(x, y)
     evading = attacks.Adaptive(
-        model, detector, weight=1.0, step_size=0.25 / 255, steps=60, keep="best", momentum=0.75, **settings
+        model, detector, weight=1.0, step_size=0.5 / 255, steps=30, keep="best", momentum=0.75, **settings
     )(x, y)
     assert float((evading - x).abs().max()) <= 6 / 255 + 1e-6
     assert detector.predict(plain).sum() >= 5

@@ -155,7 +155,7 @@ def test_command(tmp_path: Path) -> None:
     def run(*more: str) -> Any:
         return CliRunner().invoke(app, [*base, *more])
 
-    done = run("-o", str(tmp_path / "bounds"), "--study", "bounds", "--attack", "PGD")
+    done = run("-o", str(tmp_path / "bounds"), "--study", "bounds", "--attack", "PGD", "--images", "1")
     assert done.exit_code == 0, done.output
     assert "2/255" in done.output
     assert (tmp_path / "bounds" / "bounds.svg").exists()
