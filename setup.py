@@ -3,6 +3,7 @@
 Also the build backend that pyproject.toml names: setuptools' own, and a torch only where there is none to build with.
 """
 
+import contextlib
 import re
 import shutil
 import subprocess
@@ -61,10 +62,15 @@ class CMakeBuild(build_ext):
 
 def _torch() -> list[str]:
     """What a build needs besides: torch, for its headers. One of 2.11 or later in the environment that is installed
-    into serves, which pip's isolated build hides and CMake finds (`ask_torch`): gigabytes less to fetch and unpack."""
-    for found in distributions(name="torch", path=[sysconfig.get_path("platlib")]):
+    into serves, which pip's isolated build hides and CMake finds (`ask_torch`): gigabytes less to fetch and unpack.
+    One that cannot be imported from there, such as a broken or an editable one, does not."""
+    place = sysconfig.get_path("platlib")
+    for found in distributions(name="torch", path=[place]):
         if tuple(int(number) for number in re.findall(r"\d+", found.version)[:2]) >= (2, 11):
-            return []
+            code = f"import sys; sys.path.append({place!r}); import torch.utils.cpp_extension"
+            with contextlib.suppress(subprocess.CalledProcessError):
+                subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+                return []
     return ["torch>=2.11"]
 
 
