@@ -80,7 +80,7 @@ def confusion(prediction: Tensor, labels: Tensor, classes: int, ignore_index: in
         (N, classes, classes) int64: pixels by true class (rows) and predicted class (columns).
 
     Raises:
-        ValueError: for labels that count or predictions that are no such class.
+        ValueError: for other shapes, and for labels or predictions, where labels count, that are no such class.
     """
     if prediction.shape != labels.shape or labels.dim() != 3:
         raise ValueError(

@@ -47,7 +47,7 @@ def save(figure: Figure, path: Path) -> list[Path]:
         with replacing(target) as beside:
             figure.savefig(beside, format=kind, dpi=110)
         found.append(target)
-        figure.set_layout_engine("none")  # what was laid out once stays: finding it is most of the time
+        figure.set_layout_engine("none")  # what was laid out once stays: finding it takes its time
     return found
 
 
