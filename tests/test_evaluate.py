@@ -515,6 +515,12 @@ def test_every_attacker_by_name(name: str) -> None:
     x, y = scenes(2, size=(12, 16)).tensors
     moved = (attack(x, y, None) - x).abs().amax()
     assert 0 < moved <= attacker.radius * EPS + 1e-6
+    assert attacker.known_draw == ("known draw" in name)
+    assert attacker.gradients != name.startswith("Square")
+
+
+def attacker(name: str, **settings: Any) -> Attacker:
+    return Attacker(name, lambda model, defended: None, **settings)
 
 
 def test_a_black_box_that_sees_more_is_a_warning() -> None:
@@ -524,17 +530,17 @@ def test_a_black_box_that_sees_more_is_a_warning() -> None:
     report.dense, report.votes, report.losses, report.no_gradient, report.probabilities = False, 0, {}, {}, {}
     report.nan = {}
     report.target = None
-    report.radius, right = {"clean": 0.0, "PGD": 1.0, "Square, 9 queries": 1.0}, np.ones(20, bool)
-    report.results = {"a": {"clean": right, "PGD": right, "Square, 9 queries": ~right}, "b": {"clean": right}}
+    right = np.ones(20, bool)
+    report.attackers = {"PGD": attacker("PGD"), "black box": attacker("black box", gradients=False)}
+    report.results = {"a": {"clean": right, "PGD": right, "black box": ~right}, "b": {"clean": right}}
     assert len(report.warnings()) == 1
-    assert report.warnings()[0].startswith("a: Square, 9 queries, a black box, does more damage")
+    assert report.warnings()[0].startswith("a: black box, a black box, does more damage")
     # who knows the draw has more than a gradient, and so does a black box that does
-    report.radius = dict.fromkeys(("PGD", "PGD, one draw", "Square, 9 queries"), 1.0) | {"clean": 0.0}
-    report.results["a"]["PGD, one draw"] = ~right
+    report.attackers["PGD, known draw"] = attacker("PGD, known draw", known_draw=True)
+    report.results["a"]["PGD, known draw"] = ~right
     del report._table
     assert len(report.warnings()) == 1
-    report.radius["Square, one draw, 9 queries"] = 1.0
-    report.results["a"]["Square, one draw, 9 queries"] = report.results["a"].pop("Square, 9 queries")
+    report.attackers["black box"] = attacker("black box", gradients=False, known_draw=True)
     del report._table
     assert not report.warnings()
     report.results["a"]["PGD"] = ~right
@@ -552,7 +558,7 @@ def report_of(**columns: Any) -> Any:
     report.nan = {}
     right = np.arange(20) < 10
     report.results = {"a": {"clean": right, "PGD": right & (np.arange(20) < 5)}}
-    report.radius = {"clean": 0.0, "PGD": 1.0, "far": 16.0}
+    report.attackers = {"PGD": attacker("PGD"), "far": attacker("far", radius=16.0)}
     for name, value in columns.items():
         setattr(report, name, value)
     return report

@@ -221,22 +221,22 @@ def known(strength: Strength) -> dict[str, Attacker]:
             if objective == "ce" or not s.targeted
         ),
         Attacker("through averaging", averaging, knows=False),
-        Attacker("BPDA, one draw", knowing(draw=0)),
+        Attacker("BPDA, known draw", knowing(draw=0), known_draw=True),
         Attacker("BPDA", knowing()),
         Attacker(f"BPDA, {s.eot} draws", knowing(s.eot)),
         Attacker("BPDA, margin", margin()),
         Attacker(f"BPDA, margin, {s.eot} draws", margin(eot=s.eot)),
-        Attacker("BPDA, one draw, margin", margin(draw=0)),
+        Attacker("BPDA, known draw, margin", margin(draw=0), known_draw=True),
         Attacker("BPDA, trajectory", trajectory),
         Attacker("BPDA, one step", shorter),
         Attacker("unrolled", unrolled),
         Attacker("unrolled, margin", unrolled_margin()),
         Attacker(f"unrolled, margin, {several} draws", unrolled_margin(eot=several)),
-        Attacker("unrolled, one draw, margin", unrolled_margin(draw=0)),
+        Attacker("unrolled, known draw, margin", unrolled_margin(draw=0), known_draw=True),
         Attacker("Adaptive", both),
         Attacker("Adaptive, evading", overlooked),
-        Attacker(f"Square, {s.queries} queries", square()),
-        Attacker(f"Square, one draw, {s.queries} queries", square(draw=0)),
+        Attacker(f"Square, {s.queries} queries", square(), gradients=False),
+        Attacker(f"Square, known draw, {s.queries} queries", square(draw=0), gradients=False, known_draw=True),
         *(larger(radius) for radius in RADII),
     ]
     return {attacker.name: attacker for attacker in found}
@@ -254,15 +254,15 @@ def adaptive(strength: Strength) -> list[Attacker]:
     """
     everyone = known(strength)
     names = (
-        *("PGD", "through averaging", "BPDA, one draw", "BPDA", f"BPDA, {strength.eot} draws", "BPDA, margin"),
+        *("PGD", "through averaging", "BPDA, known draw", "BPDA", f"BPDA, {strength.eot} draws", "BPDA, margin"),
         *(
-            "BPDA, one draw, margin",
+            "BPDA, known draw, margin",
             "BPDA, trajectory",
             "BPDA, one step",
             "unrolled",
             "unrolled, margin",
             f"unrolled, margin, {min(strength.eot, 4)} draws",
-            "unrolled, one draw, margin",
+            "unrolled, known draw, margin",
             "Adaptive",
             "Adaptive, evading",
             f"Square, {strength.queries} queries",

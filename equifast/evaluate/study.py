@@ -57,12 +57,16 @@ class Attacker:
         knows: whether the attack depends on the defense; where not, its images are attacked once for all defenses.
         radius: of its ball, in that of the evaluation. Above 1 it is no part of the worst case: it is there to see
             whether anything is left where nothing should be.
+        gradients: whether it follows any; a black box does not, and should not do more damage than who does.
+        known_draw: whether it sees the defense at the draw at which it will predict.
     """
 
     name: str
     make: Callable[[nn.Module, DefendedModel], Attacked | None]
     knows: bool = True
     radius: float = 1.0
+    gradients: bool = True
+    known_draw: bool = False
 
 
 def arithmetic(device: torch.device) -> dict[str, Any]:
@@ -470,7 +474,7 @@ class Report:
         self.figure = "mIoU in %" if self.dense else "accuracy in %"
         self.images, self.left_out = len(evaluation.images), evaluation.left_out
         self.votes, self.target = evaluation.votes, evaluation.target
-        self.radius = {CLEAN: 0.0, **{attacker.name: attacker.radius for attacker in evaluation.attackers}}
+        self.attackers = {attacker.name: attacker for attacker in evaluation.attackers}
         self.results: dict[str, dict[str, Array]] = {}
         self.voted: dict[str, dict[str, Array]] = {}
         self.aimed: dict[str, dict[str, Array]] = {}
@@ -520,6 +524,11 @@ class Report:
     def similarity(self, defense: str, attack: str) -> Estimate:
         """The mean similarity of the images that a defense predicts from, times 100, where it was recorded."""
         return average(self.similarities[defense][attack])
+
+    @property
+    def radius(self) -> dict[str, float]:
+        """Of each attacker, in that of the evaluation, and 0 for images as they are."""
+        return {CLEAN: 0.0, **{name: attacker.radius for name, attacker in self.attackers.items()}}
 
     def attacks(self, defense: str) -> list[str]:
         """The attacks among which the worst is sought: those within the radius of the evaluation."""
@@ -620,11 +629,12 @@ class Report:
         found = []
         for defense, row in self.table().items():
             within = self.attacks(defense)
-            blind = {name: row[name] for name in within if name.startswith("Square")}
-            for name, estimate in blind.items():
+            following = [attacker for name, attacker in self.attackers.items() if name in within and attacker.gradients]
+            for name in within:
+                estimate, blind = row[name], self.attackers[name]
                 # whoever has the draw has more than gradients
-                alike = [n for n in within if n not in blind and ("one draw" in name or "one draw" not in n)]
-                if alike and estimate.value < min(row[n].value for n in alike) - estimate.standard_error:
+                alike = [row[each.name].value for each in following if blind.known_draw or not each.known_draw]
+                if not blind.gradients and alike and estimate.value < min(alike) - estimate.standard_error:
                     found.append(f"{defense}: {name}, a black box, does more damage than every attacker with gradients")
             for name, losses in self.losses.get(defense, {}).items():
                 still = ~(losses[:, :, -1] > losses[:, :, 0])  # run by run, of restarts or weights; NaN too
