@@ -129,8 +129,8 @@ class Ascent:
             last: how many steps at the end have a derivative, through ``slope``; up to them the ascent counts as the
                 identity. Each is run again for its derivative, so that one at a time takes memory. For one run that
                 keeps its last iterate.
-            visit: called with the images after every step.
-            watch: told of values and gradients, of the images that have not stopped.
+            visit: called with the images after every step, without a graph.
+            watch: told of values and gradients, of the images that have not stopped, at every step but the ``last``.
             advance: takes the steps, in place of :meth:`move`. For one that keeps its last iterate, with no stop,
                 ``watch`` and ``slope``.
 
@@ -164,33 +164,30 @@ class Ascent:
                     if t == self.steps - last:
                         x = x + (given - origin)
                     x, momentum = _unrolled(x, momentum, given, self, objective, slope, t, place(0, t))
-                    continue
-                if advance is not None:
+                elif advance is not None:
                     x, momentum = advance(x, momentum, origin, first + t, place(first, t))
-                    if progress is not None:
-                        progress(first + t + 1, total)
-                    continue
-                value, gradient = objective.gradient(x, first + t)
-                if watch is not None:
-                    watch(first + t, value, gradient)
-                if self.stop is not None and bool((done := value >= self.stop).any()):
-                    finished[staying[done]] = x[done]
-                    on = ~done
-                    objective, staying, ids = objective.only(on), staying[on], ids[on]
-                    x, origin, gradient, momentum = x[on], origin[on], gradient[on], momentum[on]
-                    if len(x) == 0:
-                        if progress is not None:
-                            progress(total, total)
-                        return finished
-                if self.keep == "best":
-                    offer(x, value if objective.fixed else objective.value(x))
-                if schedule is not None:
-                    x = schedule.step(x, value, gradient, t)
                 else:
-                    gradient, momentum = self.accumulated(gradient, momentum)
-                    x = self.ball.step(x, gradient, origin, **place(first, t))
+                    value, gradient = objective.gradient(x, first + t)
+                    if watch is not None:
+                        watch(first + t, value, gradient)
+                    if self.stop is not None and bool((done := value >= self.stop).any()):
+                        finished[staying[done]] = x[done]
+                        on = ~done
+                        objective, staying, ids = objective.only(on), staying[on], ids[on]
+                        x, origin, gradient, momentum = x[on], origin[on], gradient[on], momentum[on]
+                        if len(x) == 0:
+                            if progress is not None:
+                                progress(total, total)
+                            return finished
+                    if self.keep == "best":
+                        offer(x, value if objective.fixed else objective.value(x))
+                    if schedule is not None:
+                        x = schedule.step(x, value, gradient, t)
+                    else:
+                        gradient, momentum = self.accumulated(gradient, momentum)
+                        x = self.ball.step(x, gradient, origin, **place(first, t))
                 if visit is not None:
-                    visit(x)
+                    visit(x.detach())
                 if progress is not None:
                     progress(first + t + 1, total)
             if compare:
