@@ -4,7 +4,9 @@ import difflib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import numpy as np
@@ -102,11 +104,19 @@ def _timm(name: str) -> nn.Module:
     return Normalized(model, tuple(config["mean"]), tuple(config["std"]))
 
 
+class _Source(SourceFileLoader):
+    """Reads the file as it is: bytecode that Python keeps would be taken for a later file of its second and size."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        code: CodeType = self.source_to_code(self.get_data(self.path), self.path)
+        return code
+
+
 def _from_file(path: Path, function: str) -> nn.Module:
     if not path.is_file():
         raise ValueError(f"model file {str(path)!r} does not exist")
     name = f"_equifast_model_{path.stem}"
-    specification = importlib.util.spec_from_file_location(name, path)
+    specification = importlib.util.spec_from_file_location(name, path, loader=_Source(name, str(path)))
     assert specification is not None
     assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)

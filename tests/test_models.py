@@ -1,4 +1,5 @@
 import contextlib
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -108,6 +109,17 @@ def number():
 def broken():
     raise RuntimeError("no weights here\\nand more")
 """
+
+
+def test_a_model_file_is_read_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one of the same second and size as what was read before, of which Python may keep the bytecode."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    path = tmp_path / "some.py"
+    for channels in (1, 2):
+        path.write_text(f"import torch\ndef build():\n    return torch.nn.Conv2d(3, {channels}, 1)\n")
+        os.utime(path, (1e9, 1e9))
+        assert load_model(f"{path}:build").out_channels == channels
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_model_from_a_file(tmp_path: Path) -> None:
