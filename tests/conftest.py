@@ -3,8 +3,13 @@ from pathlib import Path
 
 # Before torch is loaded: threads that wait by spinning would take the time of the other processes of the suite.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# xdist's; tables are as wide as a test says.
+# xdist's; tables are as wide as a test says. The others make what is printed colored wherever it goes.
 os.environ.pop("COLUMNS", None)
+os.environ.pop("FORCE_COLOR", None)
+os.environ.pop("PY_COLORS", None)
+os.environ.pop("CLICOLOR_FORCE", None)
+os.environ.pop("GITHUB_ACTIONS", None)
+os.environ.pop("TTY_COMPATIBLE", None)
 
 import pytest
 import torch
