@@ -67,9 +67,9 @@ inline uint3 threadIdx, blockIdx;
 
 namespace equifast_shim {
 
-constexpr std::size_t stack_bytes =
-    64 * 1024;  // AddressSanitizer clears what it knows of all of it at each switch
-constexpr std::size_t guard_bytes = 64 * 1024;  // below it, which nobody may touch
+// Of a stack, of which AddressSanitizer clears all that it knows at every switch: more takes longer. Below it
+// lies memory that nobody may touch.
+constexpr std::size_t stack_bytes = 64 * 1024, guard_bytes = 64 * 1024;
 constexpr int warp_size = 32;
 
 struct Fiber {
