@@ -133,7 +133,8 @@ def warped(name: str, first: int, dtype: torch.dtype) -> tuple[list[Tensor], Ten
     x, views, theta = problem(name, first, "contiguous", dtype)
     leaf = plain(x)
     found = reference.warp(leaf, theta, [(v.shape[2], v.shape[3]) for v in views])
-    return found, differentiate(found, [leaf])[0]
+    gradient = differentiate(found, [leaf])[0]
+    return [f.detach() for f in found], gradient  # kept without what they were computed by
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -197,7 +198,7 @@ def compared(name: str, first: int, reduction: str, dtype: torch.dtype) -> tuple
     anchor, views, theta = problem(name, first, "contiguous", dtype)
     leaves = [plain(f) for f in (anchor, *views)]
     found = reference.similarity(leaves[0], leaves[1:], theta, reduction)
-    return found, differentiate([found], leaves)
+    return found.detach(), differentiate([found], leaves)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from equifast import Defended, Purifier, attacks, ops, rng
+from equifast.ascent import Ascent
+from equifast.balls import Linf
 from equifast.evaluate.studies import Constrained
 
 
@@ -231,3 +233,32 @@ def test_without_gradients_there_is_no_graph() -> None:
         with off():
             assert not Purifier(model).unrolled(x, 1).requires_grad
     assert Purifier(model).unrolled(x, 1).requires_grad
+
+
+def test_every_step_is_told_of() -> None:
+    """Those with a derivative too, of their images without a graph."""
+
+    class Line:
+        fixed = True
+
+        def gradient(self, x: Tensor, t: int) -> tuple[Tensor, Tensor]:
+            return x.sum((1, 2, 3)), torch.ones_like(x)
+
+        def slope(self, x: Tensor, t: int) -> Tensor:
+            return torch.ones_like(x) * x.sum()
+
+    line, seen, done = Line(), list[Tensor](), list[tuple[int, int]]()
+    x = cases.images(2).requires_grad_()
+    Ascent(ball=Linf(0.1), steps=3, step_size=0.01, momentum=1.0)(
+        line,  # type: ignore[arg-type]
+        x,
+        seed=0,
+        ids=torch.arange(2),
+        slope=line.slope,
+        last=2,
+        visit=seen.append,
+        progress=lambda *each: done.append(each),
+    )
+    assert done == [(1, 3), (2, 3), (3, 3)]
+    assert len(seen) == 3
+    assert not any(each.requires_grad for each in seen)
