@@ -31,4 +31,6 @@ STABLE_TORCH_LIBRARY(equifast, m) {
   // (O, I, J) -> (O, G, I, J), by an order (G, J), and the transpose.
   m.def("turn_filters(Tensor filters, Tensor order) -> Tensor");
   m.def("turn_filters_adjoint(Tensor turned, Tensor order) -> Tensor");
+  // Of images (N, C, H, W) by transformed filters (36, C, O) and a bias (O), padding of rows and of columns.
+  m.def("winograd(Tensor x, Tensor filters, Tensor? bias, int dilation, int[] padding) -> Tensor");
 }

@@ -15,12 +15,13 @@ DTYPES = ("auto", "float32", "bfloat16")
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bfloat16: CUDA 8.0 and later; on the CPU AMX or AVX-512 BF16."""
+    """Whether the hardware multiplies bfloat16 faster than float32.
+
+    CUDA 8.0 and later; on the CPU AMX, or AVX-512 BF16 but of Intel's processors that have AMX, and hide it.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type == "cpu":
-        return bool({"amx_bf16", "avx512_bf16"} & set(_C.instruction_sets()))
-    return False
+    return device.type == "cpu" and _C.multiplies_bfloat16()
 
 
 def autocast(dtype: str, x: Tensor) -> torch.dtype | None:

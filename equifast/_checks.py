@@ -278,6 +278,49 @@ def turn_filters(filters: object, order: object) -> None:
     same_device("order", order, "filters", given)
 
 
+def winograd_weight(weight: object) -> None:
+    """The argument of ``winograd_filters``."""
+    given = tensor("weight", weight, 4, "(O, C, 3, 3)")
+    if given.shape[2:] != (3, 3):
+        raise ValueError(f"weight has shape {shape(given)}; it must be (O, C, 3, 3)")
+    _wide("weight", given)
+
+
+def _wide(name: str, given: Tensor) -> None:
+    if given.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name} has dtype {given.dtype}; it must be float32 or float64")
+
+
+def _beside(name: str, given: Tensor, x: Tensor) -> None:
+    if given.dtype != x.dtype:
+        raise TypeError(f"{name} has dtype {given.dtype}, x {x.dtype}; they must be of one dtype")
+    same_device(name, given, "x", x)
+
+
+def winograd(x: object, filters: object, bias: object, dilation: int, padding: Sequence[int]) -> tuple[int, int]:
+    """The arguments of ``winograd``, on every backend; returns the height and width of what it gives."""
+    image = tensor("x", x, 4, "(N, C, H, W)")
+    _wide("x", image)
+    given = tensor("filters", filters, 3, "(36, C, O)")
+    _beside("filters", given, image)
+    if given.shape[:2] != (36, image.shape[1]):
+        raise ValueError(f"filters has shape {shape(given)}; it must be (36, {image.shape[1]}, O)")
+    if bias is not None:
+        shift = tensor("bias", bias, 1, "(O,)")
+        _beside("bias", shift, image)
+        if len(shift) != given.shape[2]:
+            raise ValueError(f"bias has shape {shape(shift)}; it must be ({given.shape[2]},)")
+    if dilation < 1:
+        raise ValueError(f"dilation is {dilation}; it must be at least 1")
+    if len(padding) != 2 or min(padding) < 0:
+        raise ValueError(f"padding is {padding}; it must be two numbers of at least 0")
+    height, width = (image.shape[side] + 2 * (padding[side - 2] - dilation) for side in (2, 3))
+    if height < 1 or width < 1:
+        least = 2 * dilation + 1
+        raise ValueError(f"x has shape {shape(image)}; it must be {least} pixels high and wide with its padding")
+    return height, width
+
+
 def signed_step(x: object, gradient: object, origin: object, eps: object, ids_given: object) -> Tensor:
     """The arguments of ``signed_step``, on every backend; returns the ids."""
     start = tensor("x", x, 4, "(N, C, H, W)")

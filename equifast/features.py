@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import functools
 import math
 import threading
 import types
@@ -334,6 +335,52 @@ def _settings(stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int 
     return (*(side * 2 if len(side) == 1 else side for side in sides), groups)
 
 
+_MOST_WEIGHTS = 2**16  # of one place of a filter: transformed they take eight times the memory, gradients included
+_MOST_WASTE = 1.6  # positions of tiles for one of the result, above which PyTorch's own operator is faster
+
+
+@functools.lru_cache(4096)
+def _tiles_well(height: int, width: int, padding: tuple[int, int], dilation: int) -> bool:
+    """Whether tiles of 4x4 that are `dilation` apart cover little more than the result, and than the gradient."""
+
+    def tiled(size: int) -> int:
+        return sum(-(-(size - phase) // (4 * dilation)) * 4 for phase in range(min(size, dilation)))
+
+    high, wide = height + 2 * (padding[0] - dilation), width + 2 * (padding[1] - dilation)
+    sizes = ((height, width), (high, wide))
+    return min(high, wide) >= 1 and all(tiled(h) * tiled(w) <= _MOST_WASTE * h * w for h, w in sizes)
+
+
+def _is_minimal(x: Tensor, weight: Tensor, settings: tuple[Any, ...]) -> bool:
+    """Whether a convolution, and its gradient, is :func:`_minimal`; the number of images has no say."""
+    if x.dtype != torch.float32 or not hasattr(weight, _KEPT) or weight.dtype != torch.float32 or x.dim() != 4:
+        return False
+    (outputs, channels, *sides), (stride, padding, (dilation, across), groups) = weight.shape, settings
+    if sides != [3, 3] or stride != (1, 1) or dilation != across or groups != 1 or max(padding) > 2 * dilation:
+        return False
+    if outputs % ops.WINOGRAD_CHANNELS or channels % ops.WINOGRAD_CHANNELS or outputs * channels > _MOST_WEIGHTS:
+        return False
+    if weight.requires_grad or not weight.is_contiguous(memory_format=torch.channels_last):
+        return False
+    if not _tiles_well(x.shape[2], x.shape[3], padding, dilation):
+        return False
+    return x.device.type == "cpu" and ops.native(x) and ops.has_vectors()
+
+
+def _minimal(x: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple[Any, ...], gradient: bool) -> Tensor:
+    """A convolution by ``winograd``, in a quarter of the products, or its gradient, x being upstream of it."""
+    _, padding, (dilation, _), _ = settings
+    kept, key = getattr(weight, _KEPT), ("winograd", gradient)
+    if key not in kept:
+        # what is upstream comes back through the filters mirrored
+        given = weight.detach().flip(2, 3).transpose(0, 1) if gradient else weight.detach()
+        with torch.inference_mode(False), torch.no_grad():
+            kept[key] = ops.winograd_filters(given)
+    around = [2 * dilation - side for side in padding] if gradient else padding
+    convolved: Tensor = torch.ops.equifast.winograd(x, kept[key], bias, dilation, around)
+    return convolved
+
+
 def _is_phased(x: Tensor, settings: tuple[Any, ...]) -> bool:
     """Whether the gradient of a convolution is :func:`_phased_gradient`."""
     (stride, across), _, dilation, groups = settings
@@ -391,6 +438,8 @@ def _plain(x: Tensor, weight: Tensor, padding: int) -> Tensor:
 
 def _convolution_gradient(upstream: Tensor, x: Tensor, weight: Tensor, settings: tuple[Any, ...]) -> Tensor:
     """The gradient of a convolution by its input; on the CPU an image's has the same bits in any batch (_batchless)."""
+    if _is_minimal(x, weight, settings):
+        return _minimal(upstream, weight, None, settings, gradient=True)
     stride, padding, dilation, groups = settings
     rest = (None, stride, padding, dilation, False, (0, 0), groups, (True, False, False))
     pairs, alone = set(stride) != {1}, len(x) == 1 and x.numel() <= _LARGE and not _is_lowered(x)
@@ -416,6 +465,8 @@ class _Frozen(torch.autograd.Function):
         ctx.settings = settings
         if x.device.type != "cpu":
             return torch.conv2d(x, weight, bias, *settings)
+        if _is_minimal(x, weight, settings):
+            return _minimal(x, weight, bias, settings, gradient=False)
         convolved: Tensor = _batchless(torch.conv2d, (x, weight, bias, *settings), {})
         # one of two is a view of both, and a view that a function of one's own gives must not be changed in place
         return convolved.clone() if convolved._is_view() else convolved
@@ -592,6 +643,21 @@ def _with_kept_weight(args: Any) -> Any:
     return (args[0], _lowered(args[1], torch.get_autocast_dtype(kind)), *args[2:])
 
 
+def _minimal_call(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, *rest: Any, **more: Any
+) -> Tensor | None:
+    """``torch.conv2d``, called alike, where it is :func:`_minimal`; else None."""
+    trained = bias is not None and bias.requires_grad
+    if not hasattr(weight, _KEPT) or isinstance(padding, str) or trained or _is_lowered(x) or _untouchable():
+        return None
+    settings = _settings(stride, padding, *rest, **more)
+    if not _is_minimal(x, weight, settings):
+        return None
+    if x.requires_grad and torch.is_grad_enabled():
+        return _frozen_convolution(x, weight, bias, settings)
+    return _minimal(x, weight, bias, settings, gradient=False)
+
+
 class _Running(TorchFunctionMode):
     """How some of a model's operations are run. Every operation goes through it, so it is one.
 
@@ -623,6 +689,9 @@ class _Running(TorchFunctionMode):
                 if convolved is not None:
                     return convolved
             if self.lean and func is torch.conv2d:
+                convolved = _minimal_call(*args, **kwargs)
+                if convolved is not None:
+                    return convolved
                 args = _with_kept_weight(args)
             if batchless:
                 return _batchless(func, args, kwargs)

@@ -29,6 +29,8 @@ __all__ = [
     "turn_filters",
     "use",
     "warp",
+    "winograd",
+    "winograd_filters",
 ]
 
 BACKENDS = ("native", "reference")
@@ -105,6 +107,12 @@ def instruction_set() -> str | None:
     function = ctypes.CDLL(str(Path(__file__).with_name("_ops.so"))).equifast_instruction_set
     function.restype = ctypes.c_char_p
     return str(function().decode())
+
+
+@functools.cache
+def has_vectors() -> bool:
+    """Whether the native backend has kernels for the wide registers of this CPU."""
+    return instruction_set() in ("avx2", "avx512")
 
 
 @functools.cache
@@ -412,6 +420,29 @@ def turn_filters(filters: Tensor, order: Tensor) -> Tensor:
     return result
 
 
+winograd_filters = reference.winograd_filters
+WINOGRAD_CHANNELS = 16
+"""The native convolution takes multiples of so many, of its input and its output."""
+
+
+def winograd(
+    x: Tensor, filters: Tensor, bias: Tensor | None = None, dilation: int = 1, padding: tuple[int, int] = (0, 0)
+) -> Tensor:
+    """A convolution of 3x3 filters in a quarter of the products; see :func:`equifast.reference.winograd`.
+
+    Native on the CPU where no gradient is wanted and the numbers of channels are multiples of 16; the result is
+    channels_last there, and that of an image has the same bits in any batch.
+    """
+    _checks.winograd(x, filters, bias, dilation, padding)
+    whole = all(side % WINOGRAD_CHANNELS == 0 for side in filters.shape[1:])
+    given = [tensor for tensor in (x, filters, bias) if tensor is not None]
+    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+    if not whole or wanted or x.device.type != "cpu" or _checks.transformed() or not native(x):
+        return reference.winograd(x, filters, bias, dilation, padding)
+    result: Tensor = torch.ops.equifast.winograd(x, filters, bias, dilation, padding)
+    return result
+
+
 # Fakes and derivatives, registered when the library has been loaded.
 
 
@@ -507,6 +538,12 @@ def _fake_turn_filters(filters: Tensor, order: Tensor) -> Tensor:
 
 def _fake_turn_filters_adjoint(turned: Tensor, order: Tensor) -> Tensor:
     return turned.new_empty((turned.shape[0], *turned.shape[2:]))
+
+
+def _fake_winograd(x: Tensor, filters: Tensor, bias: Tensor | None, dilation: int, padding: Sequence[int]) -> Tensor:
+    height, width = (x.shape[side] + 2 * (padding[side - 2] - dilation) for side in (2, 3))
+    result = x.new_empty((x.shape[0], filters.shape[2], height, width))
+    return result.contiguous(memory_format=torch.channels_last)
 
 
 def _fake_like(images: Tensor) -> Tensor:
@@ -825,6 +862,7 @@ def _register() -> None:
         _fake_color_jitter_backward,
         _fake_turn_filters,
         _fake_turn_filters_adjoint,
+        _fake_winograd,
     )
     for fake in fakes:
         torch.library.register_fake("equifast::" + fake.__name__.removeprefix("_fake_"))(fake)

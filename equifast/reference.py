@@ -13,7 +13,16 @@ from torch.nn import functional
 
 from equifast import _checks, rng
 
-__all__ = ["color_jitter", "pair_similarity", "signed_step", "similarity", "turn_filters", "warp"]
+__all__ = [
+    "color_jitter",
+    "pair_similarity",
+    "signed_step",
+    "similarity",
+    "turn_filters",
+    "warp",
+    "winograd",
+    "winograd_filters",
+]
 
 _EDGE = 1 + 1e-6  # |q| up to this is inside the frame
 _CHUNK = 4096
@@ -365,6 +374,81 @@ def turn_filters(filters: Tensor, order: Tensor) -> Tensor:
     _checks.turn_filters(filters, order)
     shape = (len(filters), len(order), *filters.shape[1:])
     return filters[:, None].expand(shape).gather(3, order[None, :, None].expand(shape))
+
+
+# Of Winograd's minimal filtering F(4x4, 3x3), by the points 0, 1, -1, 2, -2 and infinity (Lavin and Gray 2016, section
+# 4.3): what inputs, filters and products are multiplied by along one side.
+_INPUTS = (
+    (4, 0, -5, 0, 1, 0),
+    (0, -4, -4, 1, 1, 0),
+    (0, 4, -4, -1, 1, 0),
+    (0, -2, -1, 2, 1, 0),
+    (0, 2, -1, -2, 1, 0),
+    (0, 4, 0, -5, 0, 1),
+)
+_FILTERS = (
+    (1 / 4, 0, 0),
+    (-1 / 6, -1 / 6, -1 / 6),
+    (-1 / 6, 1 / 6, -1 / 6),
+    (1 / 24, 1 / 12, 1 / 6),
+    (1 / 24, -1 / 12, 1 / 6),
+    (0, 0, 1),
+)
+_OUTPUTS = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1))
+
+
+def winograd_filters(weight: Tensor) -> Tensor:
+    """The filters of a convolution as :func:`winograd` takes them, transformed in float64.
+
+    Args:
+        weight: (O, C, 3, 3), float32 or float64.
+
+    Returns:
+        (36, C, O), contiguous, in the dtype of the weight.
+
+    Raises:
+        TypeError, ValueError: if it is not.
+    """
+    _checks.winograd_weight(weight)
+    side = torch.tensor(_FILTERS, dtype=torch.float64, device=weight.device)
+    transformed = torch.einsum("ia,ocab,jb->ijco", side, weight.double(), side)
+    return transformed.flatten(0, 1).to(weight.dtype).contiguous()
+
+
+def winograd(
+    x: Tensor, filters: Tensor, bias: Tensor | None = None, dilation: int = 1, padding: tuple[int, int] = (0, 0)
+) -> Tensor:
+    """``conv2d`` of 3x3 filters and stride 1 by Winograd's minimal filtering (Lavin and Gray 2016).
+
+    A tile of 4x4 outputs takes 36 products where the sum itself takes 144. It rounds a few times as coarsely; and what
+    is not finite in x reaches all of a tile's outputs.
+
+    Args:
+        x: (N, C, H, W), float32 or float64.
+        filters: (36, C, O), of :func:`winograd_filters`.
+        bias: (O,), or None.
+        dilation: pixels between the weights of a filter, at least 1.
+        padding: rows of zeros above and below x, and columns at its sides, at least 0.
+
+    Returns:
+        (N, O, H + 2 padding[0] - 2 dilation, W + 2 padding[1] - 2 dilation)
+
+    Raises:
+        TypeError, ValueError: if shapes, dtypes or devices do not fit, or nothing is left of x.
+    """
+    height, width = _checks.winograd(x, filters, bias, dilation, padding)
+    forward, back = (torch.tensor(side, dtype=x.dtype, device=x.device) for side in (_INPUTS, _OUTPUTS))
+    rows, columns = (-(-side // (4 * dilation)) for side in (height, width))
+    (top, left), (high, wide) = padding, ((4 * count + 2) * dilation for count in (rows, columns))
+    padded = torch.nn.functional.pad(x, (left, wide - left - x.shape[3], top, high - top - x.shape[2]))
+    # pixels that are `dilation` apart are neighbors to the filters
+    phases = padded.unflatten(3, (-1, dilation)).unflatten(2, (-1, dilation)).permute(0, 3, 5, 1, 2, 4)
+    tiles = phases.unfold(4, 6, 4).unfold(5, 6, 4)
+    transformed = torch.einsum("ia,nxycrsab,jb->nxycrsij", forward, tiles, forward)
+    products = torch.einsum("nxycrsij,ijco->nxyorsij", transformed, filters.unflatten(0, (6, 6)))
+    outputs = torch.einsum("ai,nxyorsij,bj->noraxsby", back, products, back)
+    result = outputs.flatten(5, 7).flatten(2, 4)[:, :, :height, :width]
+    return result if bias is None else result + bias.view(-1, 1, 1)
 
 
 def signed_step(

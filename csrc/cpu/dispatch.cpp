@@ -29,6 +29,7 @@
   void color_jitter_add_mean(const ColorJitterParams& p, int64_t begin, int64_t end);    \
   void turn_filters(const FiltersParams& p, int64_t begin, int64_t end);                 \
   void turn_filters_adjoint(const FiltersParams& p, int64_t begin, int64_t end);         \
+  void winograd(const WinogradParams& p, int64_t begin, int64_t end);                    \
   constexpr Kernels table{#isa,                                                          \
                           warp,                                                          \
                           warp_adjoint,                                                  \
@@ -48,7 +49,8 @@
                           color_jitter_backward,                                         \
                           color_jitter_add_mean,                                         \
                           turn_filters,                                                  \
-                          turn_filters_adjoint};                                         \
+                          turn_filters_adjoint,                                          \
+                          winograd};                                                     \
   }
 
 namespace equifast::cpu {

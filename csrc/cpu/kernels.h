@@ -102,6 +102,22 @@ struct FiltersParams {
   void* result;                   // (O, G, I, J), or (O, I, J)
 };
 
+// Maps are interleaved and dense; dtype is float32 or float64.
+struct WinogradParams {
+  Dtype dtype;
+  int images, channels, outputs;  // N, C, O; the latter two multiples of winograd_channels
+  int height, width;              // pixels, of x
+  int out_height, out_width;
+  int dilation, top, left;    // pixels; the latter two of padding
+  const void* x;              // (N, C, H, W)
+  const void* filters;        // (36, C, O), transformed
+  const void* bias;           // (O), or null
+  void* result;               // (N, O, h, w)
+  const int *rows, *columns;  // of the first outputs of tiles, pixels
+  int row_tiles, column_tiles;
+  int group;  // of the O channels, that a task gives; whatever it is, the result is the same
+};
+
 // Tasks of a kernel; all are counted from the shapes.
 inline int parts(int size, int part) { return (size + part - 1) / part; }
 
@@ -205,6 +221,15 @@ inline int64_t color_jitter_chunks(const ColorJitterParams& p) {
   return (p.pixels + color_jitter_chunk - 1) / color_jitter_chunk;
 }
 
+constexpr int winograd_tiles = 24;     // of a task
+constexpr int winograd_channels = 16;  // as few as are computed at once
+inline int64_t winograd_blocks(const WinogradParams& p) {
+  return (int64_t{p.images} * p.row_tiles * p.column_tiles + winograd_tiles - 1) / winograd_tiles;
+}
+inline int64_t winograd_tasks(const WinogradParams& p) {
+  return winograd_blocks(p) * parts(p.outputs, p.group);
+}
+
 // After the tasks: adds their partial sums in order. `result`: (N, K) float32, or float64 for float64
 // features.
 void similarity_finish(const SimilarityParams& p, void* result);
@@ -239,6 +264,7 @@ struct Kernels {
   void (*color_jitter_add_mean)(const ColorJitterParams& p, int64_t begin, int64_t end);
   void (*turn_filters)(const FiltersParams& p, int64_t begin, int64_t end);  // tasks: O
   void (*turn_filters_adjoint)(const FiltersParams& p, int64_t begin, int64_t end);
+  void (*winograd)(const WinogradParams& p, int64_t begin, int64_t end);
 };
 
 // The widest set that this machine runs; EQUIFAST_ISA=baseline|avx2|avx512 in the environment asks for less.

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <atomic>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -506,6 +507,77 @@ Tensor turn_filters_adjoint(Tensor turned, Tensor order) {
   return result;
 }
 
+// Where tiles of four outputs begin along a side, those that are `dilation` apart in one tile.
+std::vector<int> tiles_of(int size, int dilation) {
+  std::vector<int> found;
+  for (int phase = 0; phase < dilation && phase < size; ++phase) {
+    for (int first = phase; first < size; first += 4 * dilation) found.push_back(first);
+  }
+  return found;
+}
+
+Tensor winograd(Tensor x, Tensor filters, std::optional<Tensor> bias, int64_t dilation,
+                std::vector<int64_t> padding) {
+  check_features(x, "x");
+  STD_TORCH_CHECK(x.scalar_type() == Scalar::Float || x.scalar_type() == Scalar::Double,
+                  "x must be float32 or float64");
+  check_same(filters, x, "filters", "x");
+  STD_TORCH_CHECK(filters.dim() == 3 && filters.size(0) == 36 && filters.size(1) == x.size(1),
+                  "filters must be (36, C, O) with the C of x");
+  const int64_t channels = filters.size(1), outputs = filters.size(2);
+  STD_TORCH_CHECK(channels % winograd_channels == 0 && outputs % winograd_channels == 0 && outputs > 0 &&
+                      outputs < (int64_t{1} << 31),
+                  "channels must be multiples of 16");
+  if (bias) {
+    check_same(*bias, x, "bias", "x");
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == outputs, "bias must be (O)");
+  }
+  constexpr int64_t most = 1 << 20;
+  STD_TORCH_CHECK(dilation >= 1 && dilation < most, "dilation must be at least 1");
+  STD_TORCH_CHECK(padding.size() == 2 && padding[0] >= 0 && padding[0] < most && padding[1] >= 0 &&
+                      padding[1] < most && x.size(2) < most && x.size(3) < most,
+                  "padding must be two numbers, of rows and of columns");
+  const int64_t height = x.size(2) + 2 * (padding[0] - dilation),
+                width = x.size(3) + 2 * (padding[1] - dilation);
+  STD_TORCH_CHECK(height >= 1 && width >= 1, "x must be as large as the dilated filters");
+  Tensor result = new_map(x, outputs, height, width, x.scalar_type(), true);
+  if (result.numel() == 0) return result;
+  const Tensor source = torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
+  const Tensor transformed = torch::stable::contiguous(filters);
+  const std::optional<Tensor> shift =
+      bias ? std::optional<Tensor>(torch::stable::contiguous(*bias)) : std::nullopt;
+  const auto rows = tiles_of(static_cast<int>(height), static_cast<int>(dilation)),
+             columns = tiles_of(static_cast<int>(width), static_cast<int>(dilation));
+  WinogradParams p{dtype_of(x),
+                   static_cast<int>(x.size(0)),
+                   static_cast<int>(channels),
+                   static_cast<int>(outputs),
+                   static_cast<int>(x.size(2)),
+                   static_cast<int>(x.size(3)),
+                   static_cast<int>(height),
+                   static_cast<int>(width),
+                   static_cast<int>(dilation),
+                   static_cast<int>(padding[0]),
+                   static_cast<int>(padding[1]),
+                   source.const_data_ptr(),
+                   transformed.const_data_ptr(),
+                   shift ? shift->const_data_ptr() : nullptr,
+                   result.mutable_data_ptr(),
+                   rows.data(),
+                   columns.data(),
+                   static_cast<int>(rows.size()),
+                   static_cast<int>(columns.size()),
+                   static_cast<int>(outputs)};
+  // Where tiles are few, threads share the channels.
+  const int64_t wanted = 2 * torch::stable::get_num_threads(), blocks = winograd_blocks(p);
+  if (blocks < wanted) {
+    const int64_t panel = outputs % 48 == 0 ? 48 : 64, share = outputs * blocks / wanted;
+    p.group = static_cast<int>(share < panel ? panel : share / panel * panel);
+  }
+  run(kernels().winograd, p, winograd_tasks(p), result.numel());
+  return result;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(equifast, CPU, m) {
@@ -522,6 +594,7 @@ STABLE_TORCH_LIBRARY_IMPL(equifast, CPU, m) {
   m.impl("color_jitter_backward", TORCH_BOX(&color_jitter_backward));
   m.impl("turn_filters", TORCH_BOX(&turn_filters));
   m.impl("turn_filters_adjoint", TORCH_BOX(&turn_filters_adjoint));
+  m.impl("winograd", TORCH_BOX(&winograd));
 }
 
 }  // namespace equifast::cpu

@@ -1,6 +1,6 @@
-// The CPU kernels of warp and of similarity with one cosine per image, on random maps, views and tasks:
-// against sums in float64, position by position, and in memory whose every map ends where a page begins that
-// may not be touched, or begins where one ends. EQUIFAST_ISA chooses the instruction set.
+// The CPU kernels of warp, of similarity with one cosine per image and of convolutions, on random maps and
+// tasks: against sums in float64, position by position, and in memory whose every map ends where a page
+// begins that may not be touched, or begins where one ends. EQUIFAST_ISA chooses the instruction set.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -315,6 +315,62 @@ void try_warp(core::Dtype dtype, const char* type, double tolerance, int seed) {
   check(apart(gradient, back), tolerance, "adjoint of warp", type, seed);
 }
 
+// By the sum itself, of filters that are transformed as equifast/reference.py does.
+template <typename T>
+void try_winograd(core::Dtype dtype, const char* type, double tolerance, int seed) {
+  constexpr double side[6][3] = {{1.0 / 4, 0, 0},
+                                 {-1.0 / 6, -1.0 / 6, -1.0 / 6},
+                                 {-1.0 / 6, 1.0 / 6, -1.0 / 6},
+                                 {1.0 / 24, 1.0 / 12, 1.0 / 6},
+                                 {1.0 / 24, -1.0 / 12, 1.0 / 6},
+                                 {0, 0, 1}};
+  const int images = any_of(1, 3), channels = 16 * any_of(1, 5), outputs = 16 * any_of(1, 5);
+  const int height = any_of(1, 24), width = any_of(1, 24), dilation = any_of(1, 3);
+  const int least_y = height < 2 * dilation + 1 ? dilation : 0,
+            least_x = width < 2 * dilation + 1 ? dilation : 0;
+  const int top = any_of(least_y, 2 * dilation), left = any_of(least_x, 2 * dilation);
+  const int high = height + 2 * (top - dilation), wide = width + 2 * (left - dilation);
+  Tensor<T> x(images, channels, height, width, true), result(images, outputs, high, wide, true);
+  Tensor<T> weight(outputs, channels, 3, 3, false), filters(1, 36, channels, outputs, false),
+      bias(1, 1, 1, outputs, false);
+  x.draw(), weight.draw(), bias.draw();
+  filters.each([&](int, int place, int c, int o) {
+    double sum = 0;
+    for (int i = 0; i < 9; ++i)
+      sum += side[place / 6][i / 3] * side[place % 6][i % 3] * weight.value(o, c, i / 3, i % 3);
+    filters.at(0, place, c, o) = T(sum);
+  });
+  std::vector<int> rows, columns;
+  for (auto* tiles : {&rows, &columns}) {
+    const int size = tiles == &rows ? high : wide;
+    for (int phase = 0; phase < dilation && phase < size; ++phase) {
+      for (int first = phase; first < size; first += 4 * dilation) tiles->push_back(first);
+    }
+  }
+  cpu::WinogradParams p{};
+  p.dtype = dtype, p.images = images, p.channels = channels, p.outputs = outputs;
+  p.height = height, p.width = width, p.out_height = high, p.out_width = wide;
+  p.dilation = dilation, p.top = top, p.left = left;
+  p.x = x.map.data, p.filters = filters.map.data, p.bias = any_of(0, 1) == 0 ? nullptr : bias.map.data;
+  p.result = result.memory->data();
+  p.rows = rows.data(), p.columns = columns.data();
+  p.row_tiles = static_cast<int>(rows.size()), p.column_tiles = static_cast<int>(columns.size());
+  p.group = 16 * any_of(1, 6);
+  run(cpu::kernels().winograd, p, cpu::winograd_tasks(p));
+  Wide expected(images, outputs, high, wide);
+  result.each([&](int n, int o, int y, int x_) {
+    double sum = p.bias == nullptr ? 0 : bias.value(0, 0, 0, o);
+    for (int i = 0; i < 9; ++i) {
+      const int from_y = y - top + i / 3 * dilation, from_x = x_ - left + i % 3 * dilation;
+      if (from_y < 0 || from_y >= height || from_x < 0 || from_x >= width) continue;
+      for (int c = 0; c < channels; ++c)
+        sum += x.value(n, c, from_y, from_x) * weight.value(o, c, i / 3, i % 3);
+    }
+    expected.at(n, o, y, x_) = sum;
+  });
+  check(apart(result, expected), tolerance, "convolution", type, seed);
+}
+
 }  // namespace
 
 int main() {
@@ -334,6 +390,8 @@ int main() {
     try_warp<double>(core::Dtype::float64, "float64", 1e-11, i);
     try_warp<core::Half>(core::Dtype::float16, "float16", 2e-3, i);
     try_warp<core::BFloat16>(core::Dtype::bfloat16, "bfloat16", 2e-2, i);
+    try_winograd<float>(core::Dtype::float32, "float32", 2e-5, i);
+    try_winograd<double>(core::Dtype::float64, "float64", 1e-12, i);
   }
   std::printf("%s: %d cases of each type, %d failures\n", cpu::kernels().name, cases, failures);
   return failures == 0 ? 0 : 1;
