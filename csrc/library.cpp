@@ -33,4 +33,9 @@ STABLE_TORCH_LIBRARY(equifast, m) {
   m.def("turn_filters_adjoint(Tensor turned, Tensor order) -> Tensor");
   // Of images (N, C, H, W) by transformed filters (36, C, O) and a bias (O), padding of rows and of columns.
   m.def("winograd(Tensor x, Tensor filters, Tensor? bias, int dilation, int[] padding) -> Tensor");
+  // Of maps (N, O, h, w) by filters (kernel height, kernel width, O, at least C) to (N, C, H, W); or, of
+  // blocks of stride x stride pixels, by filters with channels for each.
+  m.def(
+      "conv_transpose(Tensor x, Tensor filters, int channels, int[] size, int stride, int[] padding, bool "
+      "blocks) -> Tensor");
 }

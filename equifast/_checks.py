@@ -321,6 +321,27 @@ def winograd(x: object, filters: object, bias: object, dilation: int, padding: S
     return height, width
 
 
+def conv_transpose(
+    x: object, filters: object, channels: int, size: Sequence[int], stride: int, padding: Sequence[int], blocks: bool
+) -> None:
+    """The arguments of ``conv_transpose``, on every backend."""
+    image = tensor("x", x, 4, "(N, O, h, w)")
+    _wide("x", image)
+    given = tensor("filters", filters, 4, "(kernel height, kernel width, O, C)")
+    _beside("filters", given, image)
+    if given.shape[2] != image.shape[1] or given.shape[3] % 16 or 0 in given.shape[:2]:
+        wanted = f"(kernel height, kernel width, {image.shape[1]}, C), C a multiple of 16"
+        raise ValueError(f"filters has shape {shape(given)}; it must be {wanted}")
+    if stride < 1:
+        raise ValueError(f"stride is {stride}; it must be at least 1")
+    most = given.shape[3] // (stride**2 if blocks else 1)
+    if not 1 <= channels <= most:
+        raise ValueError(f"channels is {channels}; it must be 1 to {most}")
+    for name, pair, least in (("size", size, 1), ("padding", padding, 0)):
+        if len(pair) != 2 or min(pair) < least:
+            raise ValueError(f"{name} is {pair}; it must be two numbers of at least {least}")
+
+
 def signed_step(x: object, gradient: object, origin: object, eps: object, ids_given: object) -> Tensor:
     """The arguments of ``signed_step``, on every backend; returns the ids."""
     start = tensor("x", x, 4, "(N, C, H, W)")

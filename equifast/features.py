@@ -381,59 +381,26 @@ def _minimal(x: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple[Any
     return convolved
 
 
-def _is_phased(x: Tensor, settings: tuple[Any, ...]) -> bool:
-    """Whether the gradient of a convolution is :func:`_phased_gradient`."""
+def _is_transposed(x: Tensor, settings: tuple[Any, ...]) -> bool:
+    """Whether the gradient of a convolution is ``conv_transpose``, whose bits know of no batch."""
     (stride, across), _, dilation, groups = settings
-    return x.dtype == torch.float32 and stride == across > 1 and set(dilation) == {1} and groups == 1
+    if x.dtype != torch.float32 or stride != across or stride == 1 or set(dilation) != {1} or groups != 1:
+        return False
+    return x.device.type == "cpu" and ops.native(x)
 
 
-def _phases(weight: Tensor, stride: int) -> Tensor:
-    """(O, I, h, w) -> (I stride^2, O, h', w'): the kernel whose plain convolution is the gradient of a strided one.
-
-    Every stride-th position of the input gets its gradient by the same weights, which are every stride-th too. Kept for
-    weights that never change.
-    """
-    kept: dict[Any, Tensor] | None = None if _untouchable() else getattr(weight, _KEPT, None)
-    if kept is not None and stride in kept:
-        return kept[stride]
-    out, into, *sides = weight.shape
-    high, wide = (-(-side // stride) for side in sides)
-    padded = functional.pad(weight, (0, wide * stride - sides[1], 0, high * stride - sides[0]))
-    parts = padded.reshape(out, into, high, stride, wide, stride).permute(1, 3, 5, 0, 2, 4).flip(4, 5)
-    kernel = parts.reshape(into * stride**2, out, high, wide)
-    if weight.is_contiguous(memory_format=torch.channels_last):
-        kernel = kernel.contiguous(memory_format=torch.channels_last)
-    if kept is not None and type(kernel) is Tensor:
-        kept[stride] = kernel
-    return kernel
-
-
-def _phased_gradient(upstream: Tensor, x: Tensor, weight: Tensor, settings: tuple[Any, ...]) -> Tensor:
-    """The gradient of a strided convolution by its input, from plain convolutions, whose bits know of no batch."""
+def _transposed(upstream: Tensor, x: Tensor, weight: Tensor, settings: tuple[Any, ...]) -> Tensor:
     (stride, _), padding, _, _ = settings
-    high, wide = x.shape[2:]
-    if weight.shape[2:] == (1, 1) and padding == (0, 0):
-        gradient = torch.zeros_like(x)
-        seen = gradient[:, :, ::stride, ::stride]
-        seen.copy_(_plain(upstream, weight.transpose(0, 1), 0))
-        return gradient
-    kernel = _phases(weight, stride)
-    around: list[int] = []  # left, right, top, bottom
-    for side in (3, 2):
-        first, last = padding[side - 2] // stride, (x.shape[side] - 1 + padding[side - 2]) // stride
-        around += [kernel.shape[side] - 1 - first, last - (upstream.shape[side] - 1)]
-    if len(set(around)) == 1 and around[0] >= 0:
-        found = _plain(upstream, kernel, around[0])
-    else:
-        found = _plain(functional.pad(upstream, around), kernel, 0)
-    top, left = (number % stride for number in padding)
-    return functional.pixel_shuffle(found, stride)[:, :, top : top + high, left : left + wide]
-
-
-def _plain(x: Tensor, weight: Tensor, padding: int) -> Tensor:
-    args, kwargs = _as_on_several_threads(torch.conv2d, (x, weight, None, 1, padding), {})
-    convolved: Tensor = _batchless(torch.conv2d, args, kwargs)
-    return convolved
+    kept: dict[Any, Any] = {} if _untouchable() else getattr(weight, _KEPT, {})
+    key = ("transpose", stride)
+    if key not in kept:
+        with torch.inference_mode(False), torch.no_grad():
+            kept[key] = ops.conv_transpose_filters(weight.detach(), stride)
+    filters, blocks = kept[key]
+    size = (x.shape[2], x.shape[3])
+    gradient = ops.conv_transpose(upstream, filters, weight.shape[1], size, stride, padding, blocks)
+    # what is before it has the layout that the weights ask for
+    return gradient if weight.is_contiguous(memory_format=torch.channels_last) else gradient.contiguous()
 
 
 def _convolution_gradient(upstream: Tensor, x: Tensor, weight: Tensor, settings: tuple[Any, ...]) -> Tensor:
@@ -446,8 +413,8 @@ def _convolution_gradient(upstream: Tensor, x: Tensor, weight: Tensor, settings:
     if x.device.type != "cpu" or not (pairs or alone):
         gradient: Tensor = torch.ops.aten.convolution_backward(upstream, x, weight, *rest)[0]
         return gradient
-    if _is_phased(x, settings):
-        return _phased_gradient(upstream, x, weight, settings)
+    if _is_transposed(x, settings):
+        return _transposed(upstream, x, weight, settings)
     found = []
     for given, images in zip(upstream.split(2), x.split(2), strict=True):
         if len(images) == 1:
@@ -579,13 +546,13 @@ def _batchless(func: Any, args: Any, kwargs: Any) -> Any:
     been called. PyTorch sends float32 convolutions of a single small map to another algorithm than those of several:
     here they run as one of two. And oneDNN cuts the gradient of a strided convolution into blocks by a rule that weighs
     images against threads: here that runs two images at a time (and the convolution too where it is transposed, not in
-    two dimensions, trained, traced or transformed), or is done by plain convolutions (:func:`_phased_gradient`). Where
+    two dimensions, trained, traced or transformed), or is done by an operator of our own (:func:`_transposed`). Where
     neither that is for it, nor a second copy for its memory, a lone image of large maps is left out: its last bits may
     be others than in a batch.
     """
     x, rest = args[0], args[1:]
     strided = _is_strided(args, kwargs)
-    if strided and func is torch.conv2d and (len(x) > 1 or _is_phased_alone(*args, **kwargs)):
+    if strided and func is torch.conv2d and (len(x) > 1 or _is_transposed_alone(*args, **kwargs)):
         if not (torch.is_grad_enabled() and x.requires_grad):
             strided = False
         elif (convolved := _frozen(*args, **kwargs)) is not None:
@@ -599,12 +566,12 @@ def _batchless(func: Any, args: Any, kwargs: Any) -> Any:
     return func(*args, **kwargs)
 
 
-def _is_phased_alone(
+def _is_transposed_alone(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, *rest: Any, **more: Any
 ) -> bool:
-    """Whether a strided ``torch.conv2d``, called alike, of a lone image is one whose gradient is phased."""
+    """Whether a strided ``torch.conv2d``, called alike, of a lone image has a gradient of its own."""
     known = not isinstance(padding, str) and not _is_lowered(x) and not _untouchable()
-    return known and _is_phased(x, _settings(stride, padding, *rest, **more))
+    return known and _is_transposed(x, _settings(stride, padding, *rest, **more))
 
 
 def _rowwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -23,6 +23,8 @@ __all__ = [
     "backend",
     "choose",
     "color_jitter",
+    "conv_transpose",
+    "conv_transpose_filters",
     "pair_similarity",
     "signed_step",
     "similarity",
@@ -435,12 +437,40 @@ def winograd(
     """
     _checks.winograd(x, filters, bias, dilation, padding)
     whole = all(side % WINOGRAD_CHANNELS == 0 for side in filters.shape[1:])
-    given = [tensor for tensor in (x, filters, bias) if tensor is not None]
-    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
-    if not whole or wanted or x.device.type != "cpu" or _checks.transformed() or not native(x):
+    if not whole or not _constant_on_cpu(x, filters, *([] if bias is None else [bias])):
         return reference.winograd(x, filters, bias, dilation, padding)
     result: Tensor = torch.ops.equifast.winograd(x, filters, bias, dilation, padding)
     return result
+
+
+conv_transpose_filters = reference.conv_transpose_filters
+
+
+def conv_transpose(
+    x: Tensor,
+    filters: Tensor,
+    channels: int,
+    size: tuple[int, int],
+    stride: int,
+    padding: tuple[int, int],
+    blocks: bool = False,
+) -> Tensor:
+    """The gradient of a strided convolution; see :func:`equifast.reference.conv_transpose`.
+
+    Native on the CPU where no gradient is wanted; the result is channels_last there, and that of an image has the same
+    bits in any batch.
+    """
+    _checks.conv_transpose(x, filters, channels, size, stride, padding, blocks)
+    if not _constant_on_cpu(x, filters):
+        return reference.conv_transpose(x, filters, channels, size, stride, padding, blocks)
+    result: Tensor = torch.ops.equifast.conv_transpose(x, filters, channels, size, stride, padding, blocks)
+    return result
+
+
+def _constant_on_cpu(x: Tensor, *others: Tensor) -> bool:
+    """Whether the native kernels for the CPU compute, which have no derivative."""
+    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *others))
+    return x.device.type == "cpu" and not wanted and native(x)
 
 
 # Fakes and derivatives, registered when the library has been loaded.
@@ -544,6 +574,12 @@ def _fake_winograd(x: Tensor, filters: Tensor, bias: Tensor | None, dilation: in
     height, width = (x.shape[side] + 2 * (padding[side - 2] - dilation) for side in (2, 3))
     result = x.new_empty((x.shape[0], filters.shape[2], height, width))
     return result.contiguous(memory_format=torch.channels_last)
+
+
+def _fake_conv_transpose(
+    x: Tensor, filters: Tensor, channels: int, size: Sequence[int], stride: int, padding: Sequence[int], blocks: bool
+) -> Tensor:
+    return x.new_empty((x.shape[0], channels, *size)).contiguous(memory_format=torch.channels_last)
 
 
 def _fake_like(images: Tensor) -> Tensor:
@@ -863,6 +899,7 @@ def _register() -> None:
         _fake_turn_filters,
         _fake_turn_filters_adjoint,
         _fake_winograd,
+        _fake_conv_transpose,
     )
     for fake in fakes:
         torch.library.register_fake("equifast::" + fake.__name__.removeprefix("_fake_"))(fake)

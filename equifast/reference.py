@@ -1,9 +1,10 @@
-"""The six operators in plain PyTorch: the definition that every kernel is held to.
+"""The operators in plain PyTorch: the definition that every kernel is held to.
 
 Any float dtype and device, differentiable twice (``warp`` with respect to ``theta`` too). Geometry is computed in
 float64 whatever the dtype of the images, similarities are accumulated in float32 or better.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from equifast import _checks, rng
 
 __all__ = [
     "color_jitter",
+    "conv_transpose",
+    "conv_transpose_filters",
     "pair_similarity",
     "signed_step",
     "similarity",
@@ -374,6 +377,76 @@ def turn_filters(filters: Tensor, order: Tensor) -> Tensor:
     _checks.turn_filters(filters, order)
     shape = (len(filters), len(order), *filters.shape[1:])
     return filters[:, None].expand(shape).gather(3, order[None, :, None].expand(shape))
+
+
+def conv_transpose_filters(weight: Tensor, stride: int) -> tuple[Tensor, bool]:
+    """The filters of a strided convolution as :func:`conv_transpose` takes them.
+
+    Args:
+        weight: (O, C, h, w), any float dtype.
+        stride: pixels, at least 1.
+
+    Returns:
+        (kernel height, kernel width, O, C'), contiguous, zeros beyond what there is, C' a multiple of 16; and whether
+        they are of blocks of pixels, which takes fewer products where channels are few: by (h / stride, w / stride),
+        rounded up, for stride^2 C channels, a pixel of the block after the other.
+
+    Raises:
+        TypeError, ValueError: if the weight is not that.
+    """
+    _checks.tensor("weight", weight, 4, "(O, C, h, w)")
+    if stride < 1:
+        raise ValueError(f"stride is {stride}; it must be at least 1")
+    channels, *sides = weight.shape[1:]
+    fewer = [-(-side // stride) for side in sides]
+
+    def products(kernel: Sequence[int], channels: int) -> int:
+        return math.prod(kernel) * (channels + -channels % 16)
+
+    filters = weight.permute(2, 3, 0, 1)
+    blocks = products(fewer, channels * stride**2) < products(sides, channels)
+    if blocks:
+        rest = [few * stride - side for few, side in zip(fewer, sides, strict=True)]
+        filters = torch.nn.functional.pad(filters, (0, 0, 0, 0, 0, rest[1], 0, rest[0]))
+        filters = filters.unflatten(1, (-1, stride)).unflatten(0, (-1, stride)).permute(0, 2, 4, 1, 3, 5).flatten(3)
+    return torch.nn.functional.pad(filters, (0, -filters.shape[3] % 16)).contiguous(), blocks
+
+
+def conv_transpose(
+    x: Tensor,
+    filters: Tensor,
+    channels: int,
+    size: tuple[int, int],
+    stride: int,
+    padding: tuple[int, int],
+    blocks: bool = False,
+) -> Tensor:
+    """The gradient of a strided ``conv2d`` by its input, of square strides and without dilation and groups.
+
+    Args:
+        x: (N, O, h, w), float32 or float64: the gradient by the output.
+        filters: (kernel height, kernel width, O, C'), of :func:`conv_transpose_filters`, which says ``blocks`` too.
+        channels: C, at least 1.
+        size: (H, W) of the input, in pixels.
+        stride: pixels, at least 1.
+        padding: rows of zeros above and below the input, and columns at its sides, at least 0.
+
+    Returns:
+        (N, C, H, W)
+
+    Raises:
+        TypeError, ValueError: if shapes, dtypes or devices do not fit.
+    """
+    _checks.conv_transpose(x, filters, channels, size, stride, padding, blocks)
+    if blocks:
+        each = filters[..., : stride**2 * channels].unflatten(3, (stride, stride, channels))
+        weight = each.permute(2, 5, 0, 3, 1, 4).flatten(4, 5).flatten(2, 3)
+    else:
+        weight = filters[..., :channels].permute(2, 3, 0, 1)
+    whole = torch.nn.functional.conv_transpose2d(x, weight, None, stride)
+    (high, wide), (top, left) = size, padding
+    around = (-left, left + wide - whole.shape[3], -top, top + high - whole.shape[2])
+    return torch.nn.functional.pad(whole, around)
 
 
 # Of Winograd's minimal filtering F(4x4, 3x3), by the points 0, 1, -1, 2, -2 and infinity (Lavin and Gray 2016, section

@@ -30,6 +30,7 @@
   void turn_filters(const FiltersParams& p, int64_t begin, int64_t end);                 \
   void turn_filters_adjoint(const FiltersParams& p, int64_t begin, int64_t end);         \
   void winograd(const WinogradParams& p, int64_t begin, int64_t end);                    \
+  void conv_transpose(const ConvTransposeParams& p, int64_t begin, int64_t end);         \
   constexpr Kernels table{#isa,                                                          \
                           warp,                                                          \
                           warp_adjoint,                                                  \
@@ -50,7 +51,8 @@
                           color_jitter_add_mean,                                         \
                           turn_filters,                                                  \
                           turn_filters_adjoint,                                          \
-                          winograd};                                                     \
+                          winograd,                                                      \
+                          conv_transpose};                                               \
   }
 
 namespace equifast::cpu {

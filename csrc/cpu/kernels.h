@@ -102,10 +102,13 @@ struct FiltersParams {
   void* result;                   // (O, G, I, J), or (O, I, J)
 };
 
+// Convolutions compute so many channels at once, at least.
+constexpr int whole_channels = 16;
+
 // Maps are interleaved and dense; dtype is float32 or float64.
 struct WinogradParams {
   Dtype dtype;
-  int images, channels, outputs;  // N, C, O; the latter two multiples of winograd_channels
+  int images, channels, outputs;  // N, C, O; the latter two multiples of whole_channels
   int height, width;              // pixels, of x
   int out_height, out_width;
   int dilation, top, left;    // pixels; the latter two of padding
@@ -117,6 +120,28 @@ struct WinogradParams {
   int row_tiles, column_tiles;
   int group;  // of the O channels, that a task gives; whatever it is, the result is the same
 };
+
+// Likewise. The result is a grid of blocks of pixels, which are one pixel, or stride x stride of them: then
+// filters have a channel for each number of a block, and blocks a stride of 1.
+struct ConvTransposeParams {
+  Dtype dtype;
+  int images, channels, outputs;            // N, O, C
+  int padded;                               // C', a multiple of 16, at least block^2 C
+  int height, width;                        // pixels, of x
+  int out_height, out_width;                // pixels
+  int stride, kernel_height, kernel_width;  // of blocks, and weights
+  int top, left;                            // of padding, pixels
+  int block;                                // pixels along a side
+  const void* x;                            // (N, O, h, w)
+  const void* filters;                      // (kernel height, kernel width, O, C'); beyond anything
+  void* result;                             // (N, C, H, W)
+  int rows;                                 // of blocks, of a task; whatever it is, the result is the same
+};
+// Padding in blocks, and blocks along a side.
+inline int blocks_before(int padding, int block) { return padding / block; }
+inline int blocks_along(int pixels, int padding, int block) {
+  return (pixels - 1 + padding) / block - padding / block + 1;
+}
 
 // Tasks of a kernel; all are counted from the shapes.
 inline int parts(int size, int part) { return (size + part - 1) / part; }
@@ -221,13 +246,16 @@ inline int64_t color_jitter_chunks(const ColorJitterParams& p) {
   return (p.pixels + color_jitter_chunk - 1) / color_jitter_chunk;
 }
 
-constexpr int winograd_tiles = 24;     // of a task
-constexpr int winograd_channels = 16;  // as few as are computed at once
+constexpr int winograd_tiles = 24;  // of a task
 inline int64_t winograd_blocks(const WinogradParams& p) {
   return (int64_t{p.images} * p.row_tiles * p.column_tiles + winograd_tiles - 1) / winograd_tiles;
 }
 inline int64_t winograd_tasks(const WinogradParams& p) {
   return winograd_blocks(p) * parts(p.outputs, p.group);
+}
+
+inline int64_t conv_transpose_tasks(const ConvTransposeParams& p) {
+  return int64_t{p.images} * parts(blocks_along(p.out_height, p.top, p.block), p.rows);
 }
 
 // After the tasks: adds their partial sums in order. `result`: (N, K) float32, or float64 for float64
@@ -265,6 +293,7 @@ struct Kernels {
   void (*turn_filters)(const FiltersParams& p, int64_t begin, int64_t end);  // tasks: O
   void (*turn_filters_adjoint)(const FiltersParams& p, int64_t begin, int64_t end);
   void (*winograd)(const WinogradParams& p, int64_t begin, int64_t end);
+  void (*conv_transpose)(const ConvTransposeParams& p, int64_t begin, int64_t end);
 };
 
 // The widest set that this machine runs; EQUIFAST_ISA=baseline|avx2|avx512 in the environment asks for less.

@@ -525,7 +525,7 @@ Tensor winograd(Tensor x, Tensor filters, std::optional<Tensor> bias, int64_t di
   STD_TORCH_CHECK(filters.dim() == 3 && filters.size(0) == 36 && filters.size(1) == x.size(1),
                   "filters must be (36, C, O) with the C of x");
   const int64_t channels = filters.size(1), outputs = filters.size(2);
-  STD_TORCH_CHECK(channels % winograd_channels == 0 && outputs % winograd_channels == 0 && outputs > 0 &&
+  STD_TORCH_CHECK(channels % whole_channels == 0 && outputs % whole_channels == 0 && outputs > 0 &&
                       outputs < (int64_t{1} << 31),
                   "channels must be multiples of 16");
   if (bias) {
@@ -578,6 +578,56 @@ Tensor winograd(Tensor x, Tensor filters, std::optional<Tensor> bias, int64_t di
   return result;
 }
 
+Tensor conv_transpose(Tensor x, Tensor filters, int64_t channels, std::vector<int64_t> size, int64_t stride,
+                      std::vector<int64_t> padding, bool blocks) {
+  check_features(x, "x");
+  STD_TORCH_CHECK(x.scalar_type() == Scalar::Float || x.scalar_type() == Scalar::Double,
+                  "x must be float32 or float64");
+  check_same(filters, x, "filters", "x");
+  STD_TORCH_CHECK(filters.dim() == 4 && filters.size(2) == x.size(1),
+                  "filters must be (kernel height, kernel width, O, C) with the O of x");
+  constexpr int64_t most = 1 << 20;
+  STD_TORCH_CHECK(size.size() == 2 && padding.size() == 2, "size and padding must be two numbers");
+  STD_TORCH_CHECK(stride >= 1 && stride < 1024, "stride must be at least 1, and less than 1024");
+  for (const std::size_t side : {0, 1}) {
+    const auto kernel = filters.size(static_cast<int64_t>(side));
+    STD_TORCH_CHECK(kernel >= 1 && kernel < most && size[side] >= 1 && size[side] < most &&
+                        padding[side] >= 0 && padding[side] < most &&
+                        x.size(static_cast<int64_t>(side) + 2) < most,
+                    "sizes must be at least 1 and padding at least 0");
+  }
+  const int64_t block = blocks ? stride : 1, padded = filters.size(3);
+  STD_TORCH_CHECK(padded % whole_channels == 0 && padded < (int64_t{1} << 31) && channels >= 1 &&
+                      channels <= padded / (block * block) && channels * size[1] < (int64_t{1} << 31),
+                  "filters must have a multiple of 16 channels, and enough for those of the result");
+  Tensor result = new_map(x, channels, size[0], size[1], x.scalar_type(), true);
+  if (result.numel() == 0) return result;
+  const Tensor source = torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
+  const Tensor weights = torch::stable::contiguous(filters);
+  ConvTransposeParams p{dtype_of(x),
+                        static_cast<int>(x.size(0)),
+                        static_cast<int>(x.size(1)),
+                        static_cast<int>(channels),
+                        static_cast<int>(padded),
+                        static_cast<int>(x.size(2)),
+                        static_cast<int>(x.size(3)),
+                        static_cast<int>(size[0]),
+                        static_cast<int>(size[1]),
+                        static_cast<int>(stride / block),
+                        static_cast<int>(filters.size(0)),
+                        static_cast<int>(filters.size(1)),
+                        static_cast<int>(padding[0]),
+                        static_cast<int>(padding[1]),
+                        static_cast<int>(block),
+                        source.const_data_ptr(),
+                        weights.const_data_ptr(),
+                        result.mutable_data_ptr(),
+                        8};
+  while (p.rows > 1 && conv_transpose_tasks(p) < 4 * int64_t{torch::stable::get_num_threads()}) p.rows /= 2;
+  run(kernels().conv_transpose, p, conv_transpose_tasks(p), result.numel());
+  return result;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(equifast, CPU, m) {
@@ -595,6 +645,7 @@ STABLE_TORCH_LIBRARY_IMPL(equifast, CPU, m) {
   m.impl("turn_filters", TORCH_BOX(&turn_filters));
   m.impl("turn_filters_adjoint", TORCH_BOX(&turn_filters_adjoint));
   m.impl("winograd", TORCH_BOX(&winograd));
+  m.impl("conv_transpose", TORCH_BOX(&conv_transpose));
 }
 
 }  // namespace equifast::cpu

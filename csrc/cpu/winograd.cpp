@@ -6,39 +6,13 @@
 // by the filters'; and what comes out is transformed to the 4x4 outputs. A tile's numbers do not depend on
 // what else is in the task.
 #include <algorithm>
-#include <cstddef>
-#include <utility>
 
-#include "pack.h"
+#include "matrix.h"
 
 namespace equifast::cpu::EQUIFAST_ISA {
 namespace {
 
 constexpr int places = 36, inputs = 6, outputs = 4;  // of a tile: products; positions along a side
-
-template <typename real>
-constexpr int lanes = register_bytes / int{sizeof(real)};
-
-template <typename real>
-struct Vector {
-  typedef real type __attribute__((vector_size(register_bytes)));  // an alias would not take it
-};
-template <typename real>
-using Lanes = typename Vector<real>::type;
-
-template <typename real>
-EQUIFAST_INLINE inline void get(Lanes<real>& to, const real* from) {
-  std::memcpy(&to, from, sizeof(to));
-}
-template <typename real>
-EQUIFAST_INLINE inline void put(real* to, const Lanes<real>& from) {
-  std::memcpy(to, &from, sizeof(from));
-}
-// In a form that compilers take for a load of one number to all lanes.
-template <typename real, std::size_t... lane>
-EQUIFAST_INLINE inline void spread(Lanes<real>& to, real value, std::index_sequence<lane...>) {
-  to = Lanes<real>{((void)lane, value)...};
-}
 
 // The transforms, along one side: of inputs, by the points 0, 1, -1, 2, -2 and infinity, and to outputs.
 template <typename real>
@@ -138,29 +112,6 @@ void write_tile(const WinogradParams& p, const Tile& tile, const real* from, int
   }
 }
 
-// (rows, C) times (C, vectors): rows of both, and of the result, so many numbers from one to the next. Always
-// so many rows, so that each is summed in the same way.
-template <typename real, int rows, int vectors>
-EQUIFAST_INLINE inline void multiply(const real* a, int64_t a_apart, const real* b, int64_t b_apart, real* to,
-                                     int64_t to_apart, int channels) {
-  Lanes<real> sum[rows][vectors];
-  for (int r = 0; r < rows; ++r) {
-    for (int v = 0; v < vectors; ++v) sum[r][v] = Lanes<real>{};
-  }
-  for (int c = 0; c < channels; ++c, b += b_apart) {
-    Lanes<real> filter[vectors];
-    for (int v = 0; v < vectors; ++v) get<real>(filter[v], b + v * lanes<real>);
-    for (int r = 0; r < rows; ++r) {
-      Lanes<real> one;
-      spread<real>(one, a[r * a_apart + c], std::make_index_sequence<lanes<real>>());
-      for (int v = 0; v < vectors; ++v) sum[r][v] += one * filter[v];
-    }
-  }
-  for (int r = 0; r < rows; ++r) {
-    for (int v = 0; v < vectors; ++v) put<real>(to + r * to_apart + v * lanes<real>, sum[r][v]);
-  }
-}
-
 template <typename real>
 struct Task {
   const WinogradParams& p;
@@ -173,8 +124,7 @@ struct Task {
   // The outputs of a panel of so many vectors of channels, from `channel` on. Sums fill the registers.
   template <int vectors>
   void panel(int channel) const {
-    constexpr int rows = EQUIFAST_WIDE ? (vectors == 1 ? 12 : 24 / vectors) : 6;
-    static_assert(winograd_tiles % rows == 0, "tiles come in whole products");
+    constexpr int rows = rows_at_once<vectors>;
     constexpr int wide = vectors * lanes<real>;
     for (int place = 0; place < places; ++place) {
       const real* filters = static_cast<const real*>(p.filters) +
@@ -182,8 +132,10 @@ struct Task {
       const real* from = transformed + place * transformed_apart;
       real* to = products + place * products_apart;
       for (int t = 0; t < tiles; t += rows) {
-        multiply<real, rows, vectors>(from + int64_t{t} * p.channels, p.channels, filters, p.outputs,
-                                      to + int64_t{t} * wide, wide, p.channels);
+        Product<real, rows, vectors> product;
+        product.zero();
+        product.add(from + int64_t{t} * p.channels, p.channels, filters, p.outputs, p.channels);
+        product.put(to + int64_t{t} * wide, wide);
       }
     }
     for (int t = 0; t < tiles; ++t) {
@@ -200,26 +152,13 @@ struct Task {
       real* rest = transformed + place * transformed_apart;
       std::fill(rest + int64_t{tiles} * p.channels, rest + int64_t{winograd_tiles} * p.channels, real{0});
     }
-    for (int channel = begin; channel < end;) {
-      const int left = (end - channel) / lanes<real>;
-#if EQUIFAST_WIDE
-      const int vectors = left < 5 ? left : (left == 5 || left % 3 == 0 ? 3 : 4);
-      if (vectors == 4) panel<4>(channel);
-      if (vectors == 3) panel<3>(channel);
-      if (vectors == 1) panel<1>(channel);
-#else
-      (void)left;
-      constexpr int vectors = 2;
-#endif
-      if (vectors == 2) panel<2>(channel);
-      channel += vectors * lanes<real>;
-    }
+    each_panel<real>(begin, end, [this](int channel, auto vectors) { panel<vectors.value>(channel); });
   }
 };
 
 template <typename real>
 void convolve(const WinogradParams& p, int64_t begin, int64_t end) {
-  static_assert(winograd_channels % (2 * lanes<real>) == 0 || EQUIFAST_WIDE, "channels come in whole panels");
+  static_assert(winograd_tiles % whole_rows == 0, "tiles come in whole products");
   // not at a distance of whole pages, which share their places in cache
   const int64_t a_apart = int64_t{winograd_tiles} * p.channels + 16,
                 b_apart = winograd_tiles * 4 * lanes<real> + 16;

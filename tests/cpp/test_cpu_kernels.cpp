@@ -371,6 +371,52 @@ void try_winograd(core::Dtype dtype, const char* type, double tolerance, int see
   check(apart(result, expected), tolerance, "convolution", type, seed);
 }
 
+// By the sum itself: each number of x times the weights, to where they come from.
+template <typename T>
+void try_conv_transpose(core::Dtype dtype, const char* type, double tolerance, int seed) {
+  const int images = any_of(1, 2), channels = any_of(1, 40),
+            outputs = any_of(1, 3) == 1 ? any_of(1, 4) : any_of(5, 70);
+  const int stride = any_of(1, 4), high = any_of(1, 5), wide = any_of(1, 5);
+  const int top = any_of(0, 4), left = any_of(0, 4);
+  const int height = any_of(1, 30) + high, width = any_of(1, 60) + wide;
+  const int h = (height + 2 * top - high) / stride + 1, w = (width + 2 * left - wide) / stride + 1;
+  const int block = any_of(0, 1) == 0 ? 1 : stride;
+  const int kernel_height = (high + block - 1) / block, kernel_width = (wide + block - 1) / block;
+  const int padded = (outputs * block * block + 15) / 16 * 16;
+  Tensor<T> x(images, channels, h, w, true), result(images, outputs, height, width, true);
+  Tensor<T> weight(channels, outputs, high, wide, false);
+  Tensor<T> filters(kernel_height, kernel_width, channels, padded, false);
+  x.draw(), weight.draw(), filters.draw();  // those beyond the channels too
+  weight.each([&](int o, int c, int i, int j) {
+    const int place = ((i % block) * block + j % block) * outputs + c;
+    filters.at(i / block, j / block, o, place) = weight.at(o, c, i, j);
+  });
+  filters.each([&](int i, int j, int o, int place) {
+    const int a = place / outputs / block, b = place / outputs % block;
+    if (a < block && (i * block + a >= high || j * block + b >= wide))
+      core::store(filters.at(i, j, o, place), T(0));
+  });
+  cpu::ConvTransposeParams p{};
+  p.dtype = dtype, p.images = images, p.channels = channels, p.outputs = outputs, p.padded = padded;
+  p.height = h, p.width = w, p.out_height = height, p.out_width = width;
+  p.stride = stride / block, p.kernel_height = kernel_height, p.kernel_width = kernel_width;
+  p.top = top, p.left = left, p.block = block;
+  p.x = x.map.data, p.filters = filters.map.data, p.result = result.memory->data();
+  p.rows = any_of(1, 9);
+  run(cpu::kernels().conv_transpose, p, cpu::conv_transpose_tasks(p));
+  Wide expected(images, outputs, height, width);
+  x.each([&](int n, int o, int i, int j) {
+    const double value = x.value(n, o, i, j);
+    for (int k = 0; k < high * wide; ++k) {
+      const int y = i * stride - top + k / wide, x_ = j * stride - left + k % wide;
+      if (y < 0 || y >= height || x_ < 0 || x_ >= width) continue;
+      for (int c = 0; c < outputs; ++c)
+        expected.at(n, c, y, x_) += value * weight.value(o, c, k / wide, k % wide);
+    }
+  });
+  check(apart(result, expected), tolerance, "transposed convolution", type, seed);
+}
+
 }  // namespace
 
 int main() {
@@ -392,6 +438,8 @@ int main() {
     try_warp<core::BFloat16>(core::Dtype::bfloat16, "bfloat16", 2e-2, i);
     try_winograd<float>(core::Dtype::float32, "float32", 2e-5, i);
     try_winograd<double>(core::Dtype::float64, "float64", 1e-12, i);
+    try_conv_transpose<float>(core::Dtype::float32, "float32", 1e-5, i);
+    try_conv_transpose<double>(core::Dtype::float64, "float64", 1e-13, i);
   }
   std::printf("%s: %d cases of each type, %d failures\n", cpu::kernels().name, cases, failures);
   return failures == 0 ? 0 : 1;
