@@ -41,10 +41,14 @@ FEATURES = [(1, 11, 22, 30), (4, 19, 43, 85), (1, 256, 60, 60), (1, 21, 480, 480
 LARGE = [(4, 256, 128, 256), (8, 21, 512, 1024)]  # on a GPU only
 IMAGES = (4, 3, 340, 680)
 PAIRS = [(4, 11, 176, 240)]
+CONVOLUTIONS = [(4, 48, 44, 60, 1), (4, 96, 22, 30, 2), (4, 96, 44, 60, 4)]  # N, channels of both, H, W, dilation
+STRIDED = [(4, 3, 32, 176, 240), (4, 32, 48, 88, 120)]  # N, channels, H, W; 3x3 by a stride of 2
 COPIED = 2**26  # elements of the tensor that is copied: far beyond every cache
 COPIES = 10  # before a line, and after it
 LEAST_SECONDS = 1.5  # of measuring, per line
 BENCHMARKS = ("published", "eager", "native")
+_OTHER = DEVICE != "cpu" or DTYPE is not torch.float32
+float32_on_cpu = pytest.mark.skipif(_OTHER, reason="for float32 on the CPU")
 
 
 def rendered(shape: Sequence[int]) -> tuple[Tensor, list[tuple[int, int]]]:
@@ -179,6 +183,50 @@ def test_color_jitter(benchmark: Any, implementation: str) -> None:
     measure(benchmark, once, 4 * images.nbytes)
 
 
+@float32_on_cpu
+@pytest.mark.parametrize("implementation", BENCHMARKS)  # the published code takes PyTorch's
+@pytest.mark.parametrize("shape", CONVOLUTIONS, ids=str)
+def test_winograd(benchmark: Any, shape: tuple[int, int, int, int, int], implementation: str) -> None:
+    n, channels, height, width, dilation = shape
+    layout = torch.channels_last
+    x, upstream = (values(n, channels, height, width, seed=k).contiguous(memory_format=layout) for k in range(2))
+    weight = values(channels, channels, 3, 3, seed=2).contiguous(memory_format=layout)
+    filters, back = (ops.winograd_filters(w) for w in (weight, weight.flip(2, 3).transpose(0, 1)))
+    pair = (dilation, dilation)
+
+    def once() -> object:
+        if implementation == "published":
+            wanted = ((1, 1), pair, pair, False, (0, 0), 1, (True, False, False))
+            torch.conv2d(x, weight, None, 1, dilation, dilation)
+            return torch.ops.aten.convolution_backward(upstream, x, weight, None, *wanted)
+        with backends(implementation):
+            ops.winograd(x, filters, None, dilation, pair)
+            return ops.winograd(upstream, back, None, dilation, pair)
+
+    measure(benchmark, once, 4 * x.nbytes + 2 * weight.nbytes)
+
+
+@float32_on_cpu
+@pytest.mark.parametrize("implementation", BENCHMARKS)
+@pytest.mark.parametrize("shape", STRIDED, ids=str)
+def test_conv_transpose(benchmark: Any, shape: tuple[int, int, int, int, int], implementation: str) -> None:
+    n, channels, outputs, height, width = shape
+    layout = torch.channels_last
+    x = values(n, channels, height, width, seed=0).contiguous(memory_format=layout)
+    upstream = values(n, outputs, height // 2, width // 2, seed=1).contiguous(memory_format=layout)
+    weight = values(outputs, channels, 3, 3, seed=2).contiguous(memory_format=layout)
+    filters, blocks = ops.conv_transpose_filters(weight, 2)
+
+    def once() -> object:
+        if implementation == "published":
+            wanted = ((2, 2), (1, 1), (1, 1), False, (0, 0), 1, (True, False, False))
+            return torch.ops.aten.convolution_backward(upstream, x, weight, None, *wanted)
+        with backends(implementation):
+            return ops.conv_transpose(upstream, filters, channels, (height, width), 2, (1, 1), blocks)
+
+    measure(benchmark, once, x.nbytes + upstream.nbytes + weight.nbytes)
+
+
 # The table.
 
 
@@ -228,7 +276,7 @@ def main(
     DEVICE, DTYPE = device, getattr(torch, dtype)
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "benchmarks.json"
-        options = ["-q", "-p", "no:cacheprovider", f"--benchmark-json={raw}", "-k"]
+        options = ["-q", "-n", "0", "-p", "no:cacheprovider", f"--benchmark-json={raw}", "-k"]
         status = pytest.main([__file__, *options, select])
         if not raw.exists() or not raw.stat().st_size:
             sys.exit(int(status) or 1)
