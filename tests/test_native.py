@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import cases
@@ -16,6 +17,7 @@ from torch.autograd import forward_ad
 
 import equifast
 from equifast import _C, ops, reference, rng
+from equifast._cheap import has_fast_bfloat16
 
 # With EQUIFAST_BACKEND=native a library that is absent or does not load fails the suite.
 pytestmark = pytest.mark.skipif(
@@ -1252,6 +1254,20 @@ def test_the_instruction_set_is_the_one_asked_for_or_the_widest() -> None:
     asked = os.environ.get("EQUIFAST_ISA") or None
     widest = "avx512" if "avx512f" in here else "avx2" if "avx2" in here else "baseline"
     assert ops.instruction_set() == (asked or widest)
+
+
+def test_bfloat16_is_taken_where_it_is_multiplied_faster() -> None:
+    """By what Linux says of the processor."""
+    file = Path("/proc/cpuinfo")
+    known = file.read_text() if file.exists() else ""
+    if "\nflags" not in known:
+        pytest.skip("this system does not say what its processor is")
+    flags = set(known.split("\nflags", 1)[1].split("\n", 1)[0].split())
+    slow = "GenuineIntel" in known and "avx512_fp16" in flags  # half as fast as float32: without AMX for compatibility
+    expected = "amx_bf16" in flags or ("avx512_bf16" in flags and not slow)
+    assert _C.multiplies_bfloat16() == expected
+    assert has_fast_bfloat16(torch.device("cpu")) == expected
+    assert not has_fast_bfloat16(torch.device("meta"))
 
 
 def test_an_instruction_set_that_there_is_not_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
