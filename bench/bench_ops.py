@@ -215,7 +215,7 @@ def test_conv_transpose(benchmark: Any, shape: tuple[int, int, int, int, int], i
     x = values(n, channels, height, width, seed=0).contiguous(memory_format=layout)
     upstream = values(n, outputs, height // 2, width // 2, seed=1).contiguous(memory_format=layout)
     weight = values(outputs, channels, 3, 3, seed=2).contiguous(memory_format=layout)
-    filters, blocks = ops.conv_transpose_filters(weight, 2)
+    filters, blocks = ops.conv_transpose_filters(weight, 2), ops.in_blocks(weight.shape, 2)
 
     def once() -> object:
         if implementation == "published":

@@ -31,10 +31,11 @@ STABLE_TORCH_LIBRARY(equifast, m) {
   // (O, I, J) -> (O, G, I, J), by an order (G, J), and the transpose.
   m.def("turn_filters(Tensor filters, Tensor order) -> Tensor");
   m.def("turn_filters_adjoint(Tensor turned, Tensor order) -> Tensor");
-  // Of images (N, C, H, W) by transformed filters (36, C, O) and a bias (O), padding of rows and of columns.
+  // Of images (N, C, H, W) by transformed filters (O / 16, 36, C, 16) and a bias (O), padding of rows and of
+  // columns.
   m.def("winograd(Tensor x, Tensor filters, Tensor? bias, int dilation, int[] padding) -> Tensor");
-  // Of maps (N, O, h, w) by filters (kernel height, kernel width, O, at least C) to (N, C, H, W); or, of
-  // blocks of stride x stride pixels, by filters with channels for each.
+  // Of maps (N, O, h, w) by filters (at least C / 16, kernel height, kernel width, O, 16) to (N, C, H, W);
+  // or, of blocks of stride x stride pixels, by filters with channels for each.
   m.def(
       "conv_transpose(Tensor x, Tensor filters, int channels, int[] size, int stride, int[] padding, bool "
       "blocks) -> Tensor");

@@ -281,8 +281,8 @@ def turn_filters(filters: object, order: object) -> None:
 def winograd_weight(weight: object) -> None:
     """The argument of ``winograd_filters``."""
     given = tensor("weight", weight, 4, "(O, C, 3, 3)")
-    if given.shape[2:] != (3, 3):
-        raise ValueError(f"weight has shape {shape(given)}; it must be (O, C, 3, 3)")
+    if given.shape[2:] != (3, 3) or given.shape[0] % 16:
+        raise ValueError(f"weight has shape {shape(given)}; it must be (O, C, 3, 3), O a multiple of 16")
     _wide("weight", given)
 
 
@@ -301,15 +301,15 @@ def winograd(x: object, filters: object, bias: object, dilation: int, padding: S
     """The arguments of ``winograd``, on every backend; returns the height and width of what it gives."""
     image = tensor("x", x, 4, "(N, C, H, W)")
     _wide("x", image)
-    given = tensor("filters", filters, 3, "(36, C, O)")
+    given = tensor("filters", filters, 4, "(O / 16, 36, C, 16)")
     _beside("filters", given, image)
-    if given.shape[:2] != (36, image.shape[1]):
-        raise ValueError(f"filters has shape {shape(given)}; it must be (36, {image.shape[1]}, O)")
+    if given.shape[1:] != (36, image.shape[1], 16):
+        raise ValueError(f"filters has shape {shape(given)}; it must be (O / 16, 36, {image.shape[1]}, 16)")
     if bias is not None:
         shift = tensor("bias", bias, 1, "(O,)")
         _beside("bias", shift, image)
-        if len(shift) != given.shape[2]:
-            raise ValueError(f"bias has shape {shape(shift)}; it must be ({given.shape[2]},)")
+        if len(shift) != 16 * len(given):
+            raise ValueError(f"bias has shape {shape(shift)}; it must be ({16 * len(given)},)")
     if dilation < 1:
         raise ValueError(f"dilation is {dilation}; it must be at least 1")
     if len(padding) != 2 or min(padding) < 0:
@@ -327,14 +327,14 @@ def conv_transpose(
     """The arguments of ``conv_transpose``, on every backend."""
     image = tensor("x", x, 4, "(N, O, h, w)")
     _wide("x", image)
-    given = tensor("filters", filters, 4, "(kernel height, kernel width, O, C)")
+    given = tensor("filters", filters, 5, "(C / 16, kernel height, kernel width, O, 16)")
     _beside("filters", given, image)
-    if given.shape[2] != image.shape[1] or given.shape[3] % 16 or 0 in given.shape[:2]:
-        wanted = f"(kernel height, kernel width, {image.shape[1]}, C), C a multiple of 16"
+    if given.shape[3:] != (image.shape[1], 16) or 0 in given.shape[1:3]:
+        wanted = f"(C / 16, kernel height, kernel width, {image.shape[1]}, 16)"
         raise ValueError(f"filters has shape {shape(given)}; it must be {wanted}")
     if stride < 1:
         raise ValueError(f"stride is {stride}; it must be at least 1")
-    most = given.shape[3] // (stride**2 if blocks else 1)
+    most = 16 * len(given) // (stride**2 if blocks else 1)
     if not 1 <= channels <= most:
         raise ValueError(f"channels is {channels}; it must be 1 to {most}")
     for name, pair, least in (("size", size, 1), ("padding", padding, 0)):

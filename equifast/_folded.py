@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from equifast._fingerprint import copy_of, hooks
-from equifast.features import keep_lowered
+from equifast.features import keep_made
 
 __all__ = ["Folded", "pairs"]
 
@@ -251,7 +251,7 @@ class Folded:
             if all(_alike(*both, tolerance) for both in zip(actual, expected, strict=True)):
                 for module in copied.modules():
                     if type(module) is nn.Conv2d:
-                        keep_lowered(module.weight)
+                        keep_made(module.weight)
                 return copied
         return None
 

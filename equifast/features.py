@@ -6,7 +6,7 @@ import functools
 import math
 import threading
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -259,26 +259,35 @@ def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     return functional.hardtanh(scaled, 0.0, 1.0, inplace)
 
 
-_KEPT = "_equifast_lowered"
+_KEPT = "_equifast_kept"
 
 
-def keep_lowered(weight: Tensor) -> None:
-    """Lets what autocast makes of a weight be kept: for weights that never change, as those of a folded copy."""
+def keep_made(weight: Tensor) -> None:
+    """Lets what is made of a weight be kept, such as it is in autocast's dtype.
+
+    For weights that never change, as those of a folded copy; these are convolved by operators of our own too.
+    """
     setattr(weight, _KEPT, {})
 
 
-def _lowered(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A weight in another dtype, kept where that is allowed."""
-    kept: dict[torch.dtype, Tensor] | None = getattr(weight, _KEPT, None)
+def _made(weight: Tensor, key: Hashable, make: Callable[[Tensor], Tensor]) -> Tensor:
+    """What is made of a constant weight, kept where that is allowed."""
+    kept: dict[Hashable, Tensor] | None = getattr(weight, _KEPT, None)
     if kept is None or weight.requires_grad or _untouchable():
-        return weight.to(dtype)
-    if dtype not in kept:
+        with torch.no_grad():
+            return make(weight.detach())
+    if key not in kept:
         with torch.inference_mode(False), torch.no_grad():
-            lowered = weight.to(dtype)
-        if type(lowered) is not Tensor:  # of a tracer
-            return lowered
-        kept[dtype] = lowered
-    return kept[dtype]
+            made = make(weight.detach())
+        if type(made) is not Tensor:  # of a tracer
+            return made
+        kept[key] = made
+    return kept[key]
+
+
+def _lowered(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight in another dtype."""
+    return weight.to(dtype) if weight.requires_grad else _made(weight, dtype, lambda given: given.to(dtype))
 
 
 def _untouchable() -> bool:
@@ -348,7 +357,9 @@ def _tiles_well(height: int, width: int, padding: tuple[int, int], dilation: int
 
     high, wide = height + 2 * (padding[0] - dilation), width + 2 * (padding[1] - dilation)
     sizes = ((height, width), (high, wide))
-    return min(high, wide) >= 1 and all(tiled(h) * tiled(w) <= _MOST_WASTE * h * w for h, w in sizes)
+    if not 1 <= min(high, wide) <= max(height, width, high, wide, *padding, dilation) < ops.MOST_PIXELS:
+        return False
+    return all(tiled(h) * tiled(w) <= _MOST_WASTE * h * w for h, w in sizes)
 
 
 def _is_minimal(x: Tensor, weight: Tensor, settings: tuple[Any, ...]) -> bool:
@@ -370,37 +381,33 @@ def _is_minimal(x: Tensor, weight: Tensor, settings: tuple[Any, ...]) -> bool:
 def _minimal(x: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple[Any, ...], gradient: bool) -> Tensor:
     """A convolution by ``winograd``, in a quarter of the products, or its gradient, x being upstream of it."""
     _, padding, (dilation, _), _ = settings
-    kept, key = getattr(weight, _KEPT), ("winograd", gradient)
-    if key not in kept:
+
+    def make(given: Tensor) -> Tensor:
         # what is upstream comes back through the filters mirrored
-        given = weight.detach().flip(2, 3).transpose(0, 1) if gradient else weight.detach()
-        with torch.inference_mode(False), torch.no_grad():
-            kept[key] = ops.winograd_filters(given)
+        return ops.winograd_filters(given.flip(2, 3).transpose(0, 1) if gradient else given)
+
+    filters = _made(weight, ("winograd", gradient), make)
     around = [2 * dilation - side for side in padding] if gradient else padding
-    convolved: Tensor = torch.ops.equifast.winograd(x, kept[key], bias, dilation, around)
+    convolved: Tensor = torch.ops.equifast.winograd(x, filters, bias, dilation, around)
     return convolved
 
 
-def _is_transposed(x: Tensor, settings: tuple[Any, ...]) -> bool:
+def _is_transposed(x: Tensor, weight: Tensor, settings: tuple[Any, ...]) -> bool:
     """Whether the gradient of a convolution is ``conv_transpose``, whose bits know of no batch."""
-    (stride, across), _, dilation, groups = settings
+    (stride, across), padding, dilation, groups = settings
     if x.dtype != torch.float32 or stride != across or stride == 1 or set(dilation) != {1} or groups != 1:
         return False
-    return x.device.type == "cpu" and ops.native(x)
+    largest = max(*x.shape[2:], *weight.shape[2:], *padding)
+    return x.device.type == "cpu" and ops.native(x) and largest < ops.MOST_PIXELS and stride < ops.MOST_STRIDE
 
 
 def _transposed(upstream: Tensor, x: Tensor, weight: Tensor, settings: tuple[Any, ...]) -> Tensor:
     (stride, _), padding, _, _ = settings
-    kept: dict[Any, Any] = {} if _untouchable() else getattr(weight, _KEPT, {})
-    key = ("transpose", stride)
-    if key not in kept:
-        with torch.inference_mode(False), torch.no_grad():
-            kept[key] = ops.conv_transpose_filters(weight.detach(), stride)
-    filters, blocks = kept[key]
-    size = (x.shape[2], x.shape[3])
+    filters = _made(weight, ("transpose", stride), lambda given: ops.conv_transpose_filters(given, stride))
+    size, blocks = (x.shape[2], x.shape[3]), ops.in_blocks(weight.shape, stride)
     gradient = ops.conv_transpose(upstream, filters, weight.shape[1], size, stride, padding, blocks)
-    # what is before it has the layout that the weights ask for
-    return gradient if weight.is_contiguous(memory_format=torch.channels_last) else gradient.contiguous()
+    interleaved = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return gradient if interleaved else gradient.contiguous()  # as what is before it is laid out
 
 
 def _convolution_gradient(upstream: Tensor, x: Tensor, weight: Tensor, settings: tuple[Any, ...]) -> Tensor:
@@ -413,7 +420,7 @@ def _convolution_gradient(upstream: Tensor, x: Tensor, weight: Tensor, settings:
     if x.device.type != "cpu" or not (pairs or alone):
         gradient: Tensor = torch.ops.aten.convolution_backward(upstream, x, weight, *rest)[0]
         return gradient
-    if _is_transposed(x, settings):
+    if _is_transposed(x, weight, settings):
         return _transposed(upstream, x, weight, settings)
     found = []
     for given, images in zip(upstream.split(2), x.split(2), strict=True):
@@ -571,7 +578,7 @@ def _is_transposed_alone(
 ) -> bool:
     """Whether a strided ``torch.conv2d``, called alike, of a lone image has a gradient of its own."""
     known = not isinstance(padding, str) and not _is_lowered(x) and not _untouchable()
-    return known and _is_transposed(x, _settings(stride, padding, *rest, **more))
+    return known and _is_transposed(x, weight, _settings(stride, padding, *rest, **more))
 
 
 def _rowwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -611,18 +618,24 @@ def _with_kept_weight(args: Any) -> Any:
 
 
 def _minimal_call(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, *rest: Any, **more: Any
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    *rest: Any,
+    **more: Any,
 ) -> Tensor | None:
     """``torch.conv2d``, called alike, where it is :func:`_minimal`; else None."""
     trained = bias is not None and bias.requires_grad
-    if not hasattr(weight, _KEPT) or isinstance(padding, str) or trained or _is_lowered(x) or _untouchable():
+    if not hasattr(weight, _KEPT) or isinstance(padding, str) or trained or _is_lowered(input) or _untouchable():
         return None
     settings = _settings(stride, padding, *rest, **more)
-    if not _is_minimal(x, weight, settings):
+    if not _is_minimal(input, weight, settings):
         return None
-    if x.requires_grad and torch.is_grad_enabled():
-        return _frozen_convolution(x, weight, bias, settings)
-    return _minimal(x, weight, bias, settings, gradient=False)
+    if input.requires_grad and torch.is_grad_enabled():
+        return _frozen_convolution(input, weight, bias, settings)
+    return _minimal(input, weight, bias, settings, gradient=False)
 
 
 class _Running(TorchFunctionMode):
@@ -635,8 +648,9 @@ class _Running(TorchFunctionMode):
         lean: for less, at the price of other last bits. Batch norm in eval mode is run as the affine map that it is:
             where neither its statistics nor its weights need a gradient, the backward pass wants only the scale;
             PyTorch's own operator keeps its whole input all the same, which is about half of what a network's graph
-            holds. Few channels are resized by the kernel that warps. Weights that are allowed to be kept in the dtype
-            of autocast are not made anew at each call.
+            holds. Few channels are resized by the kernel that warps. Of weights that :func:`keep_made` allows it for,
+            what autocast makes is kept, and convolutions are :func:`_minimal` where that is for them (with ``frozen``
+            too).
     """
 
     def __init__(self, batchless: bool, lean: bool, frozen: bool) -> None:

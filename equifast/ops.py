@@ -436,14 +436,17 @@ def winograd(
     channels_last there, and that of an image has the same bits in any batch.
     """
     _checks.winograd(x, filters, bias, dilation, padding)
-    whole = all(side % WINOGRAD_CHANNELS == 0 for side in filters.shape[1:])
-    if not whole or not _constant_on_cpu(x, filters, *([] if bias is None else [bias])):
+    whole = len(filters) > 0 and x.shape[1] % WINOGRAD_CHANNELS == 0
+    short = max(*x.shape[2:], *padding, dilation) < MOST_PIXELS
+    if not (whole and short) or not _constant_on_cpu(x, filters, *([] if bias is None else [bias])):
         return reference.winograd(x, filters, bias, dilation, padding)
     result: Tensor = torch.ops.equifast.winograd(x, filters, bias, dilation, padding)
     return result
 
 
-conv_transpose_filters = reference.conv_transpose_filters
+conv_transpose_filters, in_blocks = reference.conv_transpose_filters, reference.in_blocks
+MOST_PIXELS, MOST_STRIDE = 2**20, 1024
+"""Longer sides, kernels, paddings and strides the native convolutions do not take."""
 
 
 def conv_transpose(
@@ -461,7 +464,8 @@ def conv_transpose(
     bits in any batch.
     """
     _checks.conv_transpose(x, filters, channels, size, stride, padding, blocks)
-    if not _constant_on_cpu(x, filters):
+    short = max(*x.shape[2:], *filters.shape[1:3], *size, *padding) < MOST_PIXELS and stride < MOST_STRIDE
+    if not short or not _constant_on_cpu(x, filters):
         return reference.conv_transpose(x, filters, channels, size, stride, padding, blocks)
     result: Tensor = torch.ops.equifast.conv_transpose(x, filters, channels, size, stride, padding, blocks)
     return result
@@ -572,14 +576,15 @@ def _fake_turn_filters_adjoint(turned: Tensor, order: Tensor) -> Tensor:
 
 def _fake_winograd(x: Tensor, filters: Tensor, bias: Tensor | None, dilation: int, padding: Sequence[int]) -> Tensor:
     height, width = (x.shape[side] + 2 * (padding[side - 2] - dilation) for side in (2, 3))
-    result = x.new_empty((x.shape[0], filters.shape[2], height, width))
-    return result.contiguous(memory_format=torch.channels_last)
+    shape = (x.shape[0], filters.shape[0] * 16, height, width)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def _fake_conv_transpose(
     x: Tensor, filters: Tensor, channels: int, size: Sequence[int], stride: int, padding: Sequence[int], blocks: bool
 ) -> Tensor:
-    return x.new_empty((x.shape[0], channels, *size)).contiguous(memory_format=torch.channels_last)
+    shape = (x.shape[0], channels, *size)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def _fake_like(images: Tensor) -> Tensor:

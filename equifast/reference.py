@@ -1,9 +1,11 @@
 """The operators in plain PyTorch: the definition that every kernel is held to.
 
-Any float dtype and device, differentiable twice (``warp`` with respect to ``theta`` too). Geometry is computed in
-float64 whatever the dtype of the images, similarities are accumulated in float32 or better.
+Any float dtype (but of the convolutions, which are float32 or float64) and device, differentiable twice (``warp`` with
+respect to ``theta`` too). Geometry is computed in float64 whatever the dtype of the images, similarities are
+accumulated in float32 or better.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -379,7 +381,20 @@ def turn_filters(filters: Tensor, order: Tensor) -> Tensor:
     return filters[:, None].expand(shape).gather(3, order[None, :, None].expand(shape))
 
 
-def conv_transpose_filters(weight: Tensor, stride: int) -> tuple[Tensor, bool]:
+def in_blocks(shape: Sequence[int], stride: int) -> bool:
+    """Whether filters of a shape (O, C, h, w) are those of blocks of stride x stride pixels.
+
+    That takes fewer products where channels are few, since the native kernel computes at least 16 at once.
+    """
+    _, channels, *sides = shape
+
+    def products(kernel: Sequence[int], channels: int) -> int:
+        return math.prod(kernel) * (channels + -channels % 16)
+
+    return products([-(-side // stride) for side in sides], channels * stride**2) < products(sides, channels)
+
+
+def conv_transpose_filters(weight: Tensor, stride: int) -> Tensor:
     """The filters of a strided convolution as :func:`conv_transpose` takes them.
 
     Args:
@@ -387,9 +402,9 @@ def conv_transpose_filters(weight: Tensor, stride: int) -> tuple[Tensor, bool]:
         stride: pixels, at least 1.
 
     Returns:
-        (kernel height, kernel width, O, C'), contiguous, zeros beyond what there is, C' a multiple of 16; and whether
-        they are of blocks of pixels, which takes fewer products where channels are few: by (h / stride, w / stride),
-        rounded up, for stride^2 C channels, a pixel of the block after the other.
+        (C / 16, h, w, O, 16), C / 16 rounded up, contiguous, zeros beyond what there is; where they are
+        :func:`in_blocks` (stride^2 C / 16, h / stride, w / stride, O, 16), rounded up, the channels of one pixel of a
+        block after the other's.
 
     Raises:
         TypeError, ValueError: if the weight is not that.
@@ -397,19 +412,13 @@ def conv_transpose_filters(weight: Tensor, stride: int) -> tuple[Tensor, bool]:
     _checks.tensor("weight", weight, 4, "(O, C, h, w)")
     if stride < 1:
         raise ValueError(f"stride is {stride}; it must be at least 1")
-    channels, *sides = weight.shape[1:]
-    fewer = [-(-side // stride) for side in sides]
-
-    def products(kernel: Sequence[int], channels: int) -> int:
-        return math.prod(kernel) * (channels + -channels % 16)
-
     filters = weight.permute(2, 3, 0, 1)
-    blocks = products(fewer, channels * stride**2) < products(sides, channels)
-    if blocks:
-        rest = [few * stride - side for few, side in zip(fewer, sides, strict=True)]
-        filters = torch.nn.functional.pad(filters, (0, 0, 0, 0, 0, rest[1], 0, rest[0]))
+    if in_blocks(weight.shape, stride):
+        high, wide = (-side % stride for side in weight.shape[2:])
+        filters = functional.pad(filters, (0, 0, 0, 0, 0, wide, 0, high))
         filters = filters.unflatten(1, (-1, stride)).unflatten(0, (-1, stride)).permute(0, 2, 4, 1, 3, 5).flatten(3)
-    return torch.nn.functional.pad(filters, (0, -filters.shape[3] % 16)).contiguous(), blocks
+    padded: Tensor = functional.pad(filters, (0, -filters.shape[3] % 16)).unflatten(3, (-1, 16))
+    return padded.permute(3, 0, 1, 2, 4).contiguous()
 
 
 def conv_transpose(
@@ -423,13 +432,16 @@ def conv_transpose(
 ) -> Tensor:
     """The gradient of a strided ``conv2d`` by its input, of square strides and without dilation and groups.
 
+    What is not finite in x reaches whole blocks of pixels where filters are of these.
+
     Args:
         x: (N, O, h, w), float32 or float64: the gradient by the output.
-        filters: (kernel height, kernel width, O, C'), of :func:`conv_transpose_filters`, which says ``blocks`` too.
+        filters: (C' / 16, kernel height, kernel width, O, 16), of :func:`conv_transpose_filters`.
         channels: C, at least 1.
         size: (H, W) of the input, in pixels.
         stride: pixels, at least 1.
         padding: rows of zeros above and below the input, and columns at its sides, at least 0.
+        blocks: whether the filters are :func:`in_blocks`.
 
     Returns:
         (N, C, H, W)
@@ -438,15 +450,26 @@ def conv_transpose(
         TypeError, ValueError: if shapes, dtypes or devices do not fit.
     """
     _checks.conv_transpose(x, filters, channels, size, stride, padding, blocks)
+    filters = filters.permute(1, 2, 3, 0, 4).flatten(3)
     if blocks:
         each = filters[..., : stride**2 * channels].unflatten(3, (stride, stride, channels))
         weight = each.permute(2, 5, 0, 3, 1, 4).flatten(4, 5).flatten(2, 3)
     else:
         weight = filters[..., :channels].permute(2, 3, 0, 1)
-    whole = torch.nn.functional.conv_transpose2d(x, weight, None, stride)
     (high, wide), (top, left) = size, padding
-    around = (-left, left + wide - whole.shape[3], -top, top + high - whole.shape[2])
-    return torch.nn.functional.pad(whole, around)
+    if 0 in x.shape:
+        return x.new_zeros((x.shape[0], channels, high, wide))
+    with _as_given(x):
+        whole = functional.conv_transpose2d(x, weight, None, stride)
+    below, beside = (max(0, end - side) for end, side in ((top + high, whole.shape[2]), (left + wide, whole.shape[3])))
+    return functional.pad(whole, (0, beside, 0, below))[..., top : top + high, left : left + wide]
+
+
+def _as_given(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Without an autocast that the caller is in."""
+    if torch.amp.is_autocast_available(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 # Of Winograd's minimal filtering F(4x4, 3x3), by the points 0, 1, -1, 2, -2 and infinity (Lavin and Gray 2016, section
@@ -474,18 +497,19 @@ def winograd_filters(weight: Tensor) -> Tensor:
     """The filters of a convolution as :func:`winograd` takes them, transformed in float64.
 
     Args:
-        weight: (O, C, 3, 3), float32 or float64.
+        weight: (O, C, 3, 3), float32 or float64, O a multiple of 16.
 
     Returns:
-        (36, C, O), contiguous, in the dtype of the weight.
+        (O / 16, 36, C, 16), contiguous, in the dtype of the weight.
 
     Raises:
         TypeError, ValueError: if it is not.
     """
     _checks.winograd_weight(weight)
     side = torch.tensor(_FILTERS, dtype=torch.float64, device=weight.device)
-    transformed = torch.einsum("ia,ocab,jb->ijco", side, weight.double(), side)
-    return transformed.flatten(0, 1).to(weight.dtype).contiguous()
+    transformed = torch.einsum("ia,ocab,jb->oijc", side, weight.double(), side)
+    filters: Tensor = transformed.unflatten(0, (-1, 16)).flatten(2, 3).permute(0, 2, 3, 1)
+    return filters.to(weight.dtype).contiguous()
 
 
 def winograd(
@@ -493,12 +517,12 @@ def winograd(
 ) -> Tensor:
     """``conv2d`` of 3x3 filters and stride 1 by Winograd's minimal filtering (Lavin and Gray 2016).
 
-    A tile of 4x4 outputs takes 36 products where the sum itself takes 144. It rounds a few times as coarsely; and what
-    is not finite in x reaches all of a tile's outputs.
+    A tile of 4x4 outputs takes 36 products where the sum itself takes 144. It rounds five to ten times as coarsely; and
+    what is not finite in x reaches all of a tile's outputs.
 
     Args:
         x: (N, C, H, W), float32 or float64.
-        filters: (36, C, O), of :func:`winograd_filters`.
+        filters: (O / 16, 36, C, 16), of :func:`winograd_filters`.
         bias: (O,), or None.
         dilation: pixels between the weights of a filter, at least 1.
         padding: rows of zeros above and below x, and columns at its sides, at least 0.
@@ -513,13 +537,15 @@ def winograd(
     forward, back = (torch.tensor(side, dtype=x.dtype, device=x.device) for side in (_INPUTS, _OUTPUTS))
     rows, columns = (-(-side // (4 * dilation)) for side in (height, width))
     (top, left), (high, wide) = padding, ((4 * count + 2) * dilation for count in (rows, columns))
-    padded = torch.nn.functional.pad(x, (left, wide - left - x.shape[3], top, high - top - x.shape[2]))
+    padded = functional.pad(x, (left, wide - left - x.shape[3], top, high - top - x.shape[2]))
     # pixels that are `dilation` apart are neighbors to the filters
     phases = padded.unflatten(3, (-1, dilation)).unflatten(2, (-1, dilation)).permute(0, 3, 5, 1, 2, 4)
     tiles = phases.unfold(4, 6, 4).unfold(5, 6, 4)
-    transformed = torch.einsum("ia,nxycrsab,jb->nxycrsij", forward, tiles, forward)
-    products = torch.einsum("nxycrsij,ijco->nxyorsij", transformed, filters.unflatten(0, (6, 6)))
-    outputs = torch.einsum("ai,nxyorsij,bj->noraxsby", back, products, back)
+    with _as_given(x):
+        transformed = torch.einsum("ia,nxycrsab,jb->nxycrsij", forward, tiles, forward)
+        weights = filters.permute(1, 2, 0, 3).flatten(2).unflatten(0, (6, 6))
+        products = torch.einsum("nxycrsij,ijco->nxyorsij", transformed, weights)
+        outputs = torch.einsum("ai,nxyorsij,bj->noraxsby", back, products, back)
     result = outputs.flatten(5, 7).flatten(2, 4)[:, :, :height, :width]
     return result if bias is None else result + bias.view(-1, 1, 1)
 

@@ -65,10 +65,10 @@ def test_both_backends_give_the_gradient(name: str, dtype: torch.dtype) -> None:
     _, channels, _, kernel, stride, padding, size = shape
     upstream, weight = drawn(shape, dtype)
     expected = gradient(shape, upstream, weight)
-    filters, blocks = reference.conv_transpose_filters(weight, stride)
-    assert filters.shape[3] % 16 == 0
+    filters, blocks = reference.conv_transpose_filters(weight, stride), reference.in_blocks(weight.shape, stride)
+    assert filters.shape[3:] == (weight.shape[0], 16)
     assert blocks == ("blocks" in name or "patches" in name)
-    assert filters.shape[:2] == (kernel if not blocks else tuple(-(-side // stride) for side in kernel))
+    assert filters.shape[1:3] == (kernel if not blocks else tuple(-(-side // stride) for side in kernel))
     rest = (channels, size, stride, padding, blocks)
     close(reference.conv_transpose(upstream, filters, *rest), expected, dtype)
     padded = functional.pad(upstream, (2, 1))[..., 2:-1]
@@ -84,7 +84,7 @@ def test_gradcheck(name: str, module: ModuleType) -> None:
     _, channels, _, _, stride, padding, size = SHAPES[name]
 
     def transpose(x: Tensor, weight: Tensor) -> Tensor:
-        filters, blocks = module.conv_transpose_filters(weight, stride)
+        filters, blocks = module.conv_transpose_filters(weight, stride), module.in_blocks(weight.shape, stride)
         found: Tensor = module.conv_transpose(x, filters, channels, size, stride, padding, blocks)
         return found
 
@@ -105,7 +105,7 @@ def test_neither_threads_nor_the_batch_change_a_bit(name: str, threads: None) ->
     shape = (5, *SHAPES[name][1:])
     _, channels, _, _, stride, padding, size = shape
     upstream, weight = drawn(shape, torch.float32)
-    filters, blocks = ops.conv_transpose_filters(weight, stride)
+    filters, blocks = ops.conv_transpose_filters(weight, stride), ops.in_blocks(weight.shape, stride)
     rest = (channels, size, stride, padding, blocks)
     expected = ops.conv_transpose(upstream, filters, *rest)
     for count in (1, 2, 3):
@@ -114,19 +114,49 @@ def test_neither_threads_nor_the_batch_change_a_bit(name: str, threads: None) ->
             assert torch.equal(torch.cat([ops.conv_transpose(p, filters, *rest) for p in upstream.split(n)]), expected)
 
 
+@pytest.mark.parametrize("module", [reference, ops])
+def test_what_a_convolution_would_not_give(module: ModuleType) -> None:
+    """Nothing at all, images that lie in the padding, and strides that the kernel does not take."""
+    filters = module.conv_transpose_filters(torch.ones(4, 16, 3, 3), 2)
+    assert module.conv_transpose(torch.ones(2, 4, 0, 3), filters, 16, (1, 5), 2, (0, 0)).sum() == 0
+    assert module.conv_transpose(torch.ones(2, 0, 2, 3), filters[:, :, :, :0], 16, (5, 7), 2, (0, 0)).sum() == 0
+    assert module.conv_transpose(torch.ones(1, 4, 1, 1), filters, 16, (20, 20), 2, (5, 5)).sum() == 0
+    weight = torch.rand(2, 1, 1, 3)
+    wide = (
+        module.conv_transpose_filters(weight, 2000),
+        1,
+        (1, 4100),
+        2000,
+        (0, 0),
+        module.in_blocks(weight.shape, 2000),
+    )
+    found = module.conv_transpose(torch.ones(1, 2, 1, 3), *wide)
+    torch.testing.assert_close(found[0, 0, 0, 2000:2003], weight.sum(0)[0, 0])
+    assert found.count_nonzero() == 9
+
+
+def test_autocast_has_no_say() -> None:
+    upstream, weight = drawn(SHAPES["plain"], torch.float32)
+    filters, rest = ops.conv_transpose_filters(weight, 2), (16, (20, 28), 2, (1, 1))
+    expected = ops.conv_transpose(upstream, filters, *rest)
+    with torch.autocast("cpu", torch.bfloat16):
+        for given in (upstream, upstream.clone().requires_grad_()):
+            close(ops.conv_transpose(given, filters, *rest).detach(), expected.double(), torch.float32)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("name", ["plain", "blocks"])
 def test_opcheck(name: str, dtype: torch.dtype) -> None:
     _, channels, _, _, stride, padding, size = SHAPES[name]
     upstream, weight = drawn(SHAPES[name], dtype)
-    filters, blocks = ops.conv_transpose_filters(weight, stride)
+    filters, blocks = ops.conv_transpose_filters(weight, stride), ops.in_blocks(weight.shape, stride)
     arguments = (upstream, filters, channels, list(size), stride, list(padding), blocks)
     torch.library.opcheck(torch.ops.equifast.conv_transpose.default, arguments)
 
 
 def test_what_does_not_fit_is_refused() -> None:
     upstream, weight = drawn(SHAPES["plain"], torch.float32)
-    filters, _ = ops.conv_transpose_filters(weight, 2)
+    filters = ops.conv_transpose_filters(weight, 2)
     rest = (16, (20, 28), 2, (1, 1))
     for module in (ops, reference):
         with pytest.raises(ValueError, match=r"weight has shape \(8, 16, 9\); it must be \(O, C, h, w\)"):
@@ -137,7 +167,7 @@ def test_what_does_not_fit_is_refused() -> None:
             module.conv_transpose(upstream.half(), filters.half(), *rest)
         with pytest.raises(TypeError, match=r"filters has dtype torch.float64, x torch.float32; they must be of one"):
             module.conv_transpose(upstream, filters.double(), *rest)
-        with pytest.raises(ValueError, match=r"filters has shape \(3, 3, 8, 16\); it must be .*, 7, C\), C a multiple"):
+        with pytest.raises(ValueError, match=r"filters has shape \(1, 3, 3, 8, 16\); it must be \(C / 16, .*, 7, 16\)"):
             module.conv_transpose(upstream[:, :7], filters, *rest)
         with pytest.raises(ValueError, match=r"channels is 17; it must be 1 to 16"):
             module.conv_transpose(upstream, filters, 17, *rest[1:])

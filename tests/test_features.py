@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.overrides import _get_current_function_mode_stack
@@ -198,6 +199,68 @@ def test_the_gradient_of_a_strided_convolution(name: str, size: tuple[int, int],
     torch.testing.assert_close(gradient, expected_gradient, atol=1e-5, rtol=1e-4)
 
 
+class ByKeyword(nn.Module):
+    """A convolution whose arguments are all named."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        given = {"input": x, "weight": self.conv.weight, "bias": self.conv.bias, "stride": self.conv.stride}
+        return functional.conv2d(**given, padding=self.conv.padding)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_convolution_may_be_called_by_keyword(kept: bool, stride: int) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(16, 16, 3, stride, 1).to(memory_format=torch.channels_last).requires_grad_(False)
+    if kept:
+        features.keep_made(conv.weight)
+    x = torch.rand(2, 16, 16, 20)
+    for lean in (False, True):
+        for actual, expected in zip(run(ByKeyword(conv), x, lean), run(conv, x, False), strict=True):
+            torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_nothing_of_a_tracer_is_kept() -> None:
+    """A fake image gives fake results, and the next, of real ones, are real."""
+    conv = nn.Sequential(nn.Conv2d(16, 16, 3, 1, 1), nn.Conv2d(16, 16, 3, 2, 1)).to(memory_format=torch.channels_last)
+    for module in conv.requires_grad_(False):
+        features.keep_made(module.weight)  # type: ignore[arg-type]
+    x = torch.rand(2, 16, 16, 20)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        out, gradient = run(conv, mode.from_tensor(x), True)
+        assert out.shape == (2, 16, 8, 10)
+        assert gradient.shape == x.shape
+    assert all(type(t) is Tensor for t in run(conv, x, True))
+
+
+@pytest.mark.parametrize("size", [(3, 2**20), (4, 2000)])
+def test_what_kernels_do_not_take_is_left_to_pytorch(size: tuple[int, int]) -> None:
+    """Sides of a million pixels, and strides of a thousand."""
+    height, width = size
+    stride = 2 if width > 10**6 else 1024
+    conv = nn.Conv2d(1, 1, (1, stride), stride).requires_grad_(False)
+    x = torch.rand(1, 1, height, width)
+    for actual, expected in zip(run(conv, x, True), run(conv, x, False), strict=True):
+        torch.testing.assert_close(actual, expected)
+    assert not features._tiles_well(3, 2**20, (1, 1), 1)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_the_gradient_of_a_strided_convolution_lies_as_its_input(kernel: int, layout: torch.memory_format) -> None:
+    """A weight of one position is of both layouts."""
+    conv = nn.Conv2d(16, 32, kernel, 2, kernel // 2).to(memory_format=layout).requires_grad_(False)
+    x = torch.rand(2, 16, 12, 14).contiguous(memory_format=layout).requires_grad_()
+    with evaluating(x, conv, lean=True):
+        hidden = x * 2
+        (gradient,) = torch.autograd.grad(conv(hidden).sum(), hidden)
+    assert gradient.stride() == hidden.stride()
+
+
 @pytest.mark.skipif(ops.backend() != "native", reason="needs the native backend")
 @pytest.mark.parametrize("channels", [(16, 32, 150, 120), (128, 256, 50, 52)])
 def test_a_lone_image_of_large_maps_has_the_gradient_of_one_in_a_batch(channels: tuple[int, ...]) -> None:
@@ -219,7 +282,7 @@ def test_a_lone_image_of_large_maps_has_the_gradient_of_one_in_a_batch(channels:
 
 def test_kernels_of_weights_that_never_change_are_made_once() -> None:
     conv = nn.Conv2d(3, 4, 3, 2).requires_grad_(False)
-    features.keep_lowered(conv.weight)
+    features.keep_made(conv.weight)
     x = torch.rand(2, 3, 9, 9)
     kept = getattr(conv.weight, features._KEPT)
     run(conv, x, True)

@@ -58,14 +58,14 @@ def test_the_reference_is_a_convolution(name: str, dtype: torch.dtype) -> None:
         given = None if shift is None else shift.double()
         expected = functional.conv2d(x.double(), weight.double(), given, 1, padding, dilation)
         filters = reference.winograd_filters(weight)
-        assert filters.shape == (36, weight.shape[1], weight.shape[0])
+        assert filters.shape == (len(weight) // 16, 36, weight.shape[1], 16)
         close(reference.winograd(x, filters, shift, dilation, padding), expected, dtype)
 
 
 def test_gradcheck_of_the_reference() -> None:
     for name in ("not whole tiles", "dilated, not padded"):
         *_, h, w, dilation, padding = SHAPES[name]
-        x, weight, bias = (t.requires_grad_() for t in drawn((1, 2, 3, h, w, dilation, padding), torch.float64))
+        x, weight, bias = (t.requires_grad_() for t in drawn((1, 2, 16, h, w, dilation, padding), torch.float64))
 
         def convolve(x: Tensor, weight: Tensor, bias: Tensor, d: int = dilation, p: Any = padding) -> Tensor:
             return reference.winograd(x, reference.winograd_filters(weight), bias, d, p)
@@ -80,7 +80,7 @@ def test_the_kernel_is_the_reference(name: str, dtype: torch.dtype) -> None:
     x, weight, bias = drawn(SHAPES[name], dtype)
     *_, dilation, padding = SHAPES[name]
     filters = ops.winograd_filters(weight)
-    across = filters.transpose(1, 2).contiguous().transpose(1, 2)  # lies otherwise in memory
+    across = filters.transpose(1, 3).contiguous().transpose(1, 3)  # lies otherwise in memory
     layouts = (x, x.contiguous(memory_format=torch.channels_last), functional.pad(x, (1, 2))[..., 1:-2])
     for shift in (bias, None):
         expected = reference.winograd(
@@ -127,6 +127,15 @@ def test_what_is_not_finite_stays_in_its_tiles() -> None:
     torch.testing.assert_close(huge / 1e30, found[1:], rtol=1e-4, atol=1e-4)
 
 
+def test_autocast_has_no_say() -> None:
+    x, weight, bias = drawn(SHAPES["plain"], torch.float32)
+    filters = ops.winograd_filters(weight)
+    expected = ops.winograd(x, filters, bias, 1, (1, 1))
+    with torch.autocast("cpu", torch.bfloat16):
+        for given in (x, x.clone().requires_grad_()):
+            close(ops.winograd(given, filters, bias, 1, (1, 1)).detach(), expected.double(), torch.float32)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_opcheck(dtype: torch.dtype) -> None:
     x, weight, bias = drawn(SHAPES["dilated"], dtype)
@@ -138,16 +147,20 @@ def test_opcheck(dtype: torch.dtype) -> None:
 def test_what_does_not_fit_is_refused() -> None:
     x, weight, bias = drawn(SHAPES["plain"], torch.float32)
     filters = ops.winograd_filters(weight)
+    none = x.new_zeros(0, 36, 16, 16)
+    assert ops.winograd(x, none, None, 1, (1, 1)).shape == reference.winograd(x, none, None, 1, (1, 1)).shape
     for module in (ops, reference):
-        with pytest.raises(ValueError, match=r"weight has shape \(16, 16, 5, 3\); it must be \(O, C, 3, 3\)"):
+        with pytest.raises(ValueError, match=r"weight has shape \(16, 16, 5, 3\); it must be \(O, C, 3, 3\), O a"):
             module.winograd_filters(torch.zeros(16, 16, 5, 3))
+        with pytest.raises(ValueError, match=r"weight has shape \(8, 16, 3, 3\); it must be .*, O a multiple of 16"):
+            module.winograd_filters(weight[:8])
         with pytest.raises(TypeError, match=r"weight has dtype torch.float16; it must be float32 or float64"):
             module.winograd_filters(weight.half())
         with pytest.raises(TypeError, match=r"x has dtype torch.bfloat16; it must be float32 or float64"):
             module.winograd(x.bfloat16(), filters.bfloat16())
         with pytest.raises(TypeError, match=r"filters has dtype torch.float64, x torch.float32; they must be of one"):
             module.winograd(x, filters.double())
-        with pytest.raises(ValueError, match=r"filters has shape \(36, 16, 16\); it must be \(36, 8, O\)"):
+        with pytest.raises(ValueError, match=r"filters has shape \(1, 36, 16, 16\); it must be \(O / 16, 36, 8, 16\)"):
             module.winograd(x[:, :8], filters)
         with pytest.raises(ValueError, match=r"bias has shape \(15,\); it must be \(16,\)"):
             module.winograd(x, filters, bias[1:])
@@ -162,10 +175,10 @@ def test_what_does_not_fit_is_refused() -> None:
         lambda: library(x[0], filters, None, 1, [1, 1]),
         lambda: library(x.half(), filters.half(), None, 1, [1, 1]),
         lambda: library(x, filters.double(), None, 1, [1, 1]),
-        lambda: library(x, filters[:35], None, 1, [1, 1]),
-        lambda: library(x[:, :8], filters[:, :8], None, 1, [1, 1]),
-        lambda: library(x, filters[:, :, :8], None, 1, [1, 1]),
-        lambda: library(x, filters[:, :, :0], None, 1, [1, 1]),
+        lambda: library(x, filters[:, :35], None, 1, [1, 1]),
+        lambda: library(x[:, :8], filters[:, :, :8], None, 1, [1, 1]),
+        lambda: library(x, filters[..., :8], None, 1, [1, 1]),
+        lambda: library(x, filters[:0], None, 1, [1, 1]),
         lambda: library(x, filters, bias[1:], 1, [1, 1]),
         lambda: library(x, filters, bias.double(), 1, [1, 1]),
         lambda: library(x, filters, None, 0, [1, 1]),

@@ -22,43 +22,44 @@ class Rows {
         width(blocks_along(p.out_width, p.left, p.block)),
         first_column(std::min(0, floor_of(before_x - p.kernel_width + 1, p.stride))),
         // beyond the last that is read, those of rows that complete a product
-        columns(std::max(p.width, (width - 1 + before_x) / p.stride + 1) + whole_rows - first_column),
-        scratch(Scratch::bytes<real>(row_size() * ((p.rows + p.kernel_height) / p.stride + 2)) +
-                Scratch::bytes<Tap>(int64_t{p.kernel_height} * p.kernel_width)),
-        padded(scratch.template take<real>(row_size() * ((p.rows + p.kernel_height) / p.stride + 2))),
-        taps(scratch.template take<Tap>(int64_t{p.kernel_height} * p.kernel_width)) {}
+        columns(std::max(p.width, (width - 1 + before_x) / p.stride + 1) + most_rows - first_column),
+        size(row_size() * ((p.rows + p.kernel_height) / p.stride + 2)),
+        scratch(Scratch::bytes<real>(size) + Scratch::bytes<Tap>(int64_t{p.kernel_height} * p.kernel_width)),
+        padded(scratch.template take<real>(size)),
+        taps(scratch.template take<Tap>(int64_t{p.kernel_height} * p.kernel_width)) {
+    std::fill_n(padded, size, real{0});
+  }
 
-  // Rows [top, bottom) of blocks of an image's result.
-  void work(int64_t image, int top, int bottom) {
+  // Rows [top, bottom) of blocks of an image's result, channels [first, last) of filters.
+  void work(int64_t image, int top, int bottom, int first, int last) {
     const int low = std::max(0, floor_of(top + before_y - p.kernel_height + 1, p.stride)),
               high = std::min(p.height - 1, (bottom - 1 + before_y) / p.stride);
     const real* from =
         static_cast<const real*>(p.x) + image * p.height * p.width * static_cast<int64_t>(p.channels);
     const int64_t row = int64_t{p.width} * p.channels;
     for (int i = low; i <= high; ++i) {
-      real* to = padded + (i - low) * row_size();
-      real* inner = std::fill_n(to, int64_t{-first_column} * p.channels, real{0});
-      inner = std::copy_n(from + i * row, row, inner);
-      std::fill(inner, to + row_size(), real{0});
+      std::copy_n(from + i * row, row, padded + (i - low) * row_size() - int64_t{first_column} * p.channels);
     }
-    for (int y = top; y < bottom; ++y) {
-      for (int phase = 0; phase < p.stride && phase < width; ++phase) {
-        const int count = find_taps(y, phase, low, high);
-        each_panel<real>(0, p.padded, [&](int channel, auto vectors) {
+    // all rows by the same filters, which stay in cache
+    each_panel<real>(first, last, [&](int channel, auto vectors) {
+      for (int y = top; y < bottom; ++y) {
+        for (int phase = 0; phase < p.stride && phase < width; ++phase) {
+          const int count = find_taps(y, phase, low, high);
           row_of_blocks<vectors.value>(image, y, phase, count, channel);
-        });
+        }
       }
-    }
+    });
   }
 
  private:
   struct Tap {
-    const real *from, *filter;  // of the first pixel: (O) and (O, C')
+    const real *from, *filter;  // of the first block: (O), and (O, 16), of the first channels
   };
 
   const ConvTransposeParams& p;
   int before_y, before_x, width;  // blocks
   int first_column, columns;      // of padded rows
+  int64_t size;                   // of all of them
   Scratch scratch;
   real* padded;
   Tap* taps;
@@ -76,7 +77,7 @@ class Rows {
         if (j * p.stride != column) continue;
         const int64_t place = int64_t{ky} * p.kernel_width + kx;
         taps[count++] = {padded + (i - low) * row_size() + int64_t{j - first_column} * p.channels,
-                         static_cast<const real*>(p.filters) + place * p.channels * p.padded};
+                         static_cast<const real*>(p.filters) + place * p.channels * whole_channels};
       }
     }
     return count;
@@ -87,12 +88,13 @@ class Rows {
   void row_of_blocks(int64_t image, int y, int phase, int tap_count, int channel) const {
     constexpr int rows = rows_at_once<vectors>, wide = vectors * lanes<real>;
     const int count = parts(width - phase, p.stride);
+    const int64_t apart = int64_t{p.kernel_height} * p.kernel_width * p.channels * whole_channels;
     for (int first = 0; first < count; first += rows) {
       Product<real, rows, vectors> product;
       product.zero();
       for (int t = 0; t < tap_count; ++t) {
-        product.add(taps[t].from + int64_t{first} * p.channels, p.channels, taps[t].filter + channel,
-                    p.padded, p.channels);
+        product.add(taps[t].from + int64_t{first} * p.channels, p.channels,
+                    Filters<real, vectors>(taps[t].filter, apart, channel), p.channels);
       }
       const int here = std::min(rows, count - first), x = phase + first * p.stride;
       if (p.block == 1 && here == rows && channel + wide <= p.outputs) {
@@ -144,10 +146,13 @@ class Rows {
 template <typename real>
 void transpose(const ConvTransposeParams& p, int64_t begin, int64_t end) {
   Rows<real> rows(p);
-  const int height = blocks_along(p.out_height, p.top, p.block), tasks = parts(height, p.rows);
+  const int height = blocks_along(p.out_height, p.top, p.block), bands = parts(height, p.rows);
+  const int64_t together = int64_t{p.images} * bands;
   for (int64_t task = begin; task < end; ++task) {
-    const int top = static_cast<int>(task % tasks) * p.rows;
-    rows.work(task / tasks, top, std::min(top + p.rows, height));
+    const int first = static_cast<int>(task / together) * p.group,
+              top = static_cast<int>(task % bands) * p.rows;
+    rows.work(task % together / bands, top, std::min(top + p.rows, height), first,
+              std::min(first + p.group, p.padded));
   }
 }
 

@@ -113,7 +113,7 @@ struct WinogradParams {
   int out_height, out_width;
   int dilation, top, left;    // pixels; the latter two of padding
   const void* x;              // (N, C, H, W)
-  const void* filters;        // (36, C, O), transformed
+  const void* filters;        // (O / 16, 36, C, 16), transformed
   const void* bias;           // (O), or null
   void* result;               // (N, O, h, w)
   const int *rows, *columns;  // of the first outputs of tiles, pixels
@@ -133,9 +133,10 @@ struct ConvTransposeParams {
   int top, left;                            // of padding, pixels
   int block;                                // pixels along a side
   const void* x;                            // (N, O, h, w)
-  const void* filters;                      // (kernel height, kernel width, O, C'); beyond anything
+  const void* filters;                      // (C' / 16, kernel height, kernel width, O, 16)
   void* result;                             // (N, C, H, W)
   int rows;                                 // of blocks, of a task; whatever it is, the result is the same
+  int group;                                // of the channels of filters, likewise: a multiple of 16
 };
 // Padding in blocks, and blocks along a side.
 inline int blocks_before(int padding, int block) { return padding / block; }
@@ -255,7 +256,8 @@ inline int64_t winograd_tasks(const WinogradParams& p) {
 }
 
 inline int64_t conv_transpose_tasks(const ConvTransposeParams& p) {
-  return int64_t{p.images} * parts(blocks_along(p.out_height, p.top, p.block), p.rows);
+  return int64_t{p.images} * parts(blocks_along(p.out_height, p.top, p.block), p.rows) *
+         parts(p.padded, p.group);
 }
 
 // After the tasks: adds their partial sums in order. `result`: (N, K) float32, or float64 for float64

@@ -37,8 +37,8 @@ EQUIFAST_INLINE inline void spread(Lanes<real>& to, real value, std::index_seque
 // Rows whose sums, of so many registers each, fill what registers there are.
 template <int vectors>
 constexpr int rows_at_once = EQUIFAST_WIDE ? (vectors == 1 ? 12 : 24 / vectors) : 6;
-// Of which every number of rows is a divisor.
-constexpr int whole_rows = 24;
+// At most so many, and a multiple of every number of them.
+constexpr int most_rows = 12, whole_rows = 24;
 
 // Of channels in multiples of 16: calls work(first channel, registers as a constant) on one panel after the
 // other.
@@ -60,6 +60,19 @@ EQUIFAST_INLINE inline void each_panel(int begin, int end, const Work& work) {
   }
 }
 
+// Where registers of a panel of channels are in filters (C / 16, ..., n, 16), which lie side by side for
+// whoever reads one panel alone: the first of n, so many numbers from one 16 of channels to the next.
+template <typename real, int vectors>
+struct Filters {
+  const real* from[vectors];
+  EQUIFAST_INLINE inline Filters(const real* filters, int64_t apart, int channel) {
+    for (int v = 0; v < vectors; ++v) {
+      const int c = channel + v * lanes<real>;
+      from[v] = filters + c / whole_channels * apart + c % whole_channels;
+    }
+  }
+};
+
 // Sums of products, (rows, n) times (n, registers). All rows are summed alike, so that none depends on the
 // others.
 template <typename real, int rows, int vectors>
@@ -71,11 +84,11 @@ struct Product {
       for (int v = 0; v < vectors; ++v) sum[r][v] = Lanes<real>{};
     }
   }
-  // So many numbers from one row to the next.
-  EQUIFAST_INLINE inline void add(const real* a, int64_t a_apart, const real* b, int64_t b_apart, int n) {
-    for (int k = 0; k < n; ++k, b += b_apart) {
+  // Of a so many numbers from one row to the next; b as `Filters` gives it.
+  EQUIFAST_INLINE inline void add(const real* a, int64_t a_apart, const Filters<real, vectors>& b, int n) {
+    for (int k = 0; k < n; ++k) {
       Lanes<real> right[vectors];
-      for (int v = 0; v < vectors; ++v) get<real>(right[v], b + v * lanes<real>);
+      for (int v = 0; v < vectors; ++v) get<real>(right[v], b.from[v] + int64_t{k} * whole_channels);
       for (int r = 0; r < rows; ++r) {
         Lanes<real> left;
         spread<real>(left, a[r * a_apart + k], std::make_index_sequence<lanes<real>>());

@@ -507,6 +507,9 @@ Tensor turn_filters_adjoint(Tensor turned, Tensor order) {
   return result;
 }
 
+// Along a side, for convolutions: so that sums of a few of them are numbers of 32 bits.
+constexpr int64_t most_pixels = 1 << 20;
+
 // Where tiles of four outputs begin along a side, those that are `dilation` apart in one tile.
 std::vector<int> tiles_of(int size, int dilation) {
   std::vector<int> found;
@@ -522,21 +525,21 @@ Tensor winograd(Tensor x, Tensor filters, std::optional<Tensor> bias, int64_t di
   STD_TORCH_CHECK(x.scalar_type() == Scalar::Float || x.scalar_type() == Scalar::Double,
                   "x must be float32 or float64");
   check_same(filters, x, "filters", "x");
-  STD_TORCH_CHECK(filters.dim() == 3 && filters.size(0) == 36 && filters.size(1) == x.size(1),
-                  "filters must be (36, C, O) with the C of x");
-  const int64_t channels = filters.size(1), outputs = filters.size(2);
-  STD_TORCH_CHECK(channels % whole_channels == 0 && outputs % whole_channels == 0 && outputs > 0 &&
-                      outputs < (int64_t{1} << 31),
-                  "channels must be multiples of 16");
+  STD_TORCH_CHECK(filters.dim() == 4 && filters.size(1) == 36 && filters.size(2) == x.size(1) &&
+                      filters.size(3) == whole_channels,
+                  "filters must be (O / 16, 36, C, 16) with the C of x");
+  const int64_t channels = filters.size(2), outputs = filters.size(0) * whole_channels;
+  STD_TORCH_CHECK(channels % whole_channels == 0 && outputs > 0 && outputs < (int64_t{1} << 31),
+                  "C must be a multiple of 16, and O at least 16");
   if (bias) {
     check_same(*bias, x, "bias", "x");
     STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == outputs, "bias must be (O)");
   }
-  constexpr int64_t most = 1 << 20;
-  STD_TORCH_CHECK(dilation >= 1 && dilation < most, "dilation must be at least 1");
-  STD_TORCH_CHECK(padding.size() == 2 && padding[0] >= 0 && padding[0] < most && padding[1] >= 0 &&
-                      padding[1] < most && x.size(2) < most && x.size(3) < most,
-                  "padding must be two numbers, of rows and of columns");
+  STD_TORCH_CHECK(dilation >= 1 && dilation < most_pixels, "dilation must be at least 1, and less than 2^20");
+  STD_TORCH_CHECK(x.size(2) < most_pixels && x.size(3) < most_pixels, "x must be less than 2^20 pixels long");
+  STD_TORCH_CHECK(padding.size() == 2 && padding[0] >= 0 && padding[0] < most_pixels && padding[1] >= 0 &&
+                      padding[1] < most_pixels,
+                  "padding must be two numbers from 0 on, and less than 2^20");
   const int64_t height = x.size(2) + 2 * (padding[0] - dilation),
                 width = x.size(3) + 2 * (padding[1] - dilation);
   STD_TORCH_CHECK(height >= 1 && width >= 1, "x must be as large as the dilated filters");
@@ -584,22 +587,22 @@ Tensor conv_transpose(Tensor x, Tensor filters, int64_t channels, std::vector<in
   STD_TORCH_CHECK(x.scalar_type() == Scalar::Float || x.scalar_type() == Scalar::Double,
                   "x must be float32 or float64");
   check_same(filters, x, "filters", "x");
-  STD_TORCH_CHECK(filters.dim() == 4 && filters.size(2) == x.size(1),
-                  "filters must be (kernel height, kernel width, O, C) with the O of x");
-  constexpr int64_t most = 1 << 20;
+  STD_TORCH_CHECK(filters.dim() == 5 && filters.size(3) == x.size(1) && filters.size(4) == whole_channels,
+                  "filters must be (C / 16, kernel height, kernel width, O, 16) with the O of x");
   STD_TORCH_CHECK(size.size() == 2 && padding.size() == 2, "size and padding must be two numbers");
   STD_TORCH_CHECK(stride >= 1 && stride < 1024, "stride must be at least 1, and less than 1024");
   for (const std::size_t side : {0, 1}) {
-    const auto kernel = filters.size(static_cast<int64_t>(side));
-    STD_TORCH_CHECK(kernel >= 1 && kernel < most && size[side] >= 1 && size[side] < most &&
-                        padding[side] >= 0 && padding[side] < most &&
-                        x.size(static_cast<int64_t>(side) + 2) < most,
-                    "sizes must be at least 1 and padding at least 0");
+    const auto kernel = filters.size(static_cast<int64_t>(side) + 1);
+    STD_TORCH_CHECK(kernel >= 1 && kernel < most_pixels && size[side] >= 1 && size[side] < most_pixels &&
+                        x.size(static_cast<int64_t>(side) + 2) < most_pixels,
+                    "x, filters and size must be less than 2^20 pixels long, the latter two at least 1");
+    STD_TORCH_CHECK(padding[side] >= 0 && padding[side] < most_pixels,
+                    "padding must be two numbers from 0 on, and less than 2^20");
   }
-  const int64_t block = blocks ? stride : 1, padded = filters.size(3);
-  STD_TORCH_CHECK(padded % whole_channels == 0 && padded < (int64_t{1} << 31) && channels >= 1 &&
-                      channels <= padded / (block * block) && channels * size[1] < (int64_t{1} << 31),
-                  "filters must have a multiple of 16 channels, and enough for those of the result");
+  const int64_t block = blocks ? stride : 1, padded = filters.size(0) * whole_channels;
+  STD_TORCH_CHECK(padded < (int64_t{1} << 31) && channels >= 1 && channels <= padded / (block * block) &&
+                      channels * size[1] < (int64_t{1} << 31),
+                  "filters must have enough channels for those of the result");
   Tensor result = new_map(x, channels, size[0], size[1], x.scalar_type(), true);
   if (result.numel() == 0) return result;
   const Tensor source = torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
@@ -614,16 +617,25 @@ Tensor conv_transpose(Tensor x, Tensor filters, int64_t channels, std::vector<in
                         static_cast<int>(size[0]),
                         static_cast<int>(size[1]),
                         static_cast<int>(stride / block),
-                        static_cast<int>(filters.size(0)),
                         static_cast<int>(filters.size(1)),
+                        static_cast<int>(filters.size(2)),
                         static_cast<int>(padding[0]),
                         static_cast<int>(padding[1]),
                         static_cast<int>(block),
                         source.const_data_ptr(),
                         weights.const_data_ptr(),
                         result.mutable_data_ptr(),
-                        8};
-  while (p.rows > 1 && conv_transpose_tasks(p) < 4 * int64_t{torch::stable::get_num_threads()}) p.rows /= 2;
+                        8,
+                        whole_channels};
+  // Filters of a task stay in cache, and threads share them where rows are few.
+  const int panel = padded % 48 == 0 ? 48 : 64;
+  const int64_t bytes =
+      filters.size(1) * filters.size(2) * x.size(1) * static_cast<int64_t>(x.element_size());
+  const int64_t cached = (int64_t{1} << 19) / (bytes < 1 ? 1 : bytes) / panel * panel;
+  p.group = static_cast<int>(cached < panel ? panel : (cached < padded ? cached : padded));
+  const int64_t wanted = 4 * int64_t{torch::stable::get_num_threads()};
+  while (p.group > panel && conv_transpose_tasks(p) < wanted) p.group = (p.group / panel + 1) / 2 * panel;
+  while (p.rows > 1 && conv_transpose_tasks(p) < wanted) p.rows /= 2;
   run(kernels().conv_transpose, p, conv_transpose_tasks(p), result.numel());
   return result;
 }

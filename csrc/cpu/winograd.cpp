@@ -127,14 +127,15 @@ struct Task {
     constexpr int rows = rows_at_once<vectors>;
     constexpr int wide = vectors * lanes<real>;
     for (int place = 0; place < places; ++place) {
-      const real* filters = static_cast<const real*>(p.filters) +
-                            static_cast<int64_t>(place) * p.channels * p.outputs + channel;
+      const int64_t each = int64_t{p.channels} * whole_channels;
+      const Filters<real, vectors> filters(static_cast<const real*>(p.filters) + place * each, places * each,
+                                           channel);
       const real* from = transformed + place * transformed_apart;
       real* to = products + place * products_apart;
       for (int t = 0; t < tiles; t += rows) {
         Product<real, rows, vectors> product;
         product.zero();
-        product.add(from + int64_t{t} * p.channels, p.channels, filters, p.outputs, p.channels);
+        product.add(from + int64_t{t} * p.channels, p.channels, filters, p.channels);
         product.put(to + int64_t{t} * wide, wide);
       }
     }

@@ -331,14 +331,15 @@ void try_winograd(core::Dtype dtype, const char* type, double tolerance, int see
   const int top = any_of(least_y, 2 * dilation), left = any_of(least_x, 2 * dilation);
   const int high = height + 2 * (top - dilation), wide = width + 2 * (left - dilation);
   Tensor<T> x(images, channels, height, width, true), result(images, outputs, high, wide, true);
-  Tensor<T> weight(outputs, channels, 3, 3, false), filters(1, 36, channels, outputs, false),
+  Tensor<T> weight(outputs, channels, 3, 3, false), filters(outputs / 16, 36, channels, 16, false),
       bias(1, 1, 1, outputs, false);
   x.draw(), weight.draw(), bias.draw();
-  filters.each([&](int, int place, int c, int o) {
+  filters.each([&](int group, int place, int c, int lane) {
+    const int o = group * 16 + lane;
     double sum = 0;
     for (int i = 0; i < 9; ++i)
       sum += side[place / 6][i / 3] * side[place % 6][i % 3] * weight.value(o, c, i / 3, i % 3);
-    filters.at(0, place, c, o) = T(sum);
+    filters.at(group, place, c, lane) = T(sum);
   });
   std::vector<int> rows, columns;
   for (auto* tiles : {&rows, &columns}) {
@@ -385,16 +386,16 @@ void try_conv_transpose(core::Dtype dtype, const char* type, double tolerance, i
   const int padded = (outputs * block * block + 15) / 16 * 16;
   Tensor<T> x(images, channels, h, w, true), result(images, outputs, height, width, true);
   Tensor<T> weight(channels, outputs, high, wide, false);
-  Tensor<T> filters(kernel_height, kernel_width, channels, padded, false);
+  Tensor<T> filters(padded / 16, kernel_height * kernel_width, channels, 16, false);
   x.draw(), weight.draw(), filters.draw();  // those beyond the channels too
   weight.each([&](int o, int c, int i, int j) {
     const int place = ((i % block) * block + j % block) * outputs + c;
-    filters.at(i / block, j / block, o, place) = weight.at(o, c, i, j);
+    filters.at(place / 16, i / block * kernel_width + j / block, o, place % 16) = weight.at(o, c, i, j);
   });
-  filters.each([&](int i, int j, int o, int place) {
-    const int a = place / outputs / block, b = place / outputs % block;
-    if (a < block && (i * block + a >= high || j * block + b >= wide))
-      core::store(filters.at(i, j, o, place), T(0));
+  filters.each([&](int group, int tap, int o, int lane) {
+    const int place = group * 16 + lane, a = place / outputs / block, b = place / outputs % block;
+    const int i = tap / kernel_width * block + a, j = tap % kernel_width * block + b;
+    if (a < block && (i >= high || j >= wide)) core::store(filters.at(group, tap, o, lane), T(0));
   });
   cpu::ConvTransposeParams p{};
   p.dtype = dtype, p.images = images, p.channels = channels, p.outputs = outputs, p.padded = padded;
@@ -402,7 +403,7 @@ void try_conv_transpose(core::Dtype dtype, const char* type, double tolerance, i
   p.stride = stride / block, p.kernel_height = kernel_height, p.kernel_width = kernel_width;
   p.top = top, p.left = left, p.block = block;
   p.x = x.map.data, p.filters = filters.map.data, p.result = result.memory->data();
-  p.rows = any_of(1, 9);
+  p.rows = any_of(1, 9), p.group = 16 * any_of(1, 4);
   run(cpu::kernels().conv_transpose, p, cpu::conv_transpose_tasks(p));
   Wide expected(images, outputs, height, width);
   x.each([&](int n, int o, int i, int j) {
