@@ -87,7 +87,7 @@ class Attack:
         seed: 0..2**32-1, or None for a fresh one per call.
         ignore_index: the dense label that does not count.
         dtype: ``"float32"``: the model runs as it is. ``"auto"`` and ``"bfloat16"``: gradients come from a copy of the
-            model with batch norm folded, under bfloat16 autocast (``"auto"``: where the hardware has it and images are
+            model with batch norm folded, under bfloat16 autocast (``"auto"``: where that is faster and images are
             float32); faster, and with gradients in all we measured as strong (``bench/equivalence.py``). A model with a
             defense inside predicts so too; what the defense itself computes in is its own setting. What cannot be
             copied, such as a function, runs as it is.

@@ -157,7 +157,7 @@ class Purifier:
         seed: 0..2**32-1, or None: a fresh one per call, from torch's global generator. Who knows it knows the
             very ascent, and leaves less of it than any other attacker (docs/evaluation.md): None where that matters,
             and ``torch.seed()`` once where something has called ``torch.manual_seed``, after which none is secret.
-        dtype: ``"auto"`` (bfloat16 autocast for float32 images where the hardware has it, else none), ``"float32"``
+        dtype: ``"auto"`` (bfloat16 autocast for float32 images where that is faster, else none), ``"float32"``
             (no autocast), ``"bfloat16"`` or ``"float16"`` (autocast; in the latter gradients are scaled).
         norm: ``"linf"`` or ``"l2"``; that of the whole image, in which the default radius is next to nothing.
         views: the set of views (:mod:`equifast.views`).
@@ -626,7 +626,7 @@ class DefendedModel(nn.Module):
     Args:
         model: images in [0, 1] to logits.
         dtype: ``"float32"``: the model predicts as it is. ``"auto"`` and ``"bfloat16"``: a copy of it does, with batch
-            norm folded, under bfloat16 autocast (``"auto"``: where the hardware has it and images are float32).
+            norm folded, under bfloat16 autocast (``"auto"``: where that is faster and images are float32).
     """
 
     predictor: Callable[[Tensor], Tensor] | None = None
