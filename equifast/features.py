@@ -345,7 +345,7 @@ def _settings(stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int 
 
 
 _MOST_WEIGHTS = 2**16  # of one place of a filter: transformed they take eight times the memory, gradients included
-_MOST_WASTE = 1.6  # positions of tiles for one of the result, above which PyTorch's own operator is faster
+_MOST_WASTE = 1.9  # positions of tiles for one of the result, above which PyTorch's own operator is faster
 
 
 @functools.lru_cache(4096)
