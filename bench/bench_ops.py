@@ -47,8 +47,7 @@ COPIED = 2**26  # elements of the tensor that is copied: far beyond every cache
 COPIES = 10  # before a line, and after it
 LEAST_SECONDS = 1.5  # of measuring, per line
 BENCHMARKS = ("published", "eager", "native")
-_OTHER = DEVICE != "cpu" or DTYPE is not torch.float32
-float32_on_cpu = pytest.mark.skipif(_OTHER, reason="for float32 on the CPU")
+float32_on_cpu = pytest.mark.skipif(DEVICE != "cpu" or DTYPE is not torch.float32, reason="for float32 on the CPU")
 
 
 def rendered(shape: Sequence[int]) -> tuple[Tensor, list[tuple[int, int]]]:

@@ -278,6 +278,12 @@ def turn_filters(filters: object, order: object) -> None:
     same_device("order", order, "filters", given)
 
 
+def conv_transpose_weight(weight: object, stride: object) -> None:
+    """The arguments of ``conv_transpose_filters``."""
+    tensor("weight", weight, 4, "(O, C, h, w)")
+    integer("stride", stride, 1, _LONGEST)
+
+
 def winograd_weight(weight: object) -> None:
     """The argument of ``winograd_filters``."""
     given = tensor("weight", weight, 4, "(O, C, 3, 3)")
@@ -289,6 +295,17 @@ def winograd_weight(weight: object) -> None:
 def _wide(name: str, given: Tensor) -> None:
     if given.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{name} has dtype {given.dtype}; it must be float32 or float64")
+
+
+_LONGEST = 2**31 - 1  # pixels
+
+
+def _pair(name: str, value: object, least: int) -> None:
+    wanted = f"two integers of at least {least}"
+    if not isinstance(value, Sequence) or not all(type(each) in (int, torch.SymInt) for each in value):
+        raise TypeError(f"{name} is {value!r}; it must be {wanted}")
+    if len(value) != 2 or min(value) < least:
+        raise ValueError(f"{name} is {value!r}; it must be {wanted}")
 
 
 def _beside(name: str, given: Tensor, x: Tensor) -> None:
@@ -310,10 +327,8 @@ def winograd(x: object, filters: object, bias: object, dilation: int, padding: S
         _beside("bias", shift, image)
         if len(shift) != 16 * len(given):
             raise ValueError(f"bias has shape {shape(shift)}; it must be ({16 * len(given)},)")
-    if dilation < 1:
-        raise ValueError(f"dilation is {dilation}; it must be at least 1")
-    if len(padding) != 2 or min(padding) < 0:
-        raise ValueError(f"padding is {padding}; it must be two numbers of at least 0")
+    integer("dilation", dilation, 1, _LONGEST)
+    _pair("padding", padding, 0)
     height, width = (image.shape[side] + 2 * (padding[side - 2] - dilation) for side in (2, 3))
     if height < 1 or width < 1:
         least = 2 * dilation + 1
@@ -332,14 +347,13 @@ def conv_transpose(
     if given.shape[3:] != (image.shape[1], 16) or 0 in given.shape[1:3]:
         wanted = f"(C / 16, kernel height, kernel width, {image.shape[1]}, 16)"
         raise ValueError(f"filters has shape {shape(given)}; it must be {wanted}")
-    if stride < 1:
-        raise ValueError(f"stride is {stride}; it must be at least 1")
+    integer("stride", stride, 1, _LONGEST)
     most = 16 * len(given) // (stride**2 if blocks else 1)
-    if not 1 <= channels <= most:
-        raise ValueError(f"channels is {channels}; it must be 1 to {most}")
-    for name, pair, least in (("size", size, 1), ("padding", padding, 0)):
-        if len(pair) != 2 or min(pair) < least:
-            raise ValueError(f"{name} is {pair}; it must be two numbers of at least {least}")
+    if most < 1:
+        raise ValueError(f"filters has shape {shape(given)}; it must have channels for each pixel of a block")
+    integer("channels", channels, 1, most)
+    _pair("size", size, 1)
+    _pair("padding", padding, 0)
 
 
 def signed_step(x: object, gradient: object, origin: object, eps: object, ids_given: object) -> Tensor:

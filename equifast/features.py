@@ -7,6 +7,7 @@ import math
 import threading
 import types
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from operator import index
 from typing import Any
 
 import torch
@@ -339,9 +340,9 @@ def _resized(
 
 
 def _settings(stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1) -> tuple[Any, ...]:
-    """Those of a convolution in two dimensions, a number for each side; padding is no word."""
+    """Those of a convolution in two dimensions, a Python integer for each side; padding is no word."""
     sides = [tuple(side) if isinstance(side, tuple | list) else (side,) for side in (stride, padding, dilation)]
-    return (*(side * 2 if len(side) == 1 else side for side in sides), groups)
+    return (*(tuple(map(index, side * 2 if len(side) == 1 else side)) for side in sides), index(groups))
 
 
 _MOST_WEIGHTS = 2**16  # of one place of a filter: transformed they take eight times the memory, gradients included

@@ -409,9 +409,7 @@ def conv_transpose_filters(weight: Tensor, stride: int) -> Tensor:
     Raises:
         TypeError, ValueError: if the weight is not that.
     """
-    _checks.tensor("weight", weight, 4, "(O, C, h, w)")
-    if stride < 1:
-        raise ValueError(f"stride is {stride}; it must be at least 1")
+    _checks.conv_transpose_weight(weight, stride)
     filters = weight.permute(2, 3, 0, 1)
     if in_blocks(weight.shape, stride):
         high, wide = (-side % stride for side in weight.shape[2:])

@@ -1,4 +1,5 @@
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch is loaded: threads that wait by spinning would take the time of the other processes of the suite.
@@ -28,3 +29,11 @@ def data() -> Path:
 def _two_threads() -> None:
     """On any machine: with one some convolutions are others (`equifast.features`), which has tests of its own."""
     torch.set_num_threads(2)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """For a test that changes how many there are."""
+    count = torch.get_num_threads()
+    yield
+    torch.set_num_threads(count)

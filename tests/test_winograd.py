@@ -1,6 +1,5 @@
 """Convolutions by Winograd's minimal filtering: the reference, the kernel against it, and which of a model run so."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import cases
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from equifast import Purifier, features, ops, reference
+from equifast._folded import Folded
 from equifast.features import evaluating
 
 Shape = tuple[int, int, int, int, int, int, tuple[int, int]]
@@ -94,13 +94,6 @@ def test_the_kernel_is_the_reference(name: str, dtype: torch.dtype) -> None:
             assert not ops.native(x) or actual.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.fixture
-def threads() -> Iterator[None]:
-    count = torch.get_num_threads()
-    yield
-    torch.set_num_threads(count)
-
-
 @native
 @pytest.mark.parametrize("name", SHAPES)
 def test_neither_threads_nor_the_batch_change_a_bit(name: str, threads: None) -> None:
@@ -164,9 +157,13 @@ def test_what_does_not_fit_is_refused() -> None:
             module.winograd(x[:, :8], filters)
         with pytest.raises(ValueError, match=r"bias has shape \(15,\); it must be \(16,\)"):
             module.winograd(x, filters, bias[1:])
-        with pytest.raises(ValueError, match=r"dilation is 0; it must be at least 1"):
+        with pytest.raises(ValueError, match=r"dilation is 0; it must be an integer from 1 to"):
             module.winograd(x, filters, None, 0)
-        with pytest.raises(ValueError, match=r"padding is \(0, -1\); it must be two numbers of at least 0"):
+        with pytest.raises(TypeError, match=r"dilation is '2'; it must be an integer from 1 to"):
+            module.winograd(x, filters, None, "2")
+        with pytest.raises(TypeError, match=r"padding is 1; it must be two integers of at least 0"):
+            module.winograd(x, filters, None, 1, 1)
+        with pytest.raises(ValueError, match=r"padding is \(0, -1\); it must be two integers of at least 0"):
             module.winograd(x, filters, None, 1, (0, -1))
         with pytest.raises(ValueError, match=r"x has shape .*; it must be 13 pixels high and wide with its padding"):
             module.winograd(x, filters, None, 6, (0, 0))
@@ -219,8 +216,6 @@ def wide(**settings: Any) -> nn.Module:
 
 
 def folded(model: nn.Module, x: Tensor) -> nn.Module:
-    from equifast._folded import Folded
-
     copied = Folded(model)(x, lambda m, images: m(images))
     assert copied is not model
     return copied

@@ -1,7 +1,9 @@
 // Transposed convolutions: gradients of strided ones. Compiled once per instruction set.
 //
 // Every stride-th pixel of a row reads its neighbors in x by the same weights, and those of the next pixel of
-// them are the next ones: a product of matrices, whose rows are where x has them, beside zeros.
+// them are the next ones: a product of matrices, whose rows are where x has them, beside zeros. Of few
+// channels, which would leave most of a register empty, all pixels of a block of stride x stride are computed
+// at once, by the neighbors that any of them has.
 #include <algorithm>
 
 #include "matrix.h"
