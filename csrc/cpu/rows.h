@@ -1,16 +1,15 @@
-// What CPU kernels share: scratch memory and the dispatch by dtype; and, for similarity per pixel, what a row
-// of positions reads in a map. Included by kernels that are compiled once per instruction set, hence the
-// unnamed namespace.
+// What CPU kernels share: the dispatch by dtype; and, for similarity per pixel, what a row of positions reads
+// in a map. Included by kernels that are compiled once per instruction set, hence the unnamed namespace.
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 
 #include "../core/sample.h"
 #include "../core/storage.h"
 #include "kernels.h"
 #include "products.h"
+#include "scratch.h"
 
 namespace equifast::cpu {
 namespace {
@@ -36,38 +35,6 @@ void dispatch(Dtype dtype, F&& f) {
       return f(BFloat16{});
   }
 }
-
-// Scratch of one thread, cut into arrays.
-class Scratch {
- public:
-  explicit Scratch(int64_t bytes)
-      : base_(static_cast<char*>(std::malloc(static_cast<std::size_t>(bytes)))), size_(bytes) {
-    if (base_ == nullptr) std::abort();
-  }
-  ~Scratch() { std::free(base_); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  // Everything that was taken is given back.
-  Scratch& clear() {
-    used_ = 0;
-    return *this;
-  }
-  template <typename T>
-  T* take(int64_t count) {
-    T* array = reinterpret_cast<T*>(base_ + used_);
-    used_ += bytes<T>(count);
-    if (used_ > size_) std::abort();  // whoever asked for it counted wrong
-    return array;
-  }
-  template <typename T>
-  static constexpr int64_t bytes(int64_t count) {
-    return (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
-  }
-
- private:
-  char* base_;
-  int64_t size_, used_ = 0;
-};
 
 // The positions of one row of `out` that lie inside `in`: an interval of columns, since the frame is convex.
 template <typename real>

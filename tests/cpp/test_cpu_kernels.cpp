@@ -16,6 +16,7 @@
 #include "core/cosine.h"
 #include "core/sample.h"
 #include "cpu/kernels.h"
+#include "cpu/scratch.h"
 
 namespace {
 
@@ -418,6 +419,17 @@ void try_conv_transpose(core::Dtype dtype, const char* type, double tolerance, i
   check(apart(result, expected), tolerance, "transposed convolution", type, seed);
 }
 
+// Arrays of scratch memory begin where cache lines do, of whatever size they are.
+void try_scratch() {
+  for (const std::int64_t count : {1, 3, 100, 5000, 300000}) {
+    cpu::Scratch scratch(2 * cpu::Scratch::bytes<float>(count));
+    for (int i = 0; i < 2; ++i) {
+      const auto address = reinterpret_cast<std::uintptr_t>(scratch.take<float>(count));
+      check(double(address % 64), 0, "place of scratch memory", "float32", i);
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -427,6 +439,7 @@ int main() {
     std::printf("left out: this CPU has no %s\n", wish);
     return 77;  // as CMakeLists.txt knows
   }
+  try_scratch();
   for (int i = 0; i < cases; ++i) {
     generator.seed(static_cast<unsigned>(i));
     try_similarity<float>(core::Dtype::float32, "float32", 2e-5, i);
