@@ -28,6 +28,7 @@ from equifast.objectives import (
     confusions,
     cross_entropies,
     cross_entropy,
+    differentiate,
     divergence,
     label_index,
     label_mean,
@@ -204,7 +205,8 @@ class Attack:
 
         Raises:
             TypeError: if ``x`` is not floating point or ``y`` not int64.
-            ValueError: if shapes or ranges are wrong, or the logits do not depend on the image.
+            ValueError: if shapes or ranges are wrong, or the logits do not depend on the image; :class:`Square`, which
+                asks for no gradient, takes those that have none.
         """
         with torch.inference_mode(False):
             x = _checks.images("x", x).detach()
@@ -669,7 +671,6 @@ class CWL2(Attack):
                 step = search * self.ascent.steps + t
                 with torch.enable_grad():
                     image = (w.tanh() + 1) / 2
-                    distance = row_sum((image - x).flatten(1).square())
                     short, won = torch.zeros_like(least), torch.zeros_like(least)
                     for draw in draws:
                         found = list(predict(image.to(given.dtype, copy=True), call.ids, draw))
@@ -680,7 +681,9 @@ class CWL2(Attack):
                             short = short + self._mean(apart, y) / (len(draws) * len(found))
                         reached = (margin > 0) & (margin >= self.confidence)
                         won = won + self._mean(reached.to(won.dtype), y)
-                    (gradient,) = torch.autograd.grad((distance + c * short).sum(), [w])
+                    (slope,) = differentiate((c * short).sum(), [image])
+                    (gradient,) = torch.autograd.grad(image, [w], slope + 2 * (image - x))
+                distance = row_sum((image - x).flatten(1).square()).detach()
                 # not their mean, which falls short of 1 by rounding
                 success = won >= len(draws) * (1.0 if y.dim() == 1 else self.share)
                 nearer = success & (distance < least)

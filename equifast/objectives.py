@@ -31,6 +31,7 @@ __all__ = [
     "confusions",
     "cross_entropies",
     "cross_entropy",
+    "differentiate",
     "disagreement",
     "distances",
     "in_batches",
@@ -134,7 +135,7 @@ def _leaf(x: Tensor) -> Tensor:
     return x.detach().requires_grad_()
 
 
-def _differentiate(value: Tensor, inputs: Sequence[Tensor], upstream: Tensor | None = None) -> tuple[Tensor, ...]:
+def differentiate(value: Tensor, inputs: Sequence[Tensor], upstream: Tensor | None = None) -> tuple[Tensor, ...]:
     """The gradients of ``value`` (weighted by ``upstream`` where it is no scalar) with respect to ``inputs``."""
     gradients: Sequence[Tensor | None] = [None]
     if value.requires_grad:
@@ -347,7 +348,7 @@ class Agreement:
         with torch.enable_grad():
             leaf = _leaf(x)
             columns = self.columns(leaf, self.step_views(x, t))
-            (gradient,) = _differentiate(columns.sum(), [leaf])
+            (gradient,) = differentiate(columns.sum(), [leaf])
         return column_sum(columns.detach()), gradient
 
     def slope(self, x: Tensor, t: int) -> Tensor:
@@ -425,7 +426,7 @@ class Equivariance(Agreement):
             image, source = _leaf(x), _leaf(x)  # what views are compared with, and what they are of
             if self._pairing == "all":
                 value, scale = self._all_pairs(image, source, sampled)
-                own, through = _differentiate(value, [image, source], scale)
+                own, through = differentiate(value, [image, source], scale)
                 return value.detach(), own.add_(through, alpha=self._view_gradient)
             gradient = self._toward if self._view_gradient == 0 else self._both
             values, total = gradient(image, source, sampled)
@@ -435,7 +436,7 @@ class Equivariance(Agreement):
         """Similarities (N, K), and the gradient of their sum where views are targets: they go forward alone."""
         features = self.anchor(image)
         values, upstream = self._target(sampled, source, features.detach())
-        return values, _differentiate(features, [image], upstream)[0]
+        return values, differentiate(features, [image], upstream)[0]
 
     def _both(self, image: Tensor, source: Tensor, sampled: Sequence[Sampled]) -> tuple[Tensor, Tensor]:
         """The same with a gradient through views too, those that are followed.
@@ -474,7 +475,7 @@ class Equivariance(Agreement):
             if part.requires_grad:  # a view's features may not depend on the image
                 slopes.update(_slopes(part, [leaves[i] for i in batch], g, batch))
             del part, g
-        total, *more = _differentiate(features, [leaves[i] for i in first], _cat([upstream, *held]))
+        total, *more = differentiate(features, [leaves[i] for i in first], _cat([upstream, *held]))
         slopes.update(zip(first[1:], more, strict=True))
         moved = [(view, slopes[i]) for i, view in enumerate(views, 1) if i in slopes and view.requires_grad]
         if moved:
@@ -802,7 +803,7 @@ class TaskLoss:
                     climbed = value if self._climbed is None else self._climbed(logits, t, *self._labels)
                     # of each of many labels the gradient is too small for float16, unless it is of their sum
                     large = logits[0, 0].numel() if x.dtype == torch.float16 else 1
-                    found = found + _differentiate(climbed.sum() * large, [leaf])[0]
+                    found = found + differentiate(climbed.sum() * large, [leaf])[0]
                     count += 1
                 total = total + found / (count * len(draws))
             told = climbed if self._tells_climbed else value

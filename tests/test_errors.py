@@ -278,6 +278,10 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: Purifier(Constant())(X),
         "model gives an output that does not depend on the image; there is no gradient to follow",
     ),
+    "constant, attacked": (
+        lambda: attacks.CWL2(Constant())(X, torch.zeros(2, 5, 5, dtype=torch.int64)),
+        "model gives an output that does not depend on the image; there is no gradient to follow",
+    ),
     "not dense": (
         lambda: Purifier(cases.classifier())(X),
         "); they must be (N, C, h, w)",
