@@ -39,7 +39,7 @@ EQUIFAST_HD inline real clamp_unit(real v) {  // to [0, 1]; NaN stays
 // The derivative of clamp_unit passes at both ends, as that of torch.clamp.
 template <typename real>
 EQUIFAST_HD inline real pass_unit(real v, real upstream) {
-  return (v >= 0) & (v <= 1) ? upstream : real(0);
+  return ((v >= 0) & (v <= 1)) ? upstream : real(0);
 }
 
 template <typename real>
@@ -102,7 +102,7 @@ EQUIFAST_HD inline real lack(real k) {
 }
 template <typename real>
 EQUIFAST_HD inline real lack_slope(real k) {
-  return (k >= 0) & (k <= 1) ? real(1) : ((k >= 3) & (k <= 4) ? real(-1) : real(0));
+  return ((k >= 0) & (k <= 1)) ? real(1) : ((k >= 3) & (k <= 4)) ? real(-1) : real(0);
 }
 
 template <typename real>

@@ -10,7 +10,9 @@
 
 #if defined(__AVX2__)
 #pragma GCC diagnostic push
+#ifndef __clang__
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of registers that GCC 12's header leaves undefined
+#endif
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 #endif

@@ -139,16 +139,17 @@ class Geometry {
       for (int c = 0; c < 4; ++c) x[c] = x[c] + across[c] + map.x0, y[c] = y[c] + down[c] + map.y0;
     }
 
-    // The columns that row y of the window is read at: where the corners' parallelogram meets (y - 1, y + 1).
-    Range read(int row, const Rect& window, int width) const {
+    // The columns that row `row` of a window is read at: where the corners' parallelogram meets (row - 1, row
+    // + 1).
+    Range read(int row, const Rect& of, int width) const {
       constexpr double slack = 1e-3, everything = 1e300, precise = 1e9;  // beyond, rounding passes the slack
       for (int c = 0; c < 4; ++c) {
         if (!(x[c] < precise && x[c] > -precise && y[c] < precise && y[c] > -precise)) {
-          return {window.left, window.right};
+          return {of.left, of.right};
         }
       }
-      const double above = row == window.top ? -everything : row - 1 - slack,
-                   below = row == window.bottom - 1 ? everything : row + 1 + slack;
+      const double above = row == of.top ? -everything : row - 1 - slack,
+                   below = row == of.bottom - 1 ? everything : row + 1 + slack;
       double first = everything, last = -everything;
       for (int c = 0; c < 4; ++c) {
         double x0 = x[c], x1 = x[(c + 1) % 4], y0 = y[c], y1 = y[(c + 1) % 4];
@@ -162,7 +163,7 @@ class Geometry {
       }
       if (first > last) return {0, 0};
       const int left = low(first - slack, width), right = low(last + slack, width) + 2;
-      return {left > window.left ? left : window.left, right < window.right ? right : window.right};
+      return {left > of.left ? left : of.left, right < of.right ? right : of.right};
     }
   };
 

@@ -153,7 +153,8 @@ struct Task {
       real* rest = transformed + place * transformed_apart;
       std::fill(rest + int64_t{tiles} * p.channels, rest + int64_t{winograd_tiles} * p.channels, real{0});
     }
-    each_panel<real>(begin, end, [this](int channel, auto vectors) { panel<vectors.value>(channel); });
+    each_panel<real>(begin, end,
+                     [this](int channel, auto vectors) { this->template panel<vectors.value>(channel); });
   }
 };
 
