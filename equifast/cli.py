@@ -27,6 +27,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor, nn
@@ -1037,6 +1038,7 @@ def _signed(differences: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str,
     return {defense: {attack: text(cell) for attack, cell in row.items()} for defense, row in differences.items()}
 
 
+_WIDEST = 10_000  # characters of a table's line
 _FOOTNOTE = "* forward passes of an image, by area; a backward pass counts as two"
 
 
@@ -1046,10 +1048,13 @@ def _print(
     for title, headings, rows in tables:  # names are a user's, who may have put brackets into them
         table = Table(title=escape(title))
         for heading in headings:
-            table.add_column(escape(heading), justify="right" if heading else "left")
+            table.add_column(escape(heading), justify="right" if heading else "left", overflow="fold")
         for row in rows:
             table.add_row(*map(escape, row))
-        _out.print(table)
+        wide = Measurement.get(_out, _out.options.update(width=_WIDEST), table).maximum
+        # a terminal folds what is too wide; a file has no edge
+        console = _out if _out.is_terminal else Console(file=_out.file, width=max(_out.width, wide))
+        console.print(table)
     if footnote:
         _out.print(footnote, highlight=False, soft_wrap=True)
     for warning in warnings:

@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from equifast import Purifier, __version__, cli
@@ -48,6 +50,19 @@ def run(*arguments: object) -> Result:
 
 def lines(folder: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (folder / "purified.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_wide_tables_lose_nothing(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file has lines of any length; on a terminal cells go on below."""
+    file = io.StringIO()
+    monkeypatch.setattr(cli, "_out", Console(file=file, force_terminal=terminal, width=80, color_system=None))
+    cells = [f"{i}9.5 (65.5-73.{i})" for i in range(10)]
+    cli._print([("areas", ["", *(f"detector {i}" for i in range(10))], [["camvid/train", *cells]])], [], "")
+    rows = [line.split("│")[1:-1] for line in file.getvalue().splitlines() if "│" in line]
+    assert (len(rows) == 1) is not terminal
+    whole = ["".join(parts).replace(" ", "") for parts in zip(*rows, strict=True)]
+    assert whole == [text.replace(" ", "") for text in ("camvid/train", *cells)]
 
 
 def test_bench() -> None:
