@@ -25,6 +25,19 @@ def data() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def opencv() -> None:
+    """What corruptions need beside pip's packages: the libraries of a desktop, or OpenCV's build without windows."""
+    from equifast.evaluate.corruptions import _library
+
+    try:
+        _library()
+    except RuntimeError as problem:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(str(problem))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _two_threads() -> None:
     """On any machine: with one some convolutions are others (`equifast.features`), which has tests of its own."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -209,7 +210,7 @@ def test_foreign_images_take_the_size_of_those_in_their_place(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
-def test_corruptions(name: str) -> None:
+def test_corruptions(name: str, opencv: None) -> None:
     x, ids = images(3), torch.tensor([5, -(2**62), 7])
     state = np.random.get_state()[1].copy()  # noqa: NPY002
     found = {severity: corrupt(x, name, severity, ids) for severity in (1, 5)}
@@ -228,7 +229,7 @@ def test_corruptions(name: str) -> None:
         assert distances[0] < distances[1]
 
 
-def test_a_corruption_is_the_published_one() -> None:
+def test_a_corruption_is_the_published_one(opencv: None) -> None:
     """Gaussian noise and contrast by their definitions, at the published strengths."""
     x = torch.full((1, 3, 64, 64), 0.5)
     for severity, deviation in enumerate((0.08, 0.12, 0.18, 0.26, 0.38), 1):
@@ -242,7 +243,7 @@ def test_a_corruption_is_the_published_one() -> None:
         assert float((corrupt(pattern, "contrast", severity) - expected).abs().max()) < 1.5 / 255
 
 
-def test_elastic_transforms_are_those_of_imagenet_c() -> None:
+def test_elastic_transforms_are_those_of_imagenet_c(opencv: None) -> None:
     """Of uniform numbers in [-a, a] a Gaussian of s pixels leaves a / sqrt(3) / (2 sqrt(pi) s)."""
     for severity, (far, smooth, corners) in enumerate(
         ((488, 170.8, 24.4), (488, 19.52, 48.8), (12.2, 2.44, 4.88), (17.08, 2.44, 4.88), (29.28, 2.44, 4.88)), 1
@@ -275,9 +276,21 @@ def test_what_corruptions_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         with pytest.raises(ValueError, match=sentence):
             corrupt(*arguments)  # type: ignore[arg-type]
-    monkeypatch.setitem(__import__("sys").modules, "imagecorruptions", None)
+    monkeypatch.setitem(sys.modules, "imagecorruptions", None)
     with pytest.raises(RuntimeError, match=r"corruptions need imagecorruptions-imaug, .* pip install"):
         corrupt(x, "fog", 1)
+
+
+def test_an_opencv_that_does_not_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the libraries of a desktop are not there."""
+    failing = "import sys\nsys.path.insert(0, 'of its own')\nraise ImportError('libGL.so.1: cannot open')\n"
+    (tmp_path / "imagecorruptions.py").write_text(failing)
+    monkeypatch.delitem(sys.modules, "imagecorruptions", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    path = list(sys.path)
+    with pytest.raises(RuntimeError, match=r"OpenCV, which does not load here \(libGL.so.1: .* opencv-python-headless"):
+        corrupt(images(1), "fog", 1)
+    assert sys.path == path
 
 
 def test_studies() -> None:
@@ -378,7 +391,7 @@ def test_studies_from_the_command_line(study: str, tmp_path: Path, spec: str) ->
 
 
 def test_a_study_of_corruptions_from_the_command_line(
-    tmp_path: Path, spec: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, spec: str, monkeypatch: pytest.MonkeyPatch, opencv: None
 ) -> None:
     import equifast.cli
 
@@ -403,7 +416,7 @@ def test_a_study_of_corruptions_from_the_command_line(
     ]
 
 
-def test_a_map_of_corruptions(tmp_path: Path) -> None:
+def test_a_map_of_corruptions(tmp_path: Path, opencv: None) -> None:
     kinds = [corrupted(name, severity) for name in ("fog", "contrast") for severity in (1, 3)]
     report = Detection(MODEL, scenes(3), detectors(), kinds).run(tmp_path)
     assert set(report.means()["deviation"]) == {"severity 1", "severity 3"}

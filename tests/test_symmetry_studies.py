@@ -65,7 +65,7 @@ def test_digits() -> None:
     assert sum(image.numpy().tobytes() in learned for image in split.x) < 5  # but for digits that are there twice
 
 
-def test_a_study_of_image_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_study_of_image_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opencv: None) -> None:
     """Class folders and arrays; three classes."""
     rng, data = np.random.default_rng(0), tmp_path / "data"
     for number in range(12):

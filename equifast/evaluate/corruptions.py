@@ -4,6 +4,7 @@ But for elastic transforms, which are another thing there: no affine part, and s
 """
 
 import contextlib
+import sys
 import threading
 from collections.abc import Iterator
 from importlib import metadata
@@ -35,12 +36,19 @@ _LOCK = threading.Lock()
 
 
 def _library() -> ModuleType:
+    path = list(sys.path)
     try:
         import imagecorruptions
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise RuntimeError(
             f"corruptions need imagecorruptions-imaug, which cannot be imported ({error}); "
             "pip install it, or equifast with the extra 'corruptions'"
+        ) from None
+    except ImportError as error:
+        sys.path[:] = path  # OpenCV leaves a folder of its own there, whose "typing" hides Python's
+        raise RuntimeError(
+            f"corruptions need OpenCV, which does not load here ({error}); its build without windows needs no such "
+            "library: pip install --force-reinstall --no-deps opencv-python-headless"
         ) from None
     module: ModuleType = imagecorruptions
     return module
@@ -125,7 +133,7 @@ def corrupt(x: Tensor, name: str, severity: int, ids: Tensor | None = None, seed
 
     Raises:
         ValueError: for a name or severity that there is none of, or images that are too small.
-        RuntimeError: if the package is not there.
+        RuntimeError: if the package is not there, or OpenCV, which it uses, does not load.
     """
     _checks.choice("name", name, CORRUPTIONS)
     _checks.integer("severity", severity, 1, 5)
