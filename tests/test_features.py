@@ -618,7 +618,7 @@ def test_second_derivatives_of_frozen_convolutions() -> None:
         assert torch.autograd.gradgradcheck(lambda x: first(x, True), x)
     # PyTorch's own takes a gradient of the weight too
     for frozen in (True, False):
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
             second(x, frozen)
         assert ("aten::_convolution_double_backward" in {event.name for event in profile.events()}) != frozen
 

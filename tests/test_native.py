@@ -590,7 +590,9 @@ def test_similarity_allocates_its_outputs_and_gradients(layout: str, dtype: torc
     anchor, views, theta = problem("wide", 0, layout, dtype)
     leaves = [f.requires_grad_() for f in (anchor, *views)]
     upstream = torch.ones(1, 3)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as record:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as record:
         torch.autograd.grad(ops.similarity(leaves[0], leaves[1:], theta), leaves, upstream)
     events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
     allocated = sum(e.nbytes() for e in events if e.nbytes() > 0)

@@ -222,7 +222,7 @@ def folded(model: nn.Module, x: Tensor) -> nn.Module:
 
 def counted(run: Any) -> int:
     """How many convolutions it runs so."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
         run()
     return sum(event.name == "equifast::winograd" for event in profile.events())
 
