@@ -90,7 +90,8 @@ class LevelPlanes {
          *line = s.take<real>(line_size(anchor.width)), *values = s.take<real>(line_size(map_k.width));
     int* holds = s.take<int>(kept);
     const Gradient& g = p_.view_gradient[k];
-    visit_planes(first, last, [&](auto planes, int c) {
+    visit_planes(first, last, [&](auto some, int c) {
+      constexpr int planes = decltype(some)::value;  // a lambda within may not name a parameter of this one
       Slopes<planes> from{view, slopes, holds, kept, anchor.width, cross, own0, own1};
       from.aim(p_, n, c);
       const auto row = [&](int j) { return from.row(j); };
