@@ -1,10 +1,11 @@
-"""How much the weight of an attacker who evades a detector decides, by the detector of invariance on CIFAR-10.
+"""Attackers who evade a detector, by a sum of both ends and by selective steps: that of invariance on CIFAR-10.
 
     python bench/halves.py
     python bench/evading.py
 
-What PGD, and attackers of `--study evasion` who weigh the score otherwise than its 1, leave of the model, and how much
-of it is flagged at 5%: images of the second half of CIFAR-10's test images, the threshold by those of the first.
+What PGD, attackers who climb the cross-entropy minus so many times what the score has above the threshold, and the one
+of `--study evasion` leave of the model, and how much of it is flagged at 5%: images of the second half of CIFAR-10's
+test images, the threshold by those of the first.
 """
 
 from typing import Annotated
@@ -24,7 +25,7 @@ from equifast.evaluate import Strength, open_data
 
 
 def main(images: Annotated[int, typer.Option(help="How many are attacked, evenly from the half.")] = 64) -> None:
-    """A table: a row for PGD, and one for every weight."""
+    """A table: a row for PGD, one for every weight, and the last."""
     equifast.keep_freed_memory()
     model, strength = networks.cifar().eval(), Strength(eps=2 / 255)
     clean, data = (open_data(HALVES / f"cifar-{half}.npz") for half in ("first", "second"))
@@ -34,10 +35,14 @@ def main(images: Annotated[int, typer.Option(help="How many are attacked, evenly
     x, y = stack(data, [i * len(data) // images for i in range(images)])
     pgd = attacks.PGD(model, eps=strength.eps, step_size=strength.step_size, steps=strength.steps)
     rows: dict[str, attacks.Attack] = {"PGD": pgd}
+    patient = strength.patient(keep="best", momentum=0.75)
     for weight in (1.0, 10.0, 100.0, 1000.0):
-        rows[f"weight {weight:g}"] = attacks.Adaptive(model, detector.at(0.05), weight=weight, **strength.patient())
-    spread = detector.score(fit).std()
-    table = Table(title=f"{images} images; clean scores vary by {spread:.3f}, threshold {detector.threshold:.3f}")
+        rows[f"sum, weight {weight:g}"] = attacks.Adaptive(model, detector, weight=weight, **patient)
+    for confidence in (0.0, 1.0, 5.0):
+        rows[f"selective, confidence {confidence:g}"] = attacks.Evading(
+            model, detector, confidence=confidence, **patient
+        )
+    table = Table(title=f"{images} images")
     for heading in ("", "flagged, %", "accuracy, %"):
         table.add_column(heading, justify="right" if heading else "left")
     for name, attack in rows.items():

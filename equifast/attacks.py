@@ -22,6 +22,7 @@ from equifast.features import evaluating, output
 from equifast.objectives import (
     Objective,
     Scaled,
+    Selective,
     Sum,
     TaskLoss,
     check_labels,
@@ -50,6 +51,7 @@ __all__ = [
     "Adaptive",
     "Attack",
     "CosPGD",
+    "Evading",
     "Houdini",
     "SegPGD",
     "Spatial",
@@ -478,7 +480,8 @@ class Adaptive(Attack):
     """An attacker who keeps the image equivariant, lest it be purified (Mao et al. 2023, Eq. 6).
 
     Climbs the task loss plus ``weight`` times the mean similarity of the purifier's views, both of the attacked image.
-    With a detector in its place, minus what the score has above the threshold, in standard deviations of clean scores.
+    With a detector in its place, minus what the score has above the threshold, in standard deviations of clean scores;
+    :class:`Evading` needs no weight for that, and does more.
 
     Args:
         model: the undefended model; :class:`BPDA` puts a defense before it.
@@ -517,6 +520,54 @@ class Adaptive(Attack):
             better = value > most
             best[better], most[better] = found[better], value[better].to(most.dtype)
         return best
+
+
+class Evading(CW):
+    """Selective projected gradient ascent past a detector (Bryniarski et al. 2022).
+
+    Where an image is overlooked a step follows the margin, and where it is suspected the detector's score,
+    downwards: neither outweighs the other, as in the sum of both that :class:`Adaptive` climbs. The first quarter
+    of the steps follows the margin alone: many a detector suspects what lies between two labels, but not what is
+    beyond. The iterate is kept that is overlooked and has the largest margin, or else the smallest score;
+    overlooked with something to spare (:meth:`equifast.detectors.Detector.objective`), in one draw of the
+    detector's views.
+
+    Args:
+        model: the undefended model; :class:`BPDA` puts a defense before it.
+        detector: a :class:`equifast.detectors.Detector` after ``fit``; ``detector.at(rate)`` for another threshold.
+        confidence: as in :class:`CW`; with less some labels turn back, with more there is less left for the detector
+            (``bench/evading.py``).
+        settings: as in :class:`Attack`. Where not given 100 steps of a sixteenth of the radius, with momentum, the best
+            iterate kept: few and long ones stand on one side of a threshold or on the other.
+
+    Raises:
+        TypeError: for a detector that is none.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        detector: Watching,
+        *,
+        confidence: float = 1.0,
+        eps: float = 4 / 255,
+        **settings: Any,
+    ) -> None:
+        size = _checks.number("eps", eps, above=0) / 16
+        patient = {"steps": 100, "step_size": size, "keep": "best", "momentum": 0.75}
+        super().__init__(model, confidence=confidence, eps=eps, **{**patient, **settings})
+        if not all(callable(getattr(detector, name, None)) for name in ("objective", "predict")):
+            raise TypeError(f"detector is a {type(detector).__name__}; it must be a Detector")
+        self.detector = detector
+
+    def _search(self, predict: Prediction, x: Tensor, y: Tensor, call: Call) -> Tensor:
+        task = self._objective(predict, x, y, call.ids, ranked=True)
+        # draw 0 is left to the evaluation
+        with self.detector.objective(x, call.ids, draw=1) as overlooked:
+            return self._climb(Selective(task, overlooked, self._free), x, call, call.progress)
+
+    def _free(self, t: int) -> bool:
+        return t % self.ascent.steps < self.ascent.steps // 4
 
 
 class Square(Attack):

@@ -904,10 +904,11 @@ def _detection_tables(
         for kind in (CLEAN, *kinds)
         if report.groups.get(kind) != "foreign"
     ]
+    evaded = ", of those who evade at theirs" if "evading" in report.groups.values() else ""
     times = [["ms per image", *(f"{1e3 * report.seconds[n]:.1f}" for n in names)]]
     tables = [
         *_separation_tables(report, dict(zip(kinds, kinds, strict=True)), of),
-        ("images flagged at the threshold, in %", ["", *names], rates + times),
+        (f"images flagged at the threshold{evaded}, in %", ["", *names], rates + times),
     ]
     if len(damage) > 1:
         whole = [[*row, *[""] * (1 + len(names) - len(row))] for row in damage]

@@ -209,13 +209,15 @@ class Detector:
         """Minus what the score has above the threshold, in standard deviations of clean scores, for an ascent on ``x``.
 
         For attackers who want to be overlooked (Carlini and Wagner 2017): 0, and without a gradient, from a quarter of
-        one below the threshold on. A context, in which the model is in eval mode; RuntimeError before :meth:`fit`.
+        one below the threshold on; or from the median of the clean scores up to the threshold on, where that is
+        higher, since of scores with a long tail nothing may lie so far below. A context, in which the model is in eval
+        mode; RuntimeError before :meth:`fit`.
         """
-        level = self.threshold
-        unit = max(float(self.clean_scores.std(correction=0)), 1e-3 * abs(level), 1e-12)
+        level, clean = self.threshold, self.clean_scores
+        unit = max(float(clean.std(correction=0)), 1e-3 * abs(level), 1e-12)
         self._check_weights()
         with self._scores(x, ids, draw) as scores:
-            yield _Unsuspicious(scores, level - unit / 4, unit)
+            yield _Unsuspicious(scores, max(level - unit / 4, float(clean[clean <= level].median())), unit)
 
     def _scores(self, x: Tensor, ids: Tensor | None, draw: int) -> contextlib.AbstractContextManager[Objective]:
         """The score as an objective; later steps of an ascent may see other draws of the views."""

@@ -22,6 +22,7 @@ __all__ = [
     "Invariance",
     "Objective",
     "Scaled",
+    "Selective",
     "Sum",
     "TaskLoss",
     "TurnPrediction",
@@ -863,6 +864,41 @@ class Sum:
     def only(self, rows: Tensor | slice) -> "Sum":
         """The same for some of the images."""
         return Sum(self._first.only(rows), self._second.only(rows))
+
+
+class Selective:
+    """A task where a constraint holds, and the constraint where it does not (Bryniarski et al. 2022).
+
+    Where it holds the constraint's value is 0, elsewhere less. Of two points one where it holds is the better; of such
+    the task decides, of others the constraint.
+
+    Args:
+        task: what is wanted.
+        constraint: what must hold.
+        free: ``t -> `` whether step ``t`` follows the task alone.
+    """
+
+    fixed = False  # points do not compare by the values of steps
+
+    def __init__(self, task: Objective, constraint: Objective, free: Callable[[int], bool] = lambda t: False) -> None:
+        self._task, self._constraint, self._free = task, constraint, free
+
+    def value(self, x: Tensor) -> Tensor:
+        """(N,), by which points compare: above 0 where the constraint holds."""
+        task, constraint = self._task.value(x), self._constraint.value(x)
+        return torch.where(constraint >= 0, 0.5 + task.atan() / math.pi, constraint.to(task))
+
+    def gradient(self, x: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        """The task's value, and the gradient of what an image is to follow."""
+        value, gradient = self._task.gradient(x, t)
+        if self._free(t):
+            return value, gradient
+        held, along = self._constraint.gradient(x, t)
+        return value, torch.where((held >= 0).view(-1, *[1] * (x.dim() - 1)), gradient, along)
+
+    def only(self, rows: Tensor | slice) -> "Selective":
+        """The same for some of the images."""
+        return Selective(self._task.only(rows), self._constraint.only(rows), self._free)
 
 
 def check_labels(logits: Tensor, y: Tensor, ignore_index: int) -> None:

@@ -22,9 +22,7 @@ guarded = equifast.Defended(model, equifast.Purifier(model), detector=detector)
 points = {
     "clean": x,
     "PGD": attacks.PGD(model, eps=4 / 255, steps=10)(x, y),
-    "PGD that evades": attacks.Adaptive(
-        model, detector, eps=4 / 255, step_size=0.5 / 255, steps=50, start="origin", keep="best"
-    )(x, y),
+    "PGD that evades": attacks.Evading(model, detector, eps=4 / 255)(x, y),
 }
 for name, images in points.items():
     before = guarded.purified

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from equifast import attacks, defenses, views
+from equifast.detectors import OutputVariance
 from equifast.purifier import Defended, Purifier
 
 VIEWS: dict[str, views.View] = {
@@ -49,6 +50,11 @@ def _dense_part(model: nn.Module) -> str | None:
     return "features" if isinstance(model, Classifier) else None
 
 
+def _watchful(model: nn.Module) -> OutputVariance:
+    """A detector for images of any size, which flags about every second one."""
+    return OutputVariance(model, dtype="float32").fit([images(6, seed=3)], false_positive_rate=0.5)
+
+
 # attacks: every one must raise the loss, stay in its ball, and be independent of the batch
 ATTACKS: dict[str, Callable[[Any], attacks.Attack]] = {
     "fgsm": lambda model: attacks.FGSM(model),
@@ -67,6 +73,7 @@ ATTACKS: dict[str, Callable[[Any], attacks.Attack]] = {
     "apgd-l2": lambda model: attacks.APGD(model, steps=8, norm="l2", eps=0.5, objective="dlr"),
     "apgd-targeted": lambda model: attacks.APGD(model, steps=5, objective="targeted-dlr", restarts=2),
     "adaptive": lambda model: attacks.Adaptive(model, Purifier(model, _dense_part(model)), steps=4, weight=(0, 0.3)),
+    "evading": lambda model: attacks.Evading(model, _watchful(model), steps=6, step_size=1 / 255),
     "square": lambda model: attacks.Square(model, steps=40),
 }
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from equifast import Defended, Purifier, attacks, defenses, reference, rng, views
 from equifast._cheap import has_fast_bfloat16
 from equifast.evaluate import confusion
-from equifast.objectives import cross_entropy
+from equifast.objectives import Selective, cross_entropy
 from equifast.purifier import DefendedModel
 from equifast.spatial import Grid
 
@@ -414,6 +414,45 @@ def test_adaptive_weight_buys_similarity_and_a_sequence_keeps_the_worst() -> Non
         if defense is None:
             values = [cross_entropy(model(found[w]).detach(), y) for w in (0, 30.0, (0, 30))]
             torch.testing.assert_close(values[2], torch.maximum(*values[:2]))
+
+
+def test_selective_ascent_follows_the_task_where_the_constraint_holds() -> None:
+    """Towards 1 in the first channel, with 0.5 in the second at most: of either image what it lacks."""
+
+    class Towards:
+        fixed = True
+
+        def __init__(self, channel: int, sign: float, most: float) -> None:
+            self.channel, self.sign, self.most = channel, sign, most
+
+        def value(self, x: Tensor) -> Tensor:
+            return (self.sign * (x[:, self.channel].mean((1, 2)) - 0.5)).clamp(max=self.most)
+
+        def gradient(self, x: Tensor, t: int) -> tuple[Tensor, Tensor]:
+            along = torch.zeros_like(x)
+            along[:, self.channel] = torch.where(self.value(x) < self.most, self.sign, 0.0).view(-1, 1, 1)
+            return self.value(x), along
+
+        def only(self, rows: Any) -> "Towards":
+            return self
+
+    task, constraint = Towards(0, 1.0, 9.0), Towards(1, -1.0, 0.0)
+    objective = Selective(task, constraint)
+    x = torch.tensor([[0.2, 0.3], [0.2, 0.8], [0.9, 0.7], [0.1, 0.5]])[:, :, None, None].expand(4, 2, 3, 3)
+    value, gradient = objective.gradient(x, 0)
+    torch.testing.assert_close(value, task.value(x))
+    held = [True, False, False, True]
+    for row, holds in enumerate(held):
+        assert (gradient[row, 0] == (1.0 if holds else 0.0)).all()
+        assert (gradient[row, 1] == (0.0 if holds else -1.0)).all()
+    ranks = objective.value(x).tolist()
+    assert sorted(range(4), key=lambda i: -ranks[i]) == [0, 3, 2, 1]  # held, by the task; then by what is too much
+    assert [rank > 0 for rank in ranks] == held
+    torch.testing.assert_close(objective.only(slice(1, 3)).value(x[1:3]), objective.value(x)[1:3])
+    free = Selective(task, constraint, lambda t: t < 2).only(slice(0, 4))
+    assert torch.equal(free.gradient(x, 1)[1], task.gradient(x, 1)[1])
+    assert torch.equal(free.gradient(x, 2)[1], gradient)
+    assert objective.value(torch.full((1, 2, 1, 1), torch.nan)).isnan().all()
 
 
 def test_adaptive_of_a_half_precision_model() -> None:

@@ -151,6 +151,10 @@ def test_a_study_records_what_detectors_say(tmp_path: Path) -> None:
                 mean_iou(np.stack([np.histogramdd((a.numpy().ravel(), b.numpy().ravel()), [np.arange(6)] * 2)[0]
                                    for a, b in zip(y, judged, strict=True)]), 2).value
             )  # fmt: skip
+        asked = detector.at(0.5)  # by whose threshold those are judged that evade it
+        evaded = attacks.Evading(MODEL, asked, **STRENGTH.patient())(x, y, ids)
+        flagged = asked.predict(evaded, ids).float().mean()
+        assert report.flagged(name, "evading 8/255, rate 50%").value == pytest.approx(100 * float(flagged))
     assert report.damage("deviation", "clean").value == 100
     # who evades is another for every detector
     assert not np.array_equal(*(report.scores["variance"][k] for k in ("PGD 8/255", "evading 8/255, rate 50%")))
@@ -308,12 +312,12 @@ def test_the_protocol_against_a_model_that_purifies_what_it_suspects() -> None:
     guarded = Defended(MODEL, Purifier(MODEL, steps=2), detector=detector)
     attackers = {name: made.make(MODEL, guarded) for name, made in known(STRENGTH).items()}
     assert attackers["BPDA, trajectory"] is None
-    evades = attackers["Adaptive, evading"]
+    evades = attackers["Evading"]
     assert evades is not None
-    assert evades._attack.purifier is detector  # type: ignore[attr-defined]
+    assert evades._attack.detector is detector  # type: ignore[attr-defined]
     assert attackers["unrolled"]._attack.model.detector is detector  # type: ignore[union-attr]
     always = Defended(MODEL, Purifier(MODEL, steps=2))
-    assert known(STRENGTH)["Adaptive, evading"].make(MODEL, always) is None
+    assert known(STRENGTH)["Evading"].make(MODEL, always) is None
     x, y = scenes(2).tensors
     assert evades(x, y).shape == x.shape
 
@@ -429,12 +433,12 @@ def test_a_map_of_corruptions(tmp_path: Path, opencv: None) -> None:
 def test_a_model_that_purifies_what_it_suspects_from_the_command_line(tmp_path: Path, spec: str) -> None:
     data, clean = write_data(tmp_path / "data", 2), write_data(tmp_path / "clean", 20, seed=5)
     fixed = ["evaluate", data, "-o", tmp_path / "out", "--model", spec, "--defense", "none", "--defense", "detect"]
-    rest = ["--attack", "PGD", "--attack", "Adaptive, evading", "--steps", "1", "--clean", clean]
+    rest = ["--attack", "PGD", "--attack", "Evading", "--steps", "1", "--clean", clean]
     done = CliRunner().invoke(app, [str(a) for a in (*fixed, *rest)])
     assert done.exit_code == 0, done.output
     rows = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
-    assert "Adaptive, evading" in rows["detect"]
-    assert "Adaptive, evading" not in rows["none"]
+    assert "Evading" in rows["detect"]
+    assert "Evading" not in rows["none"]
     lines = [json.loads(text) for text in (tmp_path / "out" / "records.jsonl").read_text().splitlines()]
     guarded = [line["purified"] for line in lines if line["defense"] == "detect" and line["attack"] == "PGD"]
     assert rows["detect"]["PGD"]["purified"]["value"] == 100 * sum(guarded) / 2

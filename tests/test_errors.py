@@ -227,6 +227,14 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: attacks.Adaptive(MODEL, defenses.RandomNoise()),  # type: ignore[arg-type]
         "purifier is a RandomNoise; it must be a Purifier",
     ),
+    "evading without a detector": (
+        lambda: attacks.Evading(MODEL, Purifier(MODEL)),
+        "detector is a Purifier; it must be a Detector",
+    ),
+    "evading in no ball": (
+        lambda: attacks.Evading(MODEL, defenses, eps=0),  # type: ignore[arg-type]
+        "eps is 0; it must be a finite number above 0",
+    ),
     "weight": (
         lambda: attacks.Adaptive(MODEL, Purifier(MODEL), weight=()),
         "weight is empty; it must be a number, or several",

@@ -452,7 +452,7 @@ def test_the_adaptive_protocol(tmp_path: Path) -> None:
     }
     report = evaluation(scenes(2, size=(12, 16)), attackers=adaptive(strength), defenses=rows).run(tmp_path)
     table = report.table()
-    everyone = {"clean", "worst", *(attacker.name for attacker in adaptive(strength))} - {"Adaptive, evading"}
+    everyone = {"clean", "worst", *(attacker.name for attacker in adaptive(strength))} - {"Evading"}
     assert set(table["fast"]) == everyone
     of_purifiers = {name for name in everyone if name.startswith(("unrolled", "BPDA, trajectory", "BPDA, one step"))}
     assert len(of_purifiers) == 6
@@ -508,7 +508,7 @@ def test_every_attacker_by_name(name: str) -> None:
     fewer = name.replace("20 draws", "2 draws").replace("4 draws", "2 draws").replace("500", "3")
     attacker = known(strength).get(name) or known(strength)[fewer]
     attack = attacker.make(MODEL, Defended(MODEL, Purifier(MODEL, steps=2)))
-    if name == "Adaptive, evading":
+    if name == "Evading":
         assert attack is None
         return
     assert attack is not None
@@ -1188,8 +1188,8 @@ def test_command(folder: Path) -> None:
         (("--layer", "nowhere", "--study", "detection"), "layer is 'nowhere', which is no submodule of the model"),
         (("--study", "cost", "--preset", "paper"), "preset is given with study 'cost', which does not depend on it"),
         (
-            ("--attack", "Adaptive, evading", "--defense", "none"),
-            "attack is 'Adaptive, evading', which is for none of these defenses: none",
+            ("--attack", "Evading", "--defense", "none"),
+            "attack is 'Evading', which is for none of these defenses: none",
         ),
         (("--workers", "2", "--study", "cost"), "workers is 2 with a study; a study has one"),
         (

@@ -73,6 +73,7 @@ class Anomaly:
         settings: what decides them, as values that JSON can hold.
         knows: whether they depend on the detector; where not, they are made once for all.
         group: the anomalies over which a mean is told, as severities of corruptions are.
+        rate: of false positives, whose threshold decides what of them is flagged; the detector's own where None.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Anomaly:
     settings: Any = None
     knows: bool = False
     group: str | None = None
+    rate: float | None = None
 
 
 def attacked(strength: Strength, purifier: Purifier | None = None) -> Anomaly:
@@ -102,20 +104,21 @@ def attacked(strength: Strength, purifier: Purifier | None = None) -> Anomaly:
 
 
 def evading(strength: Strength, rate: float) -> Anomaly:
-    """PGD that also stays below the threshold that a detector has for a rate of false positives, and has patience.
+    """Selective PGD, which stays below the threshold that a detector has for a rate of false positives.
 
-    :class:`equifast.attacks.Adaptive` with weight 1, through the model alone: an image that is not suspected is not
-    purified. What is left over the rate is the curve of detection against damage: whoever flags more clean images
-    leaves such an attacker less room.
+    :class:`equifast.attacks.Evading`, through the model alone: an image that is not suspected is not purified. What is
+    left over the rate is the curve of detection against damage: whoever flags more clean images leaves such an attacker
+    less room.
     """
     _check_untargeted(strength)
 
     def make(model: nn.Module, detector: Detector) -> Changed:
-        attack = attacks.Adaptive(model, detector.at(rate), weight=1.0, **strength.patient())
+        attack = attacks.Evading(model, detector.at(rate), **strength.patient())
         return lambda x, y, ids, places: attack(x, y, ids)
 
     name = f"evading {255 * strength.eps:g}/255, rate {100 * rate:g}%"
-    return Anomaly(name, make, {"attack": describe(strength), "rate": rate}, knows=True, group="evading")
+    settings = {"attack": describe(strength), "by": "Evading", "rate": rate}
+    return Anomaly(name, make, settings, knows=True, group="evading", rate=rate)
 
 
 def _check_untargeted(strength: Strength) -> None:
@@ -298,6 +301,12 @@ class DetectionReport:
         self.thresholds = {name: detector.threshold for name, detector in study.detectors.items()}
         self.rates = {name: float(detector._known("false_positive_rate")) for name, detector in study.detectors.items()}
         self.groups = {kind.name: kind.group for kind in study.anomalies}
+        self._evaded = {
+            (name, kind.name): detector.at(kind.rate).threshold
+            for name, detector in study.detectors.items()
+            for kind in study.anomalies
+            if kind.rate is not None
+        }
         self.scores: dict[str, dict[str, Array]] = {}
         self.seconds: dict[str, float] = {}
         self._damage: dict[str, dict[str, Array]] = {}
@@ -314,8 +323,12 @@ class DetectionReport:
         return mean_iou(results) if self.dense else accuracy(results)
 
     def flagged(self, detector: str, kind: str) -> Estimate:
-        """The part of the images of a kind that a detector suspects, in percent; of clean ones, its false positives."""
-        return average((~(self.scores[detector][kind] <= self.thresholds[detector])).astype(float))
+        """The part of the images of a kind that a detector suspects, in percent; of clean ones, its false positives.
+
+        By its threshold; of a kind that has a rate, by the one for that.
+        """
+        threshold = self._evaded.get((detector, kind), self.thresholds[detector])
+        return average((~(self.scores[detector][kind] <= threshold)).astype(float))
 
     @functools.cached_property
     def separations(self) -> dict[str, dict[str, Separation]]:

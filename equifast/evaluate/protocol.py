@@ -66,13 +66,11 @@ class Strength:
         return {**chosen, **changed}
 
     def patient(self, **changed: Any) -> dict[str, Any]:
-        """Of an attack that has a threshold to stay below: more and smaller steps, from the image, the best one kept.
+        """Of an attack that has a threshold to stay below: more and smaller steps.
 
         With the steps of :meth:`settings`, which stand on one side of a threshold or on the other, few get past it.
         """
-        steps, size = 5 * self.steps, self.settings()["step_size"] / 4
-        found = {"steps": steps, "step_size": size, "start": "origin", "keep": "best", "momentum": 0.75, **changed}
-        return self.settings(**found)
+        return self.settings(**{"steps": 5 * self.steps, "step_size": self.settings()["step_size"] / 4, **changed})
 
     def times(self, radius: float) -> "Strength":
         """The same in a ball of another radius, with steps as much longer."""
@@ -167,8 +165,7 @@ def known(strength: Strength) -> dict[str, Attacker]:
         detector = _detector(defended)
         if detector is None or not callable(getattr(detector, "objective", None)):
             return None
-        # its weight hardly matters: below the threshold it has no gradient, above it is most of it
-        return BPDA(attacks.Adaptive(model, detector, weight=1.0, **s.patient()), defended)
+        return BPDA(attacks.Evading(model, detector, **s.patient()), defended)
 
     def averaging(model: nn.Module, defended: DefendedModel) -> Attacked:
         return BPDA(PGD(model, **s.settings()), Averaging(model))
@@ -234,7 +231,7 @@ def known(strength: Strength) -> dict[str, Attacker]:
         Attacker(f"unrolled, margin, {several} draws", unrolled_margin(eot=several)),
         Attacker("unrolled, known draw, margin", unrolled_margin(draw=0), known_draw=True),
         Attacker("Adaptive", both),
-        Attacker("Adaptive, evading", overlooked),
+        Attacker("Evading", overlooked),
         Attacker(f"Square, {s.queries} queries", square(), gradients=False),
         Attacker(f"Square, known draw, {s.queries} queries", square(draw=0), gradients=False, known_draw=True),
         *(larger(radius) for radius in RADII),
@@ -248,8 +245,8 @@ def adaptive(strength: Strength) -> list[Attacker]:
     PGD on the model, whose points every defense is tested on; the attack through averaging over views; BPDA that knows
     the defender's draw; BPDA with another draw at each step, with expectation, on the margin (also at the defender's
     draw), and along the trajectory; through a purifier of one step, transferred; unrolled through the last steps, on
-    cross-entropy and on the margin (also with a few draws per step, and at that draw); the paper's adaptive attack; the
-    same evading the detector, where there is one; and random search. Then BPDA at other radii: in larger balls it is no
+    cross-entropy and on the margin (also with a few draws per step, and at that draw); the paper's adaptive attack;
+    who evades the detector, where there is one; and random search. Then BPDA at other radii: in larger balls it is no
     part of the worst case, and must leave nothing in the end.
     """
     everyone = known(strength)
@@ -264,7 +261,7 @@ def adaptive(strength: Strength) -> list[Attacker]:
             f"unrolled, margin, {min(strength.eot, 4)} draws",
             "unrolled, known draw, margin",
             "Adaptive",
-            "Adaptive, evading",
+            "Evading",
             f"Square, {strength.queries} queries",
         ),
         *(f"BPDA, radius x {radius:g}" for radius in RADII),
