@@ -455,6 +455,42 @@ def test_selective_ascent_follows_the_task_where_the_constraint_holds() -> None:
     assert objective.value(torch.full((1, 2, 1, 1), torch.nan)).isnan().all()
 
 
+def test_evading_takes_turns_after_a_quarter_of_its_steps() -> None:
+    """By a detector that suspects every image, and looks at the sum of its values."""
+
+    class Suspicious:
+        predict = print
+
+        @contextlib.contextmanager
+        def objective(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Iterator[Any]:
+            class Sum:
+                fixed = True
+
+                def value(self, x: Tensor) -> Tensor:
+                    return -1.0 - x.mean((1, 2, 3))
+
+                def gradient(self, x: Tensor, t: int) -> tuple[Tensor, Tensor]:
+                    return self.value(x), -torch.ones_like(x)
+
+                def only(self, rows: Any) -> "Sum":
+                    return self
+
+            assert draw == 1  # the evaluation has 0
+            yield Sum()
+
+    model, x = cases.classifier().eval(), cases.images()
+    y = labels(model, x)
+    margin, turns = [], []
+    settings: dict[str, Any] = {"steps": 8, "step_size": 1 / 255, "keep": "best", "momentum": 0.75, "restarts": 2}
+    attacks.CW(model, confidence=1.0, **settings)(x, y, watch=lambda t, value, gradient: margin.append(gradient))
+    found = attacks.Evading(model, Suspicious(), **settings)(x, y, watch=lambda t, value, g: turns.append(g))
+    for t in range(16):
+        if t % 8 == 0:  # from the same start
+            assert torch.equal(turns[t], margin[t])
+        assert bool((turns[t] == -1).all()) == (t % 8 >= 2)
+    assert found.mean() < x.mean() - 1 / 255  # of iterates that are all suspected the least
+
+
 def test_adaptive_of_a_half_precision_model() -> None:
     """Its similarity's gradient is not scaled, as a purifier's is: the weight would count for nothing else."""
     model, x = cases.classifier().eval().half(), cases.images(2).half()
