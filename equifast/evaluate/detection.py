@@ -52,6 +52,7 @@ __all__ = [
     "Detection",
     "DetectionReport",
     "attacked",
+    "careless",
     "corrupted",
     "evading",
     "foreign",
@@ -119,6 +120,17 @@ def evading(strength: Strength, rate: float) -> Anomaly:
     name = f"evading {255 * strength.eps:g}/255, rate {100 * rate:g}%"
     settings = {"attack": describe(strength), "by": "Evading", "rate": rate}
     return Anomaly(name, make, settings, knows=True, group="evading", rate=rate)
+
+
+def careless(strength: Strength) -> Anomaly:
+    """As many steps on the margin as those of :func:`evading`, by an attacker who does not look at detectors."""
+    _check_untargeted(strength)
+
+    def make(model: nn.Module, detector: Detector) -> Changed:
+        attack = attacks.CW(model, confidence=1.0, **strength.patient(keep="best", momentum=0.75))
+        return lambda x, y, ids, places: attack(x, y, ids)
+
+    return Anomaly(f"not evading {255 * strength.eps:g}/255", make, {"attack": describe(strength), "by": "CW"})
 
 
 def _check_untargeted(strength: Strength) -> None:
@@ -393,7 +405,7 @@ def _detection(strength: Strength, purifier: Purifier, others: Mapping[str, Data
 
 
 def _evasion(strength: Strength, purifier: Purifier, others: Mapping[str, Dataset[Any]]) -> list[Anomaly]:
-    return [attacked(strength), *(evading(strength, rate) for rate in RATES)]
+    return [attacked(strength), careless(strength), *(evading(strength, rate) for rate in RATES)]
 
 
 def _corruptions(strength: Strength, purifier: Purifier, others: Mapping[str, Dataset[Any]]) -> list[Anomaly]:

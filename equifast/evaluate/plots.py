@@ -322,7 +322,10 @@ def evasion(report: DetectionReport) -> Figure | None:
     for name in report.scores:
         _points(axis, rates, [report.damage(name, kind) for kind in kinds], name, marker="o")
     first = next(iter(report.scores))
-    axis.axhline(report.damage(first, CLEAN).value, color="gray", linewidth=0.8, label=CLEAN)
+    alike = [CLEAN, *(kind for kind, group in report.groups.items() if group is None)]  # for all detectors
+    for number, kind in enumerate(alike):
+        style = ("-", "--", ":")[number % 3]
+        axis.axhline(report.damage(first, kind).value, color="gray", linewidth=0.8, linestyle=style, label=kind)
     axis.set_xlabel("clean images that the threshold flags, in %")
     axis.set_ylabel(f"what is left of the model, {report.figure}")
     axis.set_ylim(bottom=0)
