@@ -1,9 +1,11 @@
 """Detectors: their scores, their thresholds, and a model that purifies what they suspect."""
 
+import contextlib
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cases
@@ -304,6 +306,29 @@ def test_who_evades_is_overlooked_where_who_does_not_is_seen(name: str) -> None:
         attacks.Evading(model, Purifier(model))
     with pytest.raises(RuntimeError, match="no threshold yet"):
         attacks.Evading(model, OutputVariance(model))(x, y)
+
+
+def test_attackers_aim_at_what_clean_images_reach() -> None:
+    """Of scores with a long tail: a quarter of a deviation below the threshold there is nothing."""
+
+    class Brightness(Detector):
+        def settings(self) -> dict[str, Any]:
+            return {}
+
+        def score(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
+            return x.double().mean((1, 2, 3))
+
+        @contextlib.contextmanager
+        def _scores(self, x: Tensor, ids: Tensor | None, draw: int) -> Iterator[Any]:
+            yield SimpleNamespace(value=self.score, fixed=True)
+
+    levels = torch.tensor([0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.9, 0.95, 1.0])
+    detector = Brightness(cases.dense()).fit([levels.view(-1, 1, 1, 1).expand(-1, 3, 4, 4)], false_positive_rate=0.5)
+    assert detector.threshold == pytest.approx(0.05)
+    assert detector.threshold - detector.clean_scores.std(correction=0) / 4 < 0
+    with detector.objective(cases.images()) as objective:
+        found = objective.value(torch.tensor([0.01, 0.0299, 0.031, 0.05]).view(-1, 1, 1, 1).expand(-1, 3, 4, 4))
+    assert (found == 0).tolist() == [True, True, False, False]
 
 
 def test_one_clean_image_is_enough_for_an_attacker() -> None:
