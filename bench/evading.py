@@ -25,7 +25,7 @@ from equifast.evaluate import Strength, open_data
 
 
 def main(images: Annotated[int, typer.Option(help="How many are attacked, evenly from the half.")] = 64) -> None:
-    """A table: a row for PGD, one for every weight, and the last."""
+    """A table: a row for PGD, one for every weight of a sum, and one for every confidence of who takes turns."""
     equifast.keep_freed_memory()
     model, strength = networks.cifar().eval(), Strength(eps=2 / 255)
     clean, data = (open_data(HALVES / f"cifar-{half}.npz") for half in ("first", "second"))
@@ -35,7 +35,7 @@ def main(images: Annotated[int, typer.Option(help="How many are attacked, evenly
     x, y = stack(data, [i * len(data) // images for i in range(images)])
     pgd = attacks.PGD(model, eps=strength.eps, step_size=strength.step_size, steps=strength.steps)
     rows: dict[str, attacks.Attack] = {"PGD": pgd}
-    patient = strength.patient(keep="best", momentum=0.75)
+    patient = strength.patient()
     for weight in (1.0, 10.0, 100.0, 1000.0):
         rows[f"sum, weight {weight:g}"] = attacks.Adaptive(model, detector, weight=weight, **patient)
     for confidence in (0.0, 1.0, 5.0):

@@ -232,7 +232,7 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
         "detector is a Purifier; it must be a Detector",
     ),
     "evading in no ball": (
-        lambda: attacks.Evading(MODEL, defenses, eps=0),  # type: ignore[arg-type]
+        lambda: attacks.Evading(MODEL, OutputVariance(MODEL), eps=0),
         "eps is 0; it must be a finite number above 0",
     ),
     "weight": (

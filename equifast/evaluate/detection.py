@@ -127,7 +127,7 @@ def careless(strength: Strength) -> Anomaly:
     _check_untargeted(strength)
 
     def make(model: nn.Module, detector: Detector) -> Changed:
-        attack = attacks.CW(model, confidence=1.0, **strength.patient(keep="best", momentum=0.75))
+        attack = attacks.CW(model, confidence=1.0, **strength.patient())
         return lambda x, y, ids, places: attack(x, y, ids)
 
     return Anomaly(f"not evading {255 * strength.eps:g}/255", make, {"attack": describe(strength), "by": "CW"})

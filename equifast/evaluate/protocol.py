@@ -66,11 +66,12 @@ class Strength:
         return {**chosen, **changed}
 
     def patient(self, **changed: Any) -> dict[str, Any]:
-        """Of an attack that has a threshold to stay below: more and smaller steps.
+        """Of an attack that has a threshold to stay below: more and smaller steps, the best iterate kept.
 
         With the steps of :meth:`settings`, which stand on one side of a threshold or on the other, few get past it.
         """
-        return self.settings(**{"steps": 5 * self.steps, "step_size": self.settings()["step_size"] / 4, **changed})
+        steps, size = 5 * self.steps, self.settings()["step_size"] / 4
+        return self.settings(**{"steps": steps, "step_size": size, "keep": "best", "momentum": 0.75, **changed})
 
     def times(self, radius: float) -> "Strength":
         """The same in a ball of another radius, with steps as much longer."""
