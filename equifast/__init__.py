@@ -1,7 +1,15 @@
 """equifast: fast, honest test-time robustness for vision models, by equivariance."""
 
 import importlib
+from importlib.machinery import PathFinder
+from pathlib import Path
 from types import ModuleType
+
+if PathFinder.find_spec("equifast._C", __path__) is None:
+    raise ImportError(
+        f"equifast comes from {Path(__file__).parent}, its sources, where nothing is compiled; start Python in another "
+        "folder (pytest without `python -m`), or compile there with `pip install -e .`"
+    )
 
 from equifast import attacks, defenses, detectors, nn, ops, reference, rng, spatial, train, views
 from equifast._allocator import keep_freed_memory, keep_kernels

@@ -1,6 +1,7 @@
 """Imports inside the package point one way: what stands left in ORDER never imports what stands right."""
 
 import ast
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +72,15 @@ def test_what_is_imported_when_it_is_named() -> None:
     assert "Evaluation" in done.stdout
     with pytest.raises(AttributeError, match="module 'equifast' has no attribute 'evaluation'"):
         _ = equifast.evaluation
+
+
+def test_sources_that_are_not_compiled_say_so(tmp_path: Path) -> None:
+    """Of the folder in which Python is started, where that is the checkout and what is installed lies elsewhere."""
+    shutil.copytree(ROOT, tmp_path / "equifast", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    done = subprocess.run([sys.executable, "-c", "import equifast"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    *_, last = done.stderr.splitlines()
+    assert last.startswith(f"ImportError: equifast comes from {tmp_path / 'equifast'}, its sources")
 
 
 def test_importing_takes_little_more_than_importing_torch() -> None:
