@@ -35,7 +35,7 @@ def main(images: Annotated[int, typer.Option(help="How many are attacked, evenly
     x, y = stack(data, [i * len(data) // images for i in range(images)])
     pgd = attacks.PGD(model, eps=strength.eps, step_size=strength.step_size, steps=strength.steps)
     rows: dict[str, attacks.Attack] = {"PGD": pgd}
-    patient = strength.patient()
+    patient = strength.patient(keep="best")
     for weight in (1.0, 10.0, 100.0, 1000.0):
         rows[f"sum, weight {weight:g}"] = attacks.Adaptive(model, detector, weight=weight, **patient)
     for confidence in (0.0, 1.0, 5.0):

@@ -34,7 +34,7 @@ from equifast.evaluate import (
     separation,
 )
 from equifast.evaluate.corruptions import _deformation
-from equifast.evaluate.detection import STUDIES, Anomaly, attacked, careless, corrupted, evading, foreign, noise
+from equifast.evaluate.detection import STUDIES, Anomaly, attacked, corrupted, evading, foreign, noise, patient
 from equifast.evaluate.metrics import _separations, mean_auroc
 from equifast.models import write_image
 
@@ -193,7 +193,7 @@ def test_what_a_study_refuses(tmp_path: Path) -> None:
         Detection(MODEL, data, {}, [noise()])
     with pytest.raises(RuntimeError, match="has no threshold yet"):
         Detection(MODEL, data, {"variance": OutputVariance(MODEL)}, [noise()])
-    for make in (attacked, careless, lambda strength: evading(strength, 0.5)):
+    for make in (attacked, patient, lambda strength: evading(strength, 0.5)):
         with pytest.raises(ValueError, match="strength is targeted; anomalies flee the true labels"):
             make(Strength(targeted=True))
     few = foreign("few", TensorDataset(images(1), torch.zeros(1, dtype=torch.int64)))
@@ -302,10 +302,10 @@ def test_studies() -> None:
     names = {study: [a.name for a in make(STRENGTH, Purifier(MODEL), others)] for study, make in STUDIES.items()}
     assert len(names["corruptions"]) == 75
     assert names["ood"] == ["others", "uniform noise"]
-    assert names["detection"] == ["PGD 2/255", "PGD 4/255", "PGD 8/255", "PGD 8/255, purified"]
+    assert names["detection"] == ["PGD 2/255", "PGD 4/255", "PGD 8/255", "CW 8/255, 10 steps", "PGD 8/255, purified"]
     assert names["evasion"] == [
         "PGD 8/255",
-        "not evading 8/255",
+        "CW 8/255, 10 steps",
         *(f"evading 8/255, rate {rate}%" for rate in (5, 10, 20, 50)),
     ]
     assert corrupted("fog", 3).group == "severity 3"

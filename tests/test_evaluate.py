@@ -455,7 +455,7 @@ def test_the_adaptive_protocol(tmp_path: Path) -> None:
     everyone = {"clean", "worst", *(attacker.name for attacker in adaptive(strength))} - {"Evading"}
     assert set(table["fast"]) == everyone
     of_purifiers = {name for name in everyone if name.startswith(("unrolled", "BPDA, trajectory", "BPDA, one step"))}
-    assert len(of_purifiers) == 6
+    assert len(of_purifiers) == 5
     assert everyone - set(table["random"]) == of_purifiers | {"Adaptive"}
     largest = max(report.radius, key=lambda name: report.radius[name])
     assert largest not in report.attacks("fast")
@@ -482,6 +482,29 @@ def test_the_adaptive_protocol(tmp_path: Path) -> None:
     assert strength.quick.eot == 4
 
 
+@pytest.mark.parametrize(
+    ("name", "keep", "draw", "gradient"),
+    [
+        ("CW, 35 steps", "best", None, None),
+        ("BPDA, margin, 35 steps", "last", None, "straight-through"),
+        ("BPDA, known draw, margin, 35 steps", "last", 0, "straight-through"),
+        ("unrolled, margin, 35 steps", "last", None, "unrolled"),
+        ("unrolled, known draw, margin, 35 steps", "last", 0, "unrolled"),
+    ],
+)
+def test_attackers_who_take_their_time(name: str, keep: str, draw: int | None, gradient: str | None) -> None:
+    """Five times the steps of a quarter of the size, with momentum, on the margin; in the protocol."""
+    strength = Strength(eps=EPS, steps=7)
+    assert name in {attacker.name for attacker in adaptive(strength)}
+    made = known(strength)[name].make(MODEL, Defended(MODEL, Purifier(MODEL, steps=2)))
+    attack = made if gradient is None else made._attack  # type: ignore[union-attr]
+    assert isinstance(attack, attacks.CW)
+    ascent = attack.ascent
+    assert (ascent.steps, ascent.step_size, ascent.momentum) == (35, pytest.approx(EPS / 16), 0.75)
+    assert (attack.confidence, ascent.keep, attack.draw) == (1.0, keep, draw)
+    assert getattr(attack.model, "gradient", None) == gradient
+
+
 @pytest.mark.parametrize("model", [MODEL, cases.classifier().eval()])
 def test_the_protocol_in_euclidean_balls(tmp_path: Path, model: nn.Module) -> None:
     """Every attacker but the black box stays in the ball, and all of it is used."""
@@ -492,7 +515,7 @@ def test_the_protocol_in_euclidean_balls(tmp_path: Path, model: nn.Module) -> No
     made = Evaluation(model, data, adaptive(strength), rows, eps=0.5, norm="l2", batch=2)
     report = made.run(tmp_path)
     assert not any(name.startswith("Square") for name in report.results["fast"])
-    assert {"BPDA", "unrolled, margin", "BPDA, radius x 16"} <= set(report.results["fast"])
+    assert {"BPDA", "unrolled, margin, 10 steps", "BPDA, radius x 16"} <= set(report.results["fast"])
     again = made.again(0, "fast", "BPDA")
     moved = (again["attacked"] - again["image"]).norm()
     assert 0.3 < float(moved) <= 0.5 + 1e-5
@@ -506,6 +529,7 @@ def test_every_attacker_by_name(name: str) -> None:
     """Each stays in its ball on a model of five classes."""
     strength = Strength(eps=EPS, steps=2, eot=2, queries=3, weights=(1.0,), dtype="float32")
     fewer = name.replace("20 draws", "2 draws").replace("4 draws", "2 draws").replace("500", "3")
+    fewer = fewer.replace("100 steps", "10 steps")
     attacker = known(strength).get(name) or known(strength)[fewer]
     attack = attacker.make(MODEL, Defended(MODEL, Purifier(MODEL, steps=2)))
     if name == "Evading":

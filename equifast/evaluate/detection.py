@@ -52,11 +52,11 @@ __all__ = [
     "Detection",
     "DetectionReport",
     "attacked",
-    "careless",
     "corrupted",
     "evading",
     "foreign",
     "noise",
+    "patient",
 ]
 
 Array = NDArray[Any]
@@ -114,7 +114,7 @@ def evading(strength: Strength, rate: float) -> Anomaly:
     _check_untargeted(strength)
 
     def make(model: nn.Module, detector: Detector) -> Changed:
-        attack = attacks.Evading(model, detector.at(rate), **strength.patient())
+        attack = attacks.Evading(model, detector.at(rate), **strength.patient(keep="best"))
         return lambda x, y, ids, places: attack(x, y, ids)
 
     name = f"evading {255 * strength.eps:g}/255, rate {100 * rate:g}%"
@@ -122,15 +122,16 @@ def evading(strength: Strength, rate: float) -> Anomaly:
     return Anomaly(name, make, settings, knows=True, group="evading", rate=rate)
 
 
-def careless(strength: Strength) -> Anomaly:
+def patient(strength: Strength) -> Anomaly:
     """As many steps on the margin as those of :func:`evading`, by an attacker who does not look at detectors."""
     _check_untargeted(strength)
 
     def make(model: nn.Module, detector: Detector) -> Changed:
-        attack = attacks.CW(model, confidence=1.0, **strength.patient())
+        attack = attacks.CW(model, confidence=1.0, **strength.patient(keep="best"))
         return lambda x, y, ids, places: attack(x, y, ids)
 
-    return Anomaly(f"not evading {255 * strength.eps:g}/255", make, {"attack": describe(strength), "by": "CW"})
+    name = f"CW {255 * strength.eps:g}/255, {strength.patient()['steps']} steps"
+    return Anomaly(name, make, {"attack": describe(strength), "by": "CW"})
 
 
 def _check_untargeted(strength: Strength) -> None:
@@ -400,12 +401,13 @@ def _detection(strength: Strength, purifier: Purifier, others: Mapping[str, Data
     weaker = [strength.times(part) for part in (1 / 4, 1 / 2)]
     return [
         *(attacked(each) for each in (*weaker, strength)),
+        patient(strength),
         attacked(strength, purifier),
     ]
 
 
 def _evasion(strength: Strength, purifier: Purifier, others: Mapping[str, Dataset[Any]]) -> list[Anomaly]:
-    return [attacked(strength), careless(strength), *(evading(strength, rate) for rate in RATES)]
+    return [attacked(strength), patient(strength), *(evading(strength, rate) for rate in RATES)]
 
 
 def _corruptions(strength: Strength, purifier: Purifier, others: Mapping[str, Dataset[Any]]) -> list[Anomaly]:

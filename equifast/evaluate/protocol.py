@@ -29,7 +29,7 @@ class Strength:
     Args:
         eps: radius of the ball, in units of image values.
         step_size: length of a step; a quarter of the radius where None. FGSM, MIM and APGD have their own.
-        steps: of every attack with gradients.
+        steps: of every attack with gradients; those who take their time (:meth:`patient`) have five times as many.
         eot: draws per step of attackers who take an expectation over the defense's randomness.
         queries: of the black box.
         weights: of the similarity in :class:`equifast.attacks.Adaptive`.
@@ -66,12 +66,12 @@ class Strength:
         return {**chosen, **changed}
 
     def patient(self, **changed: Any) -> dict[str, Any]:
-        """Of an attack that has a threshold to stay below: more and smaller steps, the best iterate kept.
+        """Of an attack that takes its time: five times the steps of a quarter of the size, with momentum.
 
-        With the steps of :meth:`settings`, which stand on one side of a threshold or on the other, few get past it.
+        Through a random defense momentum is also a mean over the draws of several steps, which costs no pass.
         """
         steps, size = 5 * self.steps, self.settings()["step_size"] / 4
-        return self.settings(**{"steps": steps, "step_size": size, "keep": "best", "momentum": 0.75, **changed})
+        return self.settings(**{"steps": steps, "step_size": size, "momentum": 0.75, **changed})
 
     def times(self, radius: float) -> "Strength":
         """The same in a ball of another radius, with steps as much longer."""
@@ -114,11 +114,16 @@ def known(strength: Strength) -> dict[str, Attacker]:
         return lambda model, defended: BPDA(PGD(model, **s.settings()), defended, draws(defended, eot), **how)
 
     def strongest(model: nn.Module, **changed: Any) -> attacks.Attack:
-        """Of those without a defense (bench/attack_strength.py)."""
+        """Of those without a defense and of as many steps (bench/attack_strength.py)."""
         return attacks.CW(model, confidence=5.0, **s.settings(**changed))
 
-    def margin(draw: int | None = None, eot: int = 1) -> Callable[[nn.Module, DefendedModel], Attacked]:
-        return lambda model, defended: BPDA(strongest(model), defended, draws(defended, eot), draw=draw)
+    def patient(model: nn.Module, **changed: Any) -> attacks.Attack:
+        return attacks.CW(model, confidence=1.0, **s.patient(**changed))
+
+    def margin(
+        attack: Callable[..., attacks.Attack], draw: int | None = None, eot: int = 1
+    ) -> Callable[[nn.Module, DefendedModel], Attacked]:
+        return lambda model, defended: BPDA(attack(model), defended, draws(defended, eot), draw=draw)
 
     def trajectory(model: nn.Module, defended: DefendedModel) -> Attacked | None:
         if _purifier(defended) is None or _detector(defended) is not None:
@@ -147,14 +152,17 @@ def known(strength: Strength) -> dict[str, Attacker]:
         followed = through(model, defended)
         return None if followed is None else BPDA(PGD(model, **s.settings(dtype="float32")), followed)
 
-    def unrolled_margin(draw: int | None = None, eot: int = 1) -> Callable[[nn.Module, DefendedModel], Attacked | None]:
+    def unrolled_margin(
+        attack: Callable[..., attacks.Attack], draw: int | None = None, eot: int = 1
+    ) -> Callable[[nn.Module, DefendedModel], Attacked | None]:
         def make(model: nn.Module, defended: DefendedModel) -> Attacked | None:
             followed = through(model, defended)
-            return None if followed is None else BPDA(strongest(model, dtype="float32"), followed, eot, draw=draw)
+            return None if followed is None else BPDA(attack(model, dtype="float32"), followed, eot, draw=draw)
 
         return make
 
     several = min(s.eot, 4)  # each takes three to four times as long as one of BPDA
+    many = s.patient()["steps"]
 
     def both(model: nn.Module, defended: DefendedModel) -> Attacked | None:
         purifier = defended.purifier if isinstance(defended, Defended) else None
@@ -166,7 +174,7 @@ def known(strength: Strength) -> dict[str, Attacker]:
         detector = _detector(defended)
         if detector is None or not callable(getattr(detector, "objective", None)):
             return None
-        return BPDA(attacks.Evading(model, detector, **s.patient()), defended)
+        return BPDA(attacks.Evading(model, detector, **s.patient(keep="best")), defended)
 
     def averaging(model: nn.Module, defended: DefendedModel) -> Attacked:
         return BPDA(PGD(model, **s.settings()), Averaging(model))
@@ -207,6 +215,7 @@ def known(strength: Strength) -> dict[str, Attacker]:
             Attacker(kind.__name__, plain(kind), knows=False)
             for kind in (PGD, attacks.CW, attacks.Houdini, attacks.SegPGD, attacks.CosPGD)
         ),
+        Attacker(f"CW, {many} steps", lambda model, defended: patient(model, keep="best"), knows=False),
         Attacker("IFGSM", iterated, knows=False),
         Attacker("MIM", lambda model, defended: attacks.MIM(model, **own_steps), knows=False),
         *(
@@ -222,15 +231,19 @@ def known(strength: Strength) -> dict[str, Attacker]:
         Attacker("BPDA, known draw", knowing(draw=0), known_draw=True),
         Attacker("BPDA", knowing()),
         Attacker(f"BPDA, {s.eot} draws", knowing(s.eot)),
-        Attacker("BPDA, margin", margin()),
-        Attacker(f"BPDA, margin, {s.eot} draws", margin(eot=s.eot)),
-        Attacker("BPDA, known draw, margin", margin(draw=0), known_draw=True),
+        Attacker("BPDA, margin", margin(strongest)),
+        Attacker(f"BPDA, margin, {s.eot} draws", margin(strongest, eot=s.eot)),
+        Attacker("BPDA, known draw, margin", margin(strongest, draw=0), known_draw=True),
+        Attacker(f"BPDA, margin, {many} steps", margin(patient)),
+        Attacker(f"BPDA, known draw, margin, {many} steps", margin(patient, draw=0), known_draw=True),
         Attacker("BPDA, trajectory", trajectory),
         Attacker("BPDA, one step", shorter),
         Attacker("unrolled", unrolled),
-        Attacker("unrolled, margin", unrolled_margin()),
-        Attacker(f"unrolled, margin, {several} draws", unrolled_margin(eot=several)),
-        Attacker("unrolled, known draw, margin", unrolled_margin(draw=0), known_draw=True),
+        Attacker("unrolled, margin", unrolled_margin(strongest)),
+        Attacker(f"unrolled, margin, {several} draws", unrolled_margin(strongest, eot=several)),
+        Attacker("unrolled, known draw, margin", unrolled_margin(strongest, draw=0), known_draw=True),
+        Attacker(f"unrolled, margin, {many} steps", unrolled_margin(patient)),
+        Attacker(f"unrolled, known draw, margin, {many} steps", unrolled_margin(patient, draw=0), known_draw=True),
         Attacker("Adaptive", both),
         Attacker("Evading", overlooked),
         Attacker(f"Square, {s.queries} queries", square(), gradients=False),
@@ -243,24 +256,25 @@ def known(strength: Strength) -> dict[str, Attacker]:
 def adaptive(strength: Strength) -> list[Attacker]:
     """The attackers of the adaptive protocol, from one who knows nothing to those who know all but the next draw.
 
-    PGD on the model, whose points every defense is tested on; the attack through averaging over views; BPDA that knows
-    the defender's draw; BPDA with another draw at each step, with expectation, on the margin (also at the defender's
-    draw), and along the trajectory; through a purifier of one step, transferred; unrolled through the last steps, on
-    cross-entropy and on the margin (also with a few draws per step, and at that draw); the paper's adaptive attack;
-    who evades the detector, where there is one; and random search. Then BPDA at other radii: in larger balls it is no
-    part of the worst case, and must leave nothing in the end.
+    PGD, and five times as many steps on the margin, on the model, whose points every defense is tested on; the attack
+    through averaging over views; BPDA that knows the defender's draw; BPDA with another draw at each step, with
+    expectation, along the trajectory, and with five times the steps on the margin (also at the defender's draw);
+    through a purifier of one step, transferred; unrolled through the last steps, on cross-entropy and with five times
+    the steps on the margin (also at that draw); the paper's adaptive attack; who evades the detector, where there is
+    one; and random search. Then BPDA at other radii: in larger balls it is no part of the worst case, and must leave
+    nothing in the end.
     """
-    everyone = known(strength)
+    everyone, many = known(strength), strength.patient()["steps"]
     names = (
-        *("PGD", "through averaging", "BPDA, known draw", "BPDA", f"BPDA, {strength.eot} draws", "BPDA, margin"),
+        *("PGD", f"CW, {many} steps", "through averaging", "BPDA, known draw", "BPDA", f"BPDA, {strength.eot} draws"),
         *(
-            "BPDA, known draw, margin",
+            f"BPDA, margin, {many} steps",
+            f"BPDA, known draw, margin, {many} steps",
             "BPDA, trajectory",
             "BPDA, one step",
             "unrolled",
-            "unrolled, margin",
-            f"unrolled, margin, {min(strength.eot, 4)} draws",
-            "unrolled, known draw, margin",
+            f"unrolled, margin, {many} steps",
+            f"unrolled, known draw, margin, {many} steps",
             "Adaptive",
             "Evading",
             f"Square, {strength.queries} queries",
