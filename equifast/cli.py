@@ -540,8 +540,8 @@ def evaluate(
         bool,
         typer.Option(
             "--quick",
-            help="A look: 10 steps, 4 draws, 100 queries, unrolled through one step, whatever these are set to; and 8 "
-            "images where --images is not given.",
+            help="A look: 10 or 50 steps, 4 draws, 100 queries, unrolled through one step, whatever these are set to; "
+            "and 8 images where --images is not given.",
         ),
     ] = False,
     images: Annotated[int | None, typer.Option(min=1, help="How many images, evenly over the data.")] = None,
