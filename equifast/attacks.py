@@ -150,6 +150,11 @@ class Attack:
         """How often a call asks for draws of a random defense."""
         return self.ascent.steps * self.ascent.restarts
 
+    @property
+    def most(self) -> float:
+        """What there is to climb of :meth:`loss`: from there on it has no gradient; infinity where it has no end."""
+        return math.inf
+
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:
         """What the attack increases (targeted: decreases), by which restarts and iterates are compared.
 
@@ -331,6 +336,11 @@ class CW(Attack):
     def __init__(self, model: Callable[..., Any], *, confidence: float = 0.0, **settings: Any) -> None:
         super().__init__(model, **settings)
         self.confidence = _checks.number("confidence", confidence, least=0)
+
+    @property
+    def most(self) -> float:
+        """The confidence."""
+        return self.confidence
 
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:
         """The mean margin of the labels; each no further beyond 0 than ``confidence``."""

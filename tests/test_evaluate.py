@@ -867,6 +867,33 @@ def test_a_loss_that_is_no_number_is_said(tmp_path: Path) -> None:
     assert any("without any gradient" in warning for warning in warnings)
 
 
+def test_a_margin_that_is_won_from_the_start_is_no_masked_gradient(tmp_path: Path) -> None:
+    """Of a model that is wrong where its defense is right, which has no gradient beyond the attacker's confidence."""
+    model, x = cases.classifier().eval(), cases.images(4)
+    with torch.no_grad():
+        lightest = model(x).argmin(1)  # what the model does not say, and its defense does
+    right = Fixed(model, lightest)
+    attack = attacks.CW(model, confidence=1e-3, eps=1e-4, steps=3)
+    attackers = [Attacker("CW", lambda model, defended: attack, knows=False)]
+    study = Evaluation(model, TensorDataset(x, lightest), attackers, {"fixed": right}, eps=EPS)
+    report = study.run(tmp_path)
+    assert report.table()["fixed"]["worst"].value == 100
+    assert not report.no_gradient["fixed"]["CW"].any()
+    assert report.losses["fixed"]["CW"] == pytest.approx(1e-3)
+    assert not any("without any gradient" in warning for warning in report.warnings())
+
+
+class Fixed(DefendedModel):
+    """A defense that knows its images' labels."""
+
+    def __init__(self, model: nn.Module, labels: Tensor) -> None:
+        super().__init__(model)
+        self.register_buffer("labels", labels)
+
+    def forward(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
+        return nn.functional.one_hot(self.labels[: len(x)], 5).float()
+
+
 def test_half_images_stay_in_their_ball_up_to_rounding(tmp_path: Path) -> None:
     model = cases.classifier().half().eval()
     x = cases.images(4).half()

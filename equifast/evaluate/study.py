@@ -389,6 +389,7 @@ class Evaluation:
             return attack(x, y, ids), [{} for _ in x]
         losses, stuck = [[] for _ in x], [0] * len(x)  # type: list[list[float]], list[int]
         steps, begun = _steps(attack), 0
+        won = (attack._attack if isinstance(attack, BPDA) else attack).most * (1 - 1e-6)
 
         def watch(t: int, value: Tensor, gradient: Tensor) -> None:
             nonlocal begun
@@ -397,8 +398,9 @@ class Evaluation:
             useless = ((flat == 0).all(1) | ~flat.isfinite().all(1)).tolist()
             for row, (loss, none) in enumerate(zip(value.tolist(), useless, strict=True)):
                 losses[row].append(float(f"{loss:.5g}"))
-                # a margin that is won has none either, and has risen before; a loss that is NaN has not
-                stuck[row] += none and not losses[row][-1] > losses[row][begun]
+                # a margin that is won has none either: it has risen before, or was won from the start, by a model
+                # that is wrong where its defense is not; a loss that is NaN has not
+                stuck[row] += none and not (losses[row][-1] > losses[row][begun] or loss >= won)
 
         x = attack(x, y, ids, watch=watch)
         return x, [{"losses": a, "no_gradient": b} if a else {} for a, b in zip(losses, stuck, strict=True)]
