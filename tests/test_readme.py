@@ -20,7 +20,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
 # What would take long, and how it is said to take less.
 QUICK = {
     "attacks.PGD(model": "attacks.PGD(model, steps=1",
-    "attacks.CW(model": "attacks.CW(model, steps=1",
+    "steps=100": "steps=1",
     "attacks.CosPGD(model": "attacks.CosPGD(model, steps=1",
     "Strength(eps=4 / 255": "Strength(eps=4 / 255, steps=1, eot=1, queries=1, last=1",
     "images=24, size=(176, 240)": "images=2, size=(12, 16)",
