@@ -29,7 +29,7 @@ from equifast.evaluate.metrics import (
     mean_iou,
     separation,
 )
-from equifast.evaluate.protocol import Strength
+from equifast.evaluate.protocol import Strength, patient_margin
 from equifast.evaluate.records import (
     CLEAN,
     Advance,
@@ -127,7 +127,7 @@ def patient(strength: Strength) -> Anomaly:
     _check_untargeted(strength)
 
     def make(model: nn.Module, detector: Detector) -> Changed:
-        attack = attacks.CW(model, confidence=1.0, **strength.patient(keep="best"))
+        attack = patient_margin(strength, model, keep="best")
         return lambda x, y, ids, places: attack(x, y, ids)
 
     name = f"CW {255 * strength.eps:g}/255, {strength.patient()['steps']} steps"

@@ -99,6 +99,11 @@ def _detector(defended: DefendedModel) -> Any:
     return defended.detector if isinstance(defended, Defended) else None
 
 
+def patient_margin(strength: Strength, model: nn.Module, **changed: Any) -> attacks.CW:
+    """Who takes his time on the margin."""
+    return attacks.CW(model, confidence=1.0, **strength.patient(**changed))
+
+
 def known(strength: Strength) -> dict[str, Attacker]:
     """Attackers by name, all of one strength."""
     s = strength
@@ -117,8 +122,7 @@ def known(strength: Strength) -> dict[str, Attacker]:
         """Of those without a defense and of as many steps (bench/attack_strength.py)."""
         return attacks.CW(model, confidence=5.0, **s.settings(**changed))
 
-    def patient(model: nn.Module, **changed: Any) -> attacks.Attack:
-        return attacks.CW(model, confidence=1.0, **s.patient(**changed))
+    patient = partial(patient_margin, s)
 
     def margin(
         attack: Callable[..., attacks.Attack], draw: int | None = None, eot: int = 1

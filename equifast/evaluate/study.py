@@ -388,8 +388,9 @@ class Evaluation:
         if not isinstance(attack, Attack | BPDA):
             return attack(x, y, ids), [{} for _ in x]
         losses, stuck = [[] for _ in x], [0] * len(x)  # type: list[list[float]], list[int]
-        steps, begun = _steps(attack), 0
-        won = (attack._attack if isinstance(attack, BPDA) else attack).most * (1 - 1e-6)
+        own = _own(attack)
+        assert isinstance(own, Attack)
+        steps, begun, won = _steps(attack), 0, own.most * (1 - 1e-6)  # of rounding
 
         def watch(t: int, value: Tensor, gradient: Tensor) -> None:
             nonlocal begun
