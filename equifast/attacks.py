@@ -442,6 +442,11 @@ class APGD(Attack):
             raise ValueError(f"objective is {objective!r} with targeted; it must be 'ce'")
         self.ascent = dataclasses.replace(self.ascent, step_size=2 * self.ascent.ball.eps)
 
+    @property
+    def most(self) -> float:
+        """1 of a ratio, where it is capped."""
+        return super().most if self.objective == "ce" else 1.0
+
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:
         """Cross-entropy, or the mean over the labels of their margin over the distance from first to third logit."""
         if self.objective == "ce":

@@ -455,7 +455,7 @@ def test_the_adaptive_protocol(tmp_path: Path) -> None:
     everyone = {"clean", "worst", *(attacker.name for attacker in adaptive(strength))} - {"Evading"}
     assert set(table["fast"]) == everyone
     of_purifiers = {name for name in everyone if name.startswith(("unrolled", "BPDA, trajectory", "BPDA, one step"))}
-    assert len(of_purifiers) == 5
+    assert len(of_purifiers) == 7
     assert everyone - set(table["random"]) == of_purifiers | {"Adaptive"}
     largest = max(report.radius, key=lambda name: report.radius[name])
     assert largest not in report.attacks("fast")
@@ -503,6 +503,21 @@ def test_attackers_who_take_their_time(name: str, keep: str, draw: int | None, g
     assert (ascent.steps, ascent.step_size, ascent.momentum) == (35, pytest.approx(EPS / 16), 0.75)
     assert (attack.confidence, ascent.keep, attack.draw) == (1.0, keep, draw)
     assert getattr(attack.model, "gradient", None) == gradient
+
+
+@pytest.mark.parametrize("draw", [None, 0])
+@pytest.mark.parametrize("gradient", ["straight-through", "unrolled"])
+def test_attackers_on_the_loss_of_houdini(gradient: str, draw: int | None) -> None:
+    """Through the defense as on the model alone: else the latter's figure would be the only one that is low."""
+    strength = Strength(eps=EPS, steps=7)
+    name = "BPDA" if gradient == "straight-through" else gradient
+    name = f"{name}, Houdini" if draw is None else f"{name}, known draw, Houdini"
+    assert {"Houdini", name} <= {attacker.name for attacker in adaptive(strength)}
+    made = known(strength)[name].make(MODEL, Defended(MODEL, Purifier(MODEL, steps=2)))
+    attack = made._attack  # type: ignore[union-attr]
+    assert isinstance(attack, attacks.Houdini)
+    assert (attack.ascent.steps, attack.ascent.step_size) == (7, pytest.approx(EPS / 4))
+    assert (attack.draw, attack.model.gradient) == (draw, gradient)
 
 
 @pytest.mark.parametrize("model", [MODEL, cases.classifier().eval()])
@@ -867,31 +882,36 @@ def test_a_loss_that_is_no_number_is_said(tmp_path: Path) -> None:
     assert any("without any gradient" in warning for warning in warnings)
 
 
-def test_a_margin_that_is_won_from_the_start_is_no_masked_gradient(tmp_path: Path) -> None:
-    """Of a model that is wrong where its defense is right, which has no gradient beyond the attacker's confidence."""
-    model, x = cases.classifier().eval(), cases.images(4)
+@pytest.mark.parametrize(
+    ("model", "make", "most"),
+    [
+        (cases.classifier().eval(), functools.partial(attacks.CW, confidence=1e-3), 1e-3),
+        (MODEL, functools.partial(attacks.APGD, objective="dlr"), 1.0),
+    ],
+    ids=["margin", "ratio"],
+)
+def test_what_is_won_from_the_start_is_no_masked_gradient(
+    tmp_path: Path, model: nn.Module, make: Callable[..., attacks.Attack], most: float
+) -> None:
+    """Of a model that is wrong where its defense is right, which has no gradient beyond what an attacker climbs to."""
+    x = cases.images(4)
     with torch.no_grad():
         lightest = model(x).argmin(1)  # what the model does not say, and its defense does
-    right = Fixed(model, lightest)
-    attack = attacks.CW(model, confidence=1e-3, eps=1e-4, steps=3)
+    attack = make(model, eps=1e-4, steps=3)
     attackers = [Attacker("CW", lambda model, defended: attack, knows=False)]
-    study = Evaluation(model, TensorDataset(x, lightest), attackers, {"fixed": right}, eps=EPS)
+    study = Evaluation(model, TensorDataset(x, lightest), attackers, {"opposite": Opposite(model)}, eps=EPS)
     report = study.run(tmp_path)
-    assert report.table()["fixed"]["worst"].value == 100
-    assert not report.no_gradient["fixed"]["CW"].any()
-    assert report.losses["fixed"]["CW"] == pytest.approx(1e-3)
+    assert report.table()["opposite"]["worst"].value > 95
+    assert not report.no_gradient["opposite"]["CW"].any()
+    assert report.losses["opposite"]["CW"] == pytest.approx(most)
     assert not any("without any gradient" in warning for warning in report.warnings())
 
 
-class Fixed(DefendedModel):
-    """A defense that knows its images' labels."""
-
-    def __init__(self, model: nn.Module, labels: Tensor) -> None:
-        super().__init__(model)
-        self.register_buffer("labels", labels)
+class Opposite(DefendedModel):
+    """Says what its model does not."""
 
     def forward(self, x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
-        return nn.functional.one_hot(self.labels[: len(x)], 5).float()
+        return -self.model(x)
 
 
 def test_half_images_stay_in_their_ball_up_to_rounding(tmp_path: Path) -> None:

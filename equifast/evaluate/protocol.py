@@ -122,9 +122,13 @@ def known(strength: Strength) -> dict[str, Attacker]:
         """Of those without a defense and of as many steps (bench/attack_strength.py)."""
         return attacks.CW(model, confidence=5.0, **s.settings(**changed))
 
+    def houdini(model: nn.Module, **changed: Any) -> attacks.Attack:
+        """What leaves least of segmentation where the network was trained against attacks."""
+        return attacks.Houdini(model, **s.settings(**changed))
+
     patient = partial(patient_margin, s)
 
-    def margin(
+    def straight(
         attack: Callable[..., attacks.Attack], draw: int | None = None, eot: int = 1
     ) -> Callable[[nn.Module, DefendedModel], Attacked]:
         return lambda model, defended: BPDA(attack(model), defended, draws(defended, eot), draw=draw)
@@ -153,15 +157,15 @@ def known(strength: Strength) -> dict[str, Attacker]:
         return Defended(model, purifier, gradient="unrolled", last=min(s.last, purifier.ascent.steps), **as_is)
 
     def unrolled(model: nn.Module, defended: DefendedModel) -> Attacked | None:
-        followed = through(model, defended)
-        return None if followed is None else BPDA(PGD(model, **s.settings(dtype="float32")), followed)
+        inside = through(model, defended)
+        return None if inside is None else BPDA(PGD(model, **s.settings(dtype="float32")), inside)
 
-    def unrolled_margin(
+    def followed(
         attack: Callable[..., attacks.Attack], draw: int | None = None, eot: int = 1
     ) -> Callable[[nn.Module, DefendedModel], Attacked | None]:
         def make(model: nn.Module, defended: DefendedModel) -> Attacked | None:
-            followed = through(model, defended)
-            return None if followed is None else BPDA(attack(model, dtype="float32"), followed, eot, draw=draw)
+            inside = through(model, defended)
+            return None if inside is None else BPDA(attack(model, dtype="float32"), inside, eot, draw=draw)
 
         return make
 
@@ -235,19 +239,23 @@ def known(strength: Strength) -> dict[str, Attacker]:
         Attacker("BPDA, known draw", knowing(draw=0), known_draw=True),
         Attacker("BPDA", knowing()),
         Attacker(f"BPDA, {s.eot} draws", knowing(s.eot)),
-        Attacker("BPDA, margin", margin(strongest)),
-        Attacker(f"BPDA, margin, {s.eot} draws", margin(strongest, eot=s.eot)),
-        Attacker("BPDA, known draw, margin", margin(strongest, draw=0), known_draw=True),
-        Attacker(f"BPDA, margin, {many} steps", margin(patient)),
-        Attacker(f"BPDA, known draw, margin, {many} steps", margin(patient, draw=0), known_draw=True),
+        Attacker("BPDA, margin", straight(strongest)),
+        Attacker(f"BPDA, margin, {s.eot} draws", straight(strongest, eot=s.eot)),
+        Attacker("BPDA, known draw, margin", straight(strongest, draw=0), known_draw=True),
+        Attacker(f"BPDA, margin, {many} steps", straight(patient)),
+        Attacker(f"BPDA, known draw, margin, {many} steps", straight(patient, draw=0), known_draw=True),
+        Attacker("BPDA, Houdini", straight(houdini)),
+        Attacker("BPDA, known draw, Houdini", straight(houdini, draw=0), known_draw=True),
         Attacker("BPDA, trajectory", trajectory),
         Attacker("BPDA, one step", shorter),
         Attacker("unrolled", unrolled),
-        Attacker("unrolled, margin", unrolled_margin(strongest)),
-        Attacker(f"unrolled, margin, {several} draws", unrolled_margin(strongest, eot=several)),
-        Attacker("unrolled, known draw, margin", unrolled_margin(strongest, draw=0), known_draw=True),
-        Attacker(f"unrolled, margin, {many} steps", unrolled_margin(patient)),
-        Attacker(f"unrolled, known draw, margin, {many} steps", unrolled_margin(patient, draw=0), known_draw=True),
+        Attacker("unrolled, margin", followed(strongest)),
+        Attacker(f"unrolled, margin, {several} draws", followed(strongest, eot=several)),
+        Attacker("unrolled, known draw, margin", followed(strongest, draw=0), known_draw=True),
+        Attacker(f"unrolled, margin, {many} steps", followed(patient)),
+        Attacker(f"unrolled, known draw, margin, {many} steps", followed(patient, draw=0), known_draw=True),
+        Attacker("unrolled, Houdini", followed(houdini)),
+        Attacker("unrolled, known draw, Houdini", followed(houdini, draw=0), known_draw=True),
         Attacker("Adaptive", both),
         Attacker("Evading", overlooked),
         Attacker(f"Square, {s.queries} queries", square(), gradients=False),
@@ -260,25 +268,30 @@ def known(strength: Strength) -> dict[str, Attacker]:
 def adaptive(strength: Strength) -> list[Attacker]:
     """The attackers of the adaptive protocol, from one who knows nothing to those who know all but the next draw.
 
-    PGD, and five times as many steps on the margin, on the model, whose points every defense is tested on; the attack
-    through averaging over views; BPDA that knows the defender's draw; BPDA with another draw at each step, with
-    expectation, along the trajectory, and with five times the steps on the margin (also at the defender's draw);
-    through a purifier of one step, transferred; unrolled through the last steps, on cross-entropy and with five times
-    the steps on the margin (also at that draw); the paper's adaptive attack; who evades the detector, where there is
-    one; and random search. Then BPDA at other radii: in larger balls it is no part of the worst case, and must leave
-    nothing in the end.
+    PGD, Houdini, and five times as many steps on the margin, on the model, whose points every defense is tested on; the
+    attack through averaging over views; BPDA that knows the defender's draw; BPDA with another draw at each step, with
+    expectation, along the trajectory, on Houdini's loss, and with five times the steps on the margin (these two also at
+    the defender's draw); through a purifier of one step, transferred; unrolled through the last steps, on
+    cross-entropy, on Houdini's loss and with five times the steps on the margin (those also at that draw); the paper's
+    adaptive attack; who evades the detector, where there is one; and random search. Then BPDA at other radii: in larger
+    balls it is no part of the worst case, and must leave nothing in the end.
     """
     everyone, many = known(strength), strength.patient()["steps"]
     names = (
-        *("PGD", f"CW, {many} steps", "through averaging", "BPDA, known draw", "BPDA", f"BPDA, {strength.eot} draws"),
+        *("PGD", "Houdini", f"CW, {many} steps", "through averaging"),
+        *("BPDA, known draw", "BPDA", f"BPDA, {strength.eot} draws"),
         *(
             f"BPDA, margin, {many} steps",
             f"BPDA, known draw, margin, {many} steps",
+            "BPDA, Houdini",
+            "BPDA, known draw, Houdini",
             "BPDA, trajectory",
             "BPDA, one step",
             "unrolled",
             f"unrolled, margin, {many} steps",
             f"unrolled, known draw, margin, {many} steps",
+            "unrolled, Houdini",
+            "unrolled, known draw, Houdini",
             "Adaptive",
             "Evading",
             f"Square, {strength.queries} queries",
