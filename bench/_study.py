@@ -1,6 +1,5 @@
 """What the CamVid and the CIFAR-10 study share: rows, columns, standard errors, table, results file."""
 
-import functools
 import hashlib
 import json
 import time
@@ -21,9 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import equifast
-from equifast.attacks import BPDA, CW, PGD
+from equifast.attacks import BPDA, CW, PGD, Attack
 from equifast.defenses import Averaging, RandomNoise
-from equifast.evaluate import Estimate, difference, nothing
+from equifast.evaluate import Estimate, Strength, difference, nothing
+from equifast.evaluate.protocol import patient_margin
 
 Array = np.ndarray[Any, Any]
 
@@ -45,6 +45,7 @@ COLUMNS = ("clean", "PGD", "BPDA")
 DIFFERENCES = (("paper", "none"), ("paper", "random"), ("fast", "paper"), ("fast", "averaging"))
 DEFENSE_SEED, ATTACK_SEED = 0, 1  # the attacks start elsewhere than the purifiers do
 MARGIN, CONFIDENCE = " (margin)", 5.0
+PATIENT = " (patient)"  # on the margin too, in more and shorter steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +134,11 @@ def _fingerprint(study: Study) -> str:
     return _digest(study.settings(), state.hexdigest(), torch.__version__, machine())
 
 
+def _plain(victim: str) -> str:
+    """The defense that a victim names, however it is attacked."""
+    return victim.removesuffix(MARGIN).removesuffix(PATIENT)
+
+
 Defenses = Callable[[str], nn.Module]
 """The defended models that names stand for, `(x, ids, draw) -> logits`; "none" is the model itself."""
 
@@ -141,7 +147,8 @@ class Runner:
     """Computes cells batch by batch and keeps every batch: an interrupted run goes on where it stopped.
 
     Two defenses of one `identity`, in this run or another, are taken for the same. `strength` gives the steps and the
-    draws per step of an attacker who knows a defense, where these are not the study's.
+    draws per step of an attacker who knows a defense, where these are not the study's, and `patient` the steps of one
+    who takes his time on the margin.
     """
 
     def __init__(
@@ -151,12 +158,14 @@ class Runner:
         progress: Progress,
         identity: Callable[[str], str] = lambda name: name,
         strength: Callable[[str], tuple[int, int]] | None = None,
+        patient: int = 100,
     ) -> None:
         self._study = study
         self._defenses = defenses
         self._progress = progress
         self._identity = identity
         self._strength = strength or (lambda name: (study.bpda_steps, study.eot))
+        self._patient = patient
         self._folder = CACHE / f"{study.name}-{_fingerprint(study)}"
         self._folder.mkdir(parents=True, exist_ok=True)
 
@@ -171,26 +180,26 @@ class Runner:
     def attacked(self, victim: str | None, ids: Tensor) -> Tensor:
         """The images after an attack on a defense by one who knows it; on "none" that is plain PGD.
 
-        A victim whose name ends with `MARGIN` is attacked on the margin of its logits instead of the cross-entropy.
+        A victim whose name ends with `MARGIN` or `PATIENT` is attacked on the margin of its logits instead of the
+        cross-entropy.
         """
         study = self._study
         x, y = study.images[ids], study.labels[ids]
         if victim is None:
             return x
 
-        plain = victim.removesuffix(MARGIN)
+        plain = _plain(victim)
 
         def compute() -> dict[str, Tensor]:
             steps, eot = (study.steps, 1) if plain == "none" else self._strength(plain)
-            kind = PGD if plain == victim else functools.partial(CW, confidence=CONFIDENCE)
-            attack = kind(
-                study.model,
-                eps=study.eps,
-                step_size=study.step_size,
-                steps=steps,
-                seed=ATTACK_SEED,
-                dtype=study.attack_dtype,
-            )
+            strength = Strength(eps=study.eps, step_size=study.step_size, seed=ATTACK_SEED, dtype=study.attack_dtype)
+            if victim.endswith(PATIENT):
+                steps, eot, keep = self._patient, 1, "best" if plain == "none" else "last"
+                attack: Attack = patient_margin(strength, study.model, steps=steps, keep=keep)
+            elif victim.endswith(MARGIN):
+                attack = CW(study.model, confidence=CONFIDENCE, **strength.settings(steps=steps))
+            else:
+                attack = PGD(study.model, **strength.settings(steps=steps))
             task = self._progress.add_task(f"  attacking {victim}", total=steps)
 
             def advance(done: int, total: int) -> None:
@@ -207,8 +216,9 @@ class Runner:
 
     def _known(self, victim: str) -> str:
         """The identity of an attack on a defense."""
-        plain = victim.removesuffix(MARGIN)
-        return self._identity(plain) + ("" if plain == victim else f"{MARGIN} {CONFIDENCE}")
+        how = f"{MARGIN} {CONFIDENCE}" if victim.endswith(MARGIN) else ""
+        how = f"{PATIENT} {self._patient}" if victim.endswith(PATIENT) else how
+        return self._identity(_plain(victim)) + how
 
     def cell(self, row: str, victim: str | None, indices: Sequence[int] | None = None) -> Cell:
         """The results of a defense on images attacked by one who knows `victim`; on clean ones where it is None."""
