@@ -603,6 +603,28 @@ def report_of(**columns: Any) -> Any:
     return report
 
 
+def test_who_does_not_know_the_defense_and_does_more_damage_is_a_warning() -> None:
+    """What a loss takes of a model alone it may take of defenses, which nobody has tried."""
+    right = np.arange(20) < 10
+    attackers = {name: attacker(name, knows=name == "BPDA") for name in ("PGD", "Houdini", "BPDA")}
+    results = {"clean": right, "PGD": right, "Houdini": np.zeros(20, bool), "BPDA": right}
+    report = report_of(attackers=attackers, results={"a": results})
+    (warning,) = report.warnings()
+    assert warning.startswith("a: Houdini, who does not know the defense, leaves 50.0 ± ")
+    assert warning.endswith("less than everyone who does; one of these should climb its loss")
+    results["Houdini"] = right & (np.arange(20) != 3)  # one image is chance
+    assert not report_of(attackers=attackers, results={"a": results}).warnings()
+    results["Houdini"], results["BPDA"] = results["BPDA"], np.zeros(20, bool)
+    assert not report_of(attackers=attackers, results={"a": results}).warnings()
+    results["Houdini"] = np.zeros(20, bool)
+    del results["BPDA"]  # of those who do not know there is nothing to ask
+    assert not report_of(attackers=attackers, results={"a": results}).warnings()
+    boxes = attackers | {"Houdini": attacker("Houdini", knows=False, gradients=False)}  # has a rule of its own
+    results["BPDA"] = right
+    (warning,) = report_of(attackers=boxes, results={"a": results}).warnings()
+    assert "a black box" in warning
+
+
 def test_signs_of_masked_gradients() -> None:
     right = np.arange(20) < 10
     assert not report_of().warnings()

@@ -639,6 +639,19 @@ class Report:
                 alike = [row[each.name].value for each in following if blind.known_draw or not each.known_draw]
                 if not blind.gradients and alike and estimate.value < min(alike) - estimate.standard_error:
                     found.append(f"{defense}: {name}, a black box, does more damage than every attacker with gradients")
+            knowing = [name for name in within if self.attackers[name].knows]
+            if knowing and self.target is None:
+                best = min(knowing, key=lambda name: row[name].value)
+                for name in within:
+                    blind = self.attackers[name]
+                    if blind.knows or not blind.gradients or row[name].value >= row[best].value:
+                        continue
+                    more = difference(self.results[defense][best], self.results[defense][name])
+                    if more.value > max(2 * more.standard_error, 0.05):  # and more than rounding
+                        found.append(
+                            f"{defense}: {name}, who does not know the defense, leaves {more.value:.1f} ± "
+                            f"{more.standard_error:.1f} less than everyone who does; one of these should climb its loss"
+                        )
             for name, losses in self.losses.get(defense, {}).items():
                 still = ~(losses[:, :, -1] > losses[:, :, 0])  # run by run, of restarts or weights; NaN too
                 held = 2 * still.sum(1) > still.shape[1]
