@@ -206,15 +206,6 @@ CANDIDATES: dict[str, Candidate] = {
     "fast, then flip and enlarged less": (purify, {"average": (views.Flip(), *SETS["enlarged less"])}),
     "fast, palette 8": (purify, {"palette": 8}),
     "fast, view gradient 0.5": (purify, {"view_gradient": 0.5}),
-    "fast, view gradient 1": (purify, {"view_gradient": 1.0}),
-    "fast, view gradient 1, all followed": (purify, {"view_gradient": 1.0, "followed": "all"}),
-    "fast, radius x 4/3": (purify, {"radius": 4 / 3}),
-    "fast, radius x 2": (purify, {"radius": 2}),
-    "fast, uniform start": (purify, {"start": "uniform"}),
-    "fast, then eight": (purify, {"average": views.paper()}),
-    "fast, 4 draws": (purify, {"draws": 4}),
-    "strong, from a corner": (purify, {"preset": "strong", "start": "corner"}),
-    "strong, then eight": (purify, {"preset": "strong", "average": views.paper()}),
     "two steps": two(),  # was `fast` before
     "two steps, one prediction": two(average=False),
     "two steps, steps of 0.35": two(relative_step=0.35),
@@ -473,13 +464,13 @@ def measure(
     split: Annotated[Split, typer.Option(help="On which images.")] = Split.val,
     images: Annotated[int | None, typer.Option(help="Number of images; 24, of CIFAR-10 256.")] = None,
     steps: Annotated[int, typer.Option(help="Steps of PGD.")] = 30,
-    bpda_steps: Annotated[int, typer.Option(help="Steps of BPDA and through averaging; 0 for PGD alone.")] = 10,
+    bpda_steps: Annotated[int, typer.Option(help="Steps of BPDA and through averaging; 0 for neither.")] = 10,
     eot: Annotated[int, typer.Option(help="Draws per step of BPDA.")] = 1,
     last: Annotated[int, typer.Option(help="Also attack through so many steps of the ascent.")] = 0,
     last_steps: Annotated[int, typer.Option(help="Steps of that attack; 0 for none.")] = 10,
     last_eot: Annotated[int, typer.Option(help="Draws per step of that attack.")] = 1,
     margin: Annotated[bool, typer.Option(help="Also attack on the margin.")] = False,
-    patient: Annotated[int, typer.Option(help="Also attack on the margin in so many short steps.")] = 0,
+    patient: Annotated[int, typer.Option(help="Also attack on the margin in so many short steps; 0 for none.")] = 0,
     only: Annotated[list[str] | None, typer.Option(help="Candidates, by name; all where not given.")] = None,
     output: Annotated[Path | None, typer.Option(help="The JSON to which the results are added.")] = None,
 ) -> None:
@@ -651,7 +642,8 @@ def _family(name: str) -> str:
         return "averaging"
     if name == "none":
         return "none"
-    averaged = "averaging" in name or "then" in name or name in ("strong", "fast", "two steps")
+    averaged = "averaging" in name or "then" in name or name.startswith(("strong", "fast", "two steps"))
+    averaged = averaged and not name.endswith("one prediction")
     return "purified, averaged" if averaged else "purified"
 
 

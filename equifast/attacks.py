@@ -444,7 +444,7 @@ class APGD(Attack):
 
     @property
     def most(self) -> float:
-        """1 of a ratio, where it is capped."""
+        """1 of a ratio, where it is capped; where not it stays there while the label is third."""
         return super().most if self.objective == "ce" else 1.0
 
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:

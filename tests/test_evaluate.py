@@ -518,6 +518,8 @@ def test_attackers_on_the_loss_of_houdini(gradient: str, draw: int | None) -> No
     assert isinstance(attack, attacks.Houdini)
     assert (attack.ascent.steps, attack.ascent.step_size) == (7, pytest.approx(EPS / 4))
     assert (attack.draw, attack.model.gradient) == (draw, gradient)
+    assert known(strength)[name].known_draw == (draw == 0)
+    assert attack.dtype == ("float32" if gradient == "unrolled" else "auto")
 
 
 @pytest.mark.parametrize("model", [MODEL, cases.classifier().eval()])
@@ -610,8 +612,8 @@ def test_who_does_not_know_the_defense_and_does_more_damage_is_a_warning() -> No
     results = {"clean": right, "PGD": right, "Houdini": np.zeros(20, bool), "BPDA": right}
     report = report_of(attackers=attackers, results={"a": results})
     (warning,) = report.warnings()
-    assert warning.startswith("a: Houdini, who does not know the defense, leaves 50.0 ± ")
-    assert warning.endswith("less than everyone who does; one of these should climb its loss")
+    assert warning.startswith("a: Houdini, made without this defense, leaves 50.0 ± ")
+    assert warning.endswith("less than all who know it; they should climb its loss, as long")
     results["Houdini"] = right & (np.arange(20) != 3)  # one image is chance
     assert not report_of(attackers=attackers, results={"a": results}).warnings()
     results["Houdini"], results["BPDA"] = results["BPDA"], np.zeros(20, bool)
@@ -920,12 +922,12 @@ def test_what_is_won_from_the_start_is_no_masked_gradient(
     with torch.no_grad():
         lightest = model(x).argmin(1)  # what the model does not say, and its defense does
     attack = make(model, eps=1e-4, steps=3)
-    attackers = [Attacker("CW", lambda model, defended: attack, knows=False)]
+    attackers = [Attacker("plain", lambda model, defended: attack, knows=False)]
     study = Evaluation(model, TensorDataset(x, lightest), attackers, {"opposite": Opposite(model)}, eps=EPS)
     report = study.run(tmp_path)
-    assert report.table()["opposite"]["worst"].value > 95
-    assert not report.no_gradient["opposite"]["CW"].any()
-    assert report.losses["opposite"]["CW"] == pytest.approx(most)
+    assert report.table()["opposite"]["worst"].value > (95 if model is MODEL else 99)  # of pixels some are near a tie
+    assert not report.no_gradient["opposite"]["plain"].any()
+    assert report.losses["opposite"]["plain"] == pytest.approx(most)
     assert not any("without any gradient" in warning for warning in report.warnings())
 
 

@@ -115,8 +115,9 @@ def known(strength: Strength) -> dict[str, Attacker]:
         """Without a defense all are the same."""
         return 1 if isinstance(defended, Defended) and defended.purifier is nothing else eot
 
-    def knowing(eot: int = 1, **how: Any) -> Callable[[nn.Module, DefendedModel], Attacked]:
-        return lambda model, defended: BPDA(PGD(model, **s.settings()), defended, draws(defended, eot), **how)
+    def entropy(model: nn.Module, **changed: Any) -> attacks.Attack:
+        """On the cross-entropy."""
+        return PGD(model, **s.settings(**changed))
 
     def strongest(model: nn.Module, **changed: Any) -> attacks.Attack:
         """Of those without a defense and of as many steps (bench/attack_strength.py)."""
@@ -155,10 +156,6 @@ def known(strength: Strength) -> dict[str, Attacker]:
             return None
         as_is = {"detector": _detector(defended), "dtype": defended.dtype}
         return Defended(model, purifier, gradient="unrolled", last=min(s.last, purifier.ascent.steps), **as_is)
-
-    def unrolled(model: nn.Module, defended: DefendedModel) -> Attacked | None:
-        inside = through(model, defended)
-        return None if inside is None else BPDA(PGD(model, **s.settings(dtype="float32")), inside)
 
     def followed(
         attack: Callable[..., attacks.Attack], draw: int | None = None, eot: int = 1
@@ -236,9 +233,9 @@ def known(strength: Strength) -> dict[str, Attacker]:
             if objective == "ce" or not s.targeted
         ),
         Attacker("through averaging", averaging, knows=False),
-        Attacker("BPDA, known draw", knowing(draw=0), known_draw=True),
-        Attacker("BPDA", knowing()),
-        Attacker(f"BPDA, {s.eot} draws", knowing(s.eot)),
+        Attacker("BPDA, known draw", straight(entropy, draw=0), known_draw=True),
+        Attacker("BPDA", straight(entropy)),
+        Attacker(f"BPDA, {s.eot} draws", straight(entropy, eot=s.eot)),
         Attacker("BPDA, margin", straight(strongest)),
         Attacker(f"BPDA, margin, {s.eot} draws", straight(strongest, eot=s.eot)),
         Attacker("BPDA, known draw, margin", straight(strongest, draw=0), known_draw=True),
@@ -248,7 +245,7 @@ def known(strength: Strength) -> dict[str, Attacker]:
         Attacker("BPDA, known draw, Houdini", straight(houdini, draw=0), known_draw=True),
         Attacker("BPDA, trajectory", trajectory),
         Attacker("BPDA, one step", shorter),
-        Attacker("unrolled", unrolled),
+        Attacker("unrolled", followed(entropy)),
         Attacker("unrolled, margin", followed(strongest)),
         Attacker(f"unrolled, margin, {several} draws", followed(strongest, eot=several)),
         Attacker("unrolled, known draw, margin", followed(strongest, draw=0), known_draw=True),

@@ -643,14 +643,14 @@ class Report:
             if knowing and self.target is None:
                 best = min(knowing, key=lambda name: row[name].value)
                 for name in within:
-                    blind = self.attackers[name]
-                    if blind.knows or not blind.gradients or row[name].value >= row[best].value:
+                    unaware = self.attackers[name]
+                    if unaware.knows or not unaware.gradients or row[name].value >= row[best].value:
                         continue
                     more = difference(self.results[defense][best], self.results[defense][name])
                     if more.value > max(2 * more.standard_error, 0.05):  # and more than rounding
                         found.append(
-                            f"{defense}: {name}, who does not know the defense, leaves {more.value:.1f} ± "
-                            f"{more.standard_error:.1f} less than everyone who does; one of these should climb its loss"
+                            f"{defense}: {name}, made without this defense, leaves {more.value:.1f} ± "
+                            f"{more.standard_error:.1f} less than all who know it; they should climb its loss, as long"
                         )
             for name, losses in self.losses.get(defense, {}).items():
                 still = ~(losses[:, :, -1] > losses[:, :, 0])  # run by run, of restarts or weights; NaN too
