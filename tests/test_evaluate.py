@@ -514,7 +514,8 @@ def test_attackers_on_the_loss_of_houdini(gradient: str, draw: int | None) -> No
     name = f"{name}, Houdini" if draw is None else f"{name}, known draw, Houdini"
     assert {"Houdini", name} <= {attacker.name for attacker in adaptive(strength)}
     made = known(strength)[name].make(MODEL, Defended(MODEL, Purifier(MODEL, steps=2)))
-    attack = made._attack  # type: ignore[union-attr]
+    assert isinstance(made, BPDA)
+    attack = made._attack
     assert isinstance(attack, attacks.Houdini)
     assert (attack.ascent.steps, attack.ascent.step_size) == (7, pytest.approx(EPS / 4))
     assert (attack.draw, attack.model.gradient) == (draw, gradient)
@@ -613,7 +614,7 @@ def test_who_does_not_know_the_defense_and_does_more_damage_is_a_warning() -> No
     report = report_of(attackers=attackers, results={"a": results})
     (warning,) = report.warnings()
     assert warning.startswith("a: Houdini, made without this defense, leaves 50.0 ± ")
-    assert warning.endswith("less than all who know it; they should climb its loss, as long")
+    assert warning.endswith("less than all who know it; attack it on that loss, with as many steps")
     results["Houdini"] = right & (np.arange(20) != 3)  # one image is chance
     assert not report_of(attackers=attackers, results={"a": results}).warnings()
     results["Houdini"], results["BPDA"] = results["BPDA"], np.zeros(20, bool)

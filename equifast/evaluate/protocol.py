@@ -137,7 +137,7 @@ def known(strength: Strength) -> dict[str, Attacker]:
     def trajectory(model: nn.Module, defended: DefendedModel) -> Attacked | None:
         if _purifier(defended) is None or _detector(defended) is not None:
             return None
-        return BPDA(PGD(model, **s.settings()), defended, trajectory=True)
+        return BPDA(entropy(model), defended, trajectory=True)
 
     def shorter(model: nn.Module, defended: DefendedModel) -> Attacked | None:
         purifier = _purifier(defended)
@@ -148,7 +148,7 @@ def known(strength: Strength) -> dict[str, Attacker]:
         start = "corner" if purifier.ascent.noise else purifier.ascent.start
         short.ascent = replace(purifier.ascent, steps=1, start=start, noise=False)
         as_is = {"detector": _detector(defended), "dtype": defended.dtype}
-        return BPDA(PGD(model, **s.settings()), Defended(model, short, **as_is))
+        return BPDA(entropy(model), Defended(model, short, **as_is))
 
     def through(model: nn.Module, defended: DefendedModel) -> Defended | None:
         purifier = _purifier(defended)
@@ -182,7 +182,7 @@ def known(strength: Strength) -> dict[str, Attacker]:
         return BPDA(attacks.Evading(model, detector, **s.patient(keep="best")), defended)
 
     def averaging(model: nn.Module, defended: DefendedModel) -> Attacked:
-        return BPDA(PGD(model, **s.settings()), Averaging(model))
+        return BPDA(entropy(model), Averaging(model))
 
     def square(draw: int | None = None) -> Callable[[nn.Module, DefendedModel], Attacked | None]:
         def make(model: nn.Module, defended: DefendedModel) -> Attacked | None:
