@@ -650,8 +650,8 @@ class Report:
                     if more.value > max(2 * more.standard_error, 0.05):  # and more than rounding
                         found.append(
                             f"{defense}: {name}, made without this defense, leaves {more.value:.1f} ± "
-                            f"{more.standard_error:.1f} less than all who know it; attack it on that loss, with as many "
-                            "steps"
+                            f"{more.standard_error:.1f} less than all who know it; attack it on that loss, with as "
+                            "many steps"
                         )
             for name, losses in self.losses.get(defense, {}).items():
                 still = ~(losses[:, :, -1] > losses[:, :, 0])  # run by run, of restarts or weights; NaN too
