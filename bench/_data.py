@@ -1,5 +1,6 @@
 """CamVid and CIFAR-10 as tensors."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 CAMVID_CLASSES = 11
 VOID = 255
 CAMVID_SIZE = (176, 240)  # height, width
+UNSEEN = "0006R0"  # a drive of the train split
 
 
 def _existing(path: Path) -> Path:
@@ -26,14 +28,28 @@ def spread(total: int, count: int) -> list[int]:
     return np.linspace(0, total - 1, count).round().astype(int).tolist()
 
 
+def _held_out(paths: list[Path]) -> set[Path]:
+    """Of the train split: all of one drive and the last quarter of each other, as the test split is to it."""
+    drives = [list(group) for _, group in itertools.groupby(paths, key=lambda path: path.stem.partition("_")[0])]
+    return {path for drive in drives for path in drive[0 if drive[0].stem.startswith(UNSEEN) else -(len(drive) // 4) :]}
+
+
 def load_camvid(
     data: Path = DATA, split: str = "test", images: int | None = None, size: tuple[int, int] = CAMVID_SIZE
 ) -> tuple[Tensor, Tensor]:
-    """Images (N,3,H,W) float32 in [0,1] and labels (N,H,W) int64, 11 classes and 255 void, by file name."""
-    folder = _existing(Path(data) / "camvid" / split)
+    """Images (N,3,H,W) float32 in [0,1] and labels (N,H,W) int64, 11 classes and 255 void, by file name.
+
+    Beside the folders of CamVid the split is "drives", images of three drives held out of "train", on which choices can
+    be made with a network that was trained on the others, "rest".
+    """
+    parts = {"drives": True, "rest": False}
+    folder = _existing(Path(data) / "camvid" / ("train" if split in parts else split))
     paths = sorted((folder / "images").glob("*.jpg"))
     if not paths:
         raise SystemExit(f"data: {folder / 'images'} holds no JPEG files")
+    if split in parts:
+        held_out = _held_out(paths)
+        paths = [path for path in paths if (path in held_out) == parts[split]]
     if images is not None:
         paths = [paths[i] for i in spread(len(paths), images)]
     pixels, labels = [], []

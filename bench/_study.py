@@ -20,10 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import equifast
-from equifast.attacks import BPDA, CW, PGD, Attack
+from equifast.attacks import BPDA, CW, PGD, Attack, Houdini
 from equifast.defenses import Averaging, RandomNoise
 from equifast.evaluate import Estimate, Strength, difference, nothing
 from equifast.evaluate.protocol import patient_margin
+from equifast.rng import MAX_DRAW
 
 Array = np.ndarray[Any, Any]
 
@@ -45,6 +46,7 @@ COLUMNS = ("clean", "PGD", "BPDA")
 DIFFERENCES = (("paper", "none"), ("paper", "random"), ("fast", "paper"), ("fast", "averaging"))
 DEFENSE_SEED, ATTACK_SEED = 0, 1  # the attacks start elsewhere than the purifiers do
 MARGIN, CONFIDENCE = " (margin)", 5.0
+HOUDINI = " (Houdini)"
 PATIENT = " (patient)"  # on the margin too, in more and shorter steps
 
 
@@ -88,7 +90,7 @@ class Study:
 
 @dataclass(frozen=True)
 class Cell:
-    """The results of some images, by index, under one defense and one attack."""
+    """The results of some images, by index, under one defense and one attack: means over its draws."""
 
     results: Array
     indices: list[int]
@@ -136,7 +138,7 @@ def _fingerprint(study: Study) -> str:
 
 def _plain(victim: str) -> str:
     """The defense that a victim names, however it is attacked."""
-    return victim.removesuffix(MARGIN).removesuffix(PATIENT)
+    return victim.removesuffix(MARGIN).removesuffix(HOUDINI).removesuffix(PATIENT)
 
 
 Defenses = Callable[[str], nn.Module]
@@ -147,8 +149,8 @@ class Runner:
     """Computes cells batch by batch and keeps every batch: an interrupted run goes on where it stopped.
 
     Two defenses of one `identity`, in this run or another, are taken for the same. `strength` gives the steps and the
-    draws per step of an attacker who knows a defense, where these are not the study's, and `patient` the steps of one
-    who takes his time on the margin.
+    draws per step of an attacker who knows a defense, where these are not the study's, `houdini` the steps of one on
+    that loss and `patient` of one who takes his time on the margin. Images are judged by so many `draws` of a defense.
     """
 
     def __init__(
@@ -158,14 +160,18 @@ class Runner:
         progress: Progress,
         identity: Callable[[str], str] = lambda name: name,
         strength: Callable[[str], tuple[int, int]] | None = None,
+        houdini: int = 20,
         patient: int = 100,
+        draws: int = 1,
     ) -> None:
         self._study = study
         self._defenses = defenses
         self._progress = progress
         self._identity = identity
         self._strength = strength or (lambda name: (study.bpda_steps, study.eot))
+        self._houdini = houdini
         self._patient = patient
+        self._draws = [0, *range(MAX_DRAW, MAX_DRAW + 1 - draws, -1)]  # attackers draw from 1 on
         self._folder = CACHE / f"{study.name}-{_fingerprint(study)}"
         self._folder.mkdir(parents=True, exist_ok=True)
 
@@ -181,7 +187,7 @@ class Runner:
         """The images after an attack on a defense by one who knows it; on "none" that is plain PGD.
 
         A victim whose name ends with `MARGIN` or `PATIENT` is attacked on the margin of its logits instead of the
-        cross-entropy.
+        cross-entropy, with `HOUDINI` on that loss.
         """
         study = self._study
         x, y = study.images[ids], study.labels[ids]
@@ -198,6 +204,9 @@ class Runner:
                 attack: Attack = patient_margin(strength, study.model, steps=steps, keep=keep)
             elif victim.endswith(MARGIN):
                 attack = CW(study.model, confidence=CONFIDENCE, **strength.settings(steps=steps))
+            elif victim.endswith(HOUDINI):
+                steps, eot = self._houdini, 1
+                attack = Houdini(study.model, **strength.settings(steps=steps))
             else:
                 attack = PGD(study.model, **strength.settings(steps=steps))
             task = self._progress.add_task(f"  attacking {victim}", total=steps)
@@ -218,6 +227,7 @@ class Runner:
         """The identity of an attack on a defense."""
         how = f"{MARGIN} {CONFIDENCE}" if victim.endswith(MARGIN) else ""
         how = f"{PATIENT} {self._patient}" if victim.endswith(PATIENT) else how
+        how = f"{HOUDINI} {self._houdini}" if victim.endswith(HOUDINI) else how
         return self._identity(_plain(victim)) + how
 
     def cell(self, row: str, victim: str | None, indices: Sequence[int] | None = None) -> Cell:
@@ -233,11 +243,12 @@ class Runner:
                 x = self.attacked(victim, ids)
                 start = time.perf_counter()
                 with torch.no_grad():
-                    logits = model(x, ids=ids, draw=0)  # BPDA's attacker draws from 1 on
-                elapsed = torch.tensor(time.perf_counter() - start)
-                return {"results": torch.from_numpy(study.judge(logits, study.labels[ids])), "seconds": elapsed}
+                    logits = [model(x, ids=ids, draw=draw) for draw in self._draws]
+                elapsed = torch.tensor((time.perf_counter() - start) / len(logits))
+                judged = np.stack([study.judge(each, study.labels[ids]) for each in logits])
+                return {"results": torch.from_numpy(judged.mean(0)), "seconds": elapsed}
 
-            result = self._cached(compute, "cell", self._identity(row), known, ids.tolist())
+            result = self._cached(compute, "cell", self._identity(row), known, ids.tolist(), *self._draws)
             parts.append(result["results"])
             seconds += float(result["seconds"])
             self._progress.update(task, advance=len(ids))

@@ -41,8 +41,6 @@ from torch.nn import functional as F
 from equifast.attacks import PGD
 from equifast.evaluate import confusion, mean_iou
 
-CHECKPOINT = CACHE / "camvid.safetensors"
-ROBUST = CACHE / "camvid-robust.safetensors"
 CROP = (144, 208)
 NOISE = 0.015  # the largest standard deviation of the noise that training adds, in image values
 
@@ -89,14 +87,16 @@ def class_weights(labels: Tensor) -> Tensor:
     return (weights * counts.sum() / (weights * counts).sum()).float()
 
 
-def train(data: Path, epochs: int = 50, batch: int = 8, rate: float = 0.05, seed: int = 0) -> None:
+def train(
+    data: Path, path: Path, split: str = "train", epochs: int = 50, batch: int = 8, rate: float = 0.05, seed: int = 0
+) -> None:
     """Ordinary training, SGD with one cycle of the rate; the best epoch on the val split is kept.
 
-    Interrupted, it goes on after the last whole epoch; done, it leaves `CHECKPOINT` and nothing else.
+    Interrupted, it goes on after the last whole epoch; done, it leaves `path` and nothing else.
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    images, labels = load_camvid(data, "train")
+    images, labels = load_camvid(data, split)
     val_images, val_labels = load_camvid(data, "val")
     model = SegmentationNet(CAMVID_CLASSES).to(memory_format=torch.channels_last)
     criterion = torch.nn.CrossEntropyLoss(class_weights(labels), ignore_index=VOID)
@@ -105,9 +105,9 @@ def train(data: Path, epochs: int = 50, batch: int = 8, rate: float = 0.05, seed
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, epochs * steps, pct_start=0.15)
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     settings = {"epochs": epochs, "batch": batch, "rate": rate, "seed": seed}
-    first, best, seconds, resume = 0, 0.0, 0.0, CHECKPOINT.with_suffix(".resume")
-    candidate = CHECKPOINT.with_suffix(".best")
-    CHECKPOINT.parent.mkdir(exist_ok=True)
+    first, best, seconds, resume = 0, 0.0, 0.0, path.with_suffix(".resume")
+    candidate = path.with_suffix(".best")
+    path.parent.mkdir(exist_ok=True)
     if resume.exists() and (state := torch.load(resume))["settings"] == settings:
         for name, part in parts.items():
             part.load_state_dict(state[name])
@@ -142,21 +142,23 @@ def train(data: Path, epochs: int = 50, batch: int = 8, rate: float = 0.05, seed
         torch.save(state | {"best": best, "seconds": seconds}, resume.with_suffix(".partial"))
         resume.with_suffix(".partial").replace(resume)
     print(f"trained in {seconds:.0f} s")
-    candidate.replace(CHECKPOINT)
+    candidate.replace(path)
     resume.unlink()
 
 
-def network(data: Path = DATA, adversarial: bool = False) -> SegmentationNet:
-    """The network with its weights, trained where these are not there."""
-    if not CHECKPOINT.exists():
-        train(data)
-    model = load_weights(SegmentationNet(CAMVID_CLASSES), CHECKPOINT).to(memory_format=torch.channels_last)
+def network(data: Path = DATA, adversarial: bool = False, split: str = "train") -> SegmentationNet:
+    """The network with its weights, trained on a split ("train" or "rest") where these are not there."""
+    suffix = "" if split == "train" else f"-{split}"
+    plain, robust = (CACHE / f"camvid{kind}{suffix}.safetensors" for kind in ("", "-robust"))
+    if not plain.exists():
+        train(data, plain, split)
+    model = load_weights(SegmentationNet(CAMVID_CLASSES), plain).to(memory_format=torch.channels_last)
     if adversarial:
-        if not ROBUST.exists():
-            x, y = load_camvid(data, "train")
+        if not robust.exists():
+            x, y = load_camvid(data, split)
             criterion = torch.nn.CrossEntropyLoss(class_weights(y), ignore_index=VOID)
-            train_against(model, x, y, augment, criterion, path=ROBUST, eps=4 / 255, epochs=20, batch=8, rate=0.02)
-        load_weights(model, ROBUST)
+            train_against(model, x, y, augment, criterion, path=robust, eps=4 / 255, epochs=20, batch=8, rate=0.02)
+        load_weights(model, robust)
     return model
 
 

@@ -11,11 +11,14 @@ with, where these are others; BPDA through the candidate itself, with expectatio
 the same with a gradient through the last K steps of its ascent, which the published code, what purifies at half the
 size and what has no ascent lack (it takes many times as long: `--last-steps` and `--last-eot` are its own). With
 `--margin` all but the attack on the candidate's own views are there a second time, on the margin of the logits with
-confidence 5 (CW) in place of the cross-entropy; with `--patient STEPS` PGD, BPDA and the attack through the ascent are
-there again with so many short steps on the margin, as in the adaptive protocol. The worst case takes, image by image,
-the attack that leaves fewest labels right. Attacks take their gradients from a folded copy in bfloat16, where the
-hardware has it, which is as strong (`bench/equivalence.py`); gradients through steps are in the purifier's dtype.
-Settings are chosen on `val` (CIFAR-10: on images of its test set that no table uses) and reported on `test`.
+confidence 5 (CW) in place of the cross-entropy; with `--houdini STEPS` PGD, BPDA and the attacks through averaging and
+through the ascent are there again with so many steps on the loss of Houdini, and with `--patient STEPS` all but that
+through averaging with so many short steps on the margin, both as in the adaptive protocol. The worst case takes, image
+by image, the attack that leaves fewest labels right, in the mean over the `--draws` of a defense that are judged.
+Attacks take their gradients from a folded copy in bfloat16, where the hardware has it, which is as strong
+(`bench/equivalence.py`); gradients through steps are in the purifier's dtype. Settings are chosen on `drives`, images
+of three drives of CamVid's train split by a network that was trained on the others (or on `val`, which is one drive;
+CIFAR-10: on images of its test set that no table uses), and reported on `test`.
 
 `seconds` times all candidates in turns, in one process, each after an untimed call of its own; all predict as cheaply
 as `--dtype` allows, averaging as what purifies, but the published code, which predicts in float32. Nothing else should
@@ -39,7 +42,7 @@ import torch
 import typer
 from _data import DATA, load_camvid, load_cifar
 from _published import Published
-from _study import DEFENSE_SEED, MARGIN, PATIENT, Cell, Data, Runner, Study, figure, paired
+from _study import DEFENSE_SEED, HOUDINI, MARGIN, PATIENT, Cell, Data, Runner, Study, figure, paired
 from _write import machine, versions, write_json
 from camvid import judge as judge_dense
 from camvid import network as camvid_network
@@ -79,6 +82,7 @@ SETS: dict[str, tuple[views.View, ...]] = {
     "shrunk": SIX[:2],
     "shrunk and jitter": SIX[:3],
     "random sizes and jitter": (views.fast()[0], views.fast()[0], views.ColorJitter()),
+    "flip and enlarged less": (views.Flip(), views.Resize(1.5, (0.8, 1.2))),
 }
 
 
@@ -189,6 +193,16 @@ CANDIDATES: dict[str, Candidate] = {
     ),
     "fast": (purify, {}),
     "strong": (purify, {"preset": "strong"}),
+    "averaging, flip and enlarged less": (averaging, {"sets": "flip and enlarged less"}),
+    "strong, one prediction": (purify, {"preset": "strong", "average": False}),
+    "strong, then flip and enlarged less": (purify, {"preset": "strong", "average": SETS["flip and enlarged less"]}),
+    "strong, then eight": (purify, {"preset": "strong", "average": SETS["eight"]}),
+    "strong, radius x 4/3": (purify, {"preset": "strong", "radius": 4 / 3}),
+    "strong, 16 steps of 1/8": (purify, {"preset": "strong", "steps": 16, "relative_step": 0.125}),
+    "strong, 2 of eight": (purify, {"preset": "strong", "views_per_step": 2}),
+    "strong, momentum 0.5": (purify, {"preset": "strong", "momentum": 0.5}),
+    "strong, view gradient 0.5": (purify, {"preset": "strong", "view_gradient": 0.5}),
+    "strong, 2 draws": (purify, {"preset": "strong", "draws": 2}),
     "fast, five views": (purify, {"views_per_step": "all", "followed": 1}),
     "3 steps of 0.4, five views, one followed": two(steps=3, relative_step=0.4, followed=1, view_gradient=0.3),
     "2 steps of 1/2, five views, one followed": two(followed=1, view_gradient=0.3),
@@ -401,11 +415,12 @@ class Training(StrEnum):
 
 class Split(StrEnum):
     val = "val"
+    drives = "drives"
     test = "test"
 
 
 def camvid(data: Path, training: str, split: str, images: int | None) -> dict[str, Any]:
-    model = camvid_network(data, training == "robust")
+    model = camvid_network(data, training == "robust", "rest" if split == "drives" else "train")
     x, y = load_camvid(data, split, images or 24)
     return {
         "figure": "mIoU in %",
@@ -470,7 +485,9 @@ def measure(
     last_steps: Annotated[int, typer.Option(help="Steps of that attack; 0 for none.")] = 10,
     last_eot: Annotated[int, typer.Option(help="Draws per step of that attack.")] = 1,
     margin: Annotated[bool, typer.Option(help="Also attack on the margin.")] = False,
+    houdini: Annotated[int, typer.Option(help="Also attack on Houdini's loss in so many steps; 0 for none.")] = 0,
     patient: Annotated[int, typer.Option(help="Also attack on the margin in so many short steps; 0 for none.")] = 0,
+    draws: Annotated[int, typer.Option(help="Draws of each candidate that are judged.")] = 1,
     only: Annotated[list[str] | None, typer.Option(help="Candidates, by name; all where not given.")] = None,
     output: Annotated[Path | None, typer.Option(help="The JSON to which the results are added.")] = None,
 ) -> None:
@@ -492,12 +509,15 @@ def measure(
             progress,
             lambda name: _identity(study, known, name, (last, last_steps, last_eot)),
             lambda name: (last_steps, last_eot) if name.endswith(UNROLLED) else (bpda_steps, eot),
+            houdini,
             patient,
+            draws,
         )
         task = progress.add_task(key, total=len(chosen))
         for name in chosen:
             victims = {"clean": None, "PGD": "none"}
             follows = last > 0 and unrolled(study, known[name], last) is not None
+            own = {"PGD": "none", "BPDA": name} | ({"unrolled": name + UNROLLED} if follows else {})
             if bpda_steps > 0:
                 victims |= {"averaging": RIVAL, "BPDA": name}
             if follows and last_steps > 0:
@@ -506,9 +526,10 @@ def measure(
                 victims["own views"] = name + AVERAGED
             if margin:
                 victims |= {f"{c}, margin": v + MARGIN for c, v in victims.items() if v and c != "own views"}
+            if houdini:
+                victims |= {f"{c}, Houdini": v + HOUDINI for c, v in (own | {"averaging": RIVAL}).items()}
             if patient:
-                own = {"PGD": "none", "BPDA": name} | ({"unrolled": name + UNROLLED} if follows else {})
-                victims |= {f"{column}, patient": victim + PATIENT for column, victim in own.items()}
+                victims |= {f"{c}, patient": v + PATIENT for c, v in own.items()}
             row = {column: runner.cell(name, victim) for column, victim in victims.items()}
             row["worst"] = worst(list(row.values()))  # the image itself lies in the ball too
             cells[name] = row
@@ -530,7 +551,9 @@ def measure(
                     "last_steps": last_steps,
                     "last_eot": last_eot,
                     "margin": margin,
+                    "houdini": houdini,
                     "patient": patient,
+                    "draws": draws,
                 }
                 _merge(output, key, {"candidates": found, "settings": settings})
             line = ", ".join(f"{column} {e['value']:.1f} ± {e['error']:.1f}" for column, e in _figures(found[name]))
@@ -541,7 +564,7 @@ def measure(
     table = Table(title=f"{key}: {study.figure}, {len(study.images)} images, ± standard error; differences are paired")
     columns = [
         c
-        for c in ("clean", *(p + m for m in ("", ", margin", ", patient") for p in ATTACKS), "worst")
+        for c in ("clean", *(p + m for m in ("", ", margin", ", Houdini", ", patient") for p in ATTACKS), "worst")
         if any(c in r for r in cells.values())
     ]
     for heading in ("", *columns, "worst - none", "worst - averaging"):

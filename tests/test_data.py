@@ -32,6 +32,29 @@ def test_cifar_resnet(data: Path) -> None:
     assert torch.equal(torch.cat([purifier(adversarial[i : i + 1]) for i in range(4)]), purified)
 
 
+def test_camvid_is_split_by_drives(tmp_path: Path) -> None:
+    """What choices are made on: one drive that the network on the rest has not seen, and the ends of the others."""
+    import numpy as np
+    from _data import load_camvid
+    from PIL import Image
+
+    folder, shade = tmp_path / "camvid" / "train", 0
+    for part in ("images", "labels"):
+        (folder / part).mkdir(parents=True)
+    for drive, count in (("0001TP", 9), ("0006R0", 3), ("0016E5", 4)):
+        for i in range(count):
+            name, shade = f"{drive}_{i:05d}", shade + 10
+            Image.new("RGB", (8, 6), (shade,) * 3).save(folder / "images" / f"{name}.jpg", quality=100)
+            Image.fromarray(np.zeros((6, 8), np.uint8)).save(folder / "labels" / f"{name}.png")
+    shades = {}
+    for split in ("train", "rest", "drives"):
+        x, _ = load_camvid(tmp_path, split, size=(6, 8))
+        shades[split] = (255 * x[:, 0, 0, 0] / 10).round().int().tolist()
+    assert shades["drives"] == [8, 9, 10, 11, 12, 16]
+    assert sorted(shades["drives"] + shades["rest"]) == shades["train"] == list(range(1, 17))
+    assert len(load_camvid(tmp_path, "drives", 2, size=(6, 8))[0]) == 2
+
+
 def test_camvid_loads(data: Path) -> None:
     from _data import load_camvid
 
