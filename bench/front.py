@@ -83,6 +83,15 @@ SETS: dict[str, tuple[views.View, ...]] = {
     "shrunk and jitter": SIX[:3],
     "random sizes and jitter": (views.fast()[0], views.fast()[0], views.ColorJitter()),
     "flip and enlarged less": (views.Flip(), views.Resize(1.5, (0.8, 1.2))),
+    "enlarged, mirrored": (views.Compose(views.Flip(), views.Resize(2.0, (0.8, 1.2))),),
+    "pyramid": (
+        views.Flip(),
+        *(
+            view
+            for scale in (1.5, 2.0)
+            for view in (views.Resize(scale, (0.8, 1.2)), views.Compose(views.Flip(), views.Resize(scale, (0.8, 1.2))))
+        ),
+    ),
 }
 
 
@@ -194,6 +203,19 @@ CANDIDATES: dict[str, Candidate] = {
     "fast": (purify, {}),
     "strong": (purify, {"preset": "strong"}),
     "averaging, flip and enlarged less": (averaging, {"sets": "flip and enlarged less"}),
+    "averaging, enlarged, mirrored": (averaging, {"sets": "enlarged, mirrored"}),
+    "averaging, pyramid": (averaging, {"sets": "pyramid"}),
+    "strong, then pyramid": (purify, {"preset": "strong", "average": SETS["pyramid"]}),
+    "strong, from a corner": (purify, {"preset": "strong", "start": "corner"}),
+    "strong, from a corner, then eight": (purify, {"preset": "strong", "start": "corner", "average": SETS["eight"]}),
+    "strong, from a corner, views of fast": (
+        purify,
+        {"preset": "strong", "start": "corner", "views": views.fast(), "views_per_step": 1},
+    ),
+    "strong, from a corner, 16 steps of 1/8": (
+        purify,
+        {"preset": "strong", "start": "corner", "steps": 16, "relative_step": 0.125},
+    ),
     "strong, one prediction": (purify, {"preset": "strong", "average": False}),
     "strong, then flip and enlarged less": (purify, {"preset": "strong", "average": SETS["flip and enlarged less"]}),
     "strong, then eight": (purify, {"preset": "strong", "average": SETS["eight"]}),
@@ -203,6 +225,8 @@ CANDIDATES: dict[str, Candidate] = {
     "strong, momentum 0.5": (purify, {"preset": "strong", "momentum": 0.5}),
     "strong, view gradient 0.5": (purify, {"preset": "strong", "view_gradient": 0.5}),
     "strong, 2 draws": (purify, {"preset": "strong", "draws": 2}),
+    "fast, then eight": (purify, {"average": SETS["eight"]}),
+    "fast, 3 draws": (purify, {"draws": 3}),
     "fast, five views": (purify, {"views_per_step": "all", "followed": 1}),
     "3 steps of 0.4, five views, one followed": two(steps=3, relative_step=0.4, followed=1, view_gradient=0.3),
     "2 steps of 1/2, five views, one followed": two(followed=1, view_gradient=0.3),
