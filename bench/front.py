@@ -182,6 +182,11 @@ def two(**settings: Any) -> Candidate:
     return purify, plain | settings
 
 
+def smaller(**settings: Any) -> Candidate:
+    """`strong` over the views of `fast`."""
+    return purify, {"preset": "strong", "views": views.fast(), "views_per_step": 1, **settings}
+
+
 CANDIDATES: dict[str, Candidate] = {
     "none": (nothing, {}),
     "noise, 8 draws": (noise, {"draws": 8}),
@@ -208,14 +213,13 @@ CANDIDATES: dict[str, Candidate] = {
     "strong, then pyramid": (purify, {"preset": "strong", "average": SETS["pyramid"]}),
     "strong, from a corner": (purify, {"preset": "strong", "start": "corner"}),
     "strong, from a corner, then eight": (purify, {"preset": "strong", "start": "corner", "average": SETS["eight"]}),
-    "strong, from a corner, views of fast": (
-        purify,
-        {"preset": "strong", "start": "corner", "views": views.fast(), "views_per_step": 1},
-    ),
-    "strong, from a corner, 16 steps of 1/8": (
-        purify,
-        {"preset": "strong", "start": "corner", "steps": 16, "relative_step": 0.125},
-    ),
+    "strong, views of fast": smaller(),
+    "strong, views of fast, 4 steps of 1/2": smaller(steps=4, relative_step=0.5),
+    "strong, views of fast, 12 steps": smaller(steps=12),
+    "strong, views of fast, 2 per step": smaller(views_per_step=2),
+    "strong, views of fast, radius x 4/3": smaller(radius=4 / 3),
+    "fast, from the image": (purify, {"start": "origin"}),
+    "fast, from the image, view gradient 0.5": (purify, {"start": "origin", "view_gradient": 0.5}),
     "strong, one prediction": (purify, {"preset": "strong", "average": False}),
     "strong, then flip and enlarged less": (purify, {"preset": "strong", "average": SETS["flip and enlarged less"]}),
     "strong, then eight": (purify, {"preset": "strong", "average": SETS["eight"]}),
