@@ -557,7 +557,9 @@ def evaluate(
     target: Annotated[int | None, typer.Option(help="A class that all attacks aim at.")] = None,
     votes: Annotated[
         int | None,
-        typer.Option(min=0, help="How many draws vote, told beside a single one; 5 with a protocol, else none."),
+        typer.Option(
+            min=0, help="How many draws vote, and have a mean, beside a single one; 5 with a protocol, else none."
+        ),
     ] = None,
     against: Annotated[
         str | None, typer.Option(help="A defense of which all others' differences are told, paired over images.")

@@ -31,6 +31,7 @@ from equifast.attacks import BPDA
 from equifast.cli import app
 from equifast.evaluate import (
     Attacker,
+    Estimate,
     Evaluation,
     Strength,
     accuracy,
@@ -38,11 +39,12 @@ from equifast.evaluate import (
     known,
     mean_iou,
     open_data,
+    over_draws,
     plots,
     worst_accuracy,
     worst_iou,
 )
-from equifast.evaluate.metrics import _totals
+from equifast.evaluate.metrics import _totals, average
 from equifast.evaluate.records import Part, Records
 from equifast.evaluate.studies import nothing
 from equifast.purifier import DefendedModel
@@ -452,7 +454,8 @@ def test_the_adaptive_protocol(tmp_path: Path) -> None:
     }
     report = evaluation(scenes(2, size=(12, 16)), attackers=adaptive(strength), defenses=rows).run(tmp_path)
     table = report.table()
-    everyone = {"clean", "worst", *(attacker.name for attacker in adaptive(strength))} - {"Evading"}
+    everyone = {"clean", *(attacker.name for attacker in adaptive(strength)), "worst", "worst, draw unknown"}
+    everyone -= {"Evading"}
     assert set(table["fast"]) == everyone
     of_purifiers = {name for name in everyone if name.startswith(("unrolled", "BPDA, trajectory", "BPDA, one step"))}
     assert len(of_purifiers) == 7
@@ -1018,6 +1021,50 @@ def test_votes(tmp_path: Path) -> None:
     assert not np.array_equal(report.voted["random"]["clean"], report.results["random"]["clean"])
     assert "worst, vote of 5" in report.table()["random"]
     assert report.document()["rows"]["random"]["PGD"]["vote"]["value"] == mean_iou(report.voted["random"]["PGD"]).value
+    assert np.array_equal(report.drawn["random"]["clean"], np.stack([confusion(label, y, 5) for label in labels]))
+
+
+def test_the_mean_of_draws(tmp_path: Path) -> None:
+    """The worst case of who does not know the draw: in the mean over draws, whose spread is in the standard error."""
+    strength = Strength(eps=EPS, steps=2)
+    attackers = [PGD, known(strength)["BPDA"], known(strength)["BPDA, known draw"]]
+    rows = {"none": Defended(MODEL, nothing), "random": Defended(MODEL, defenses.RandomNoise(0.5))}
+    report = evaluation(attackers=attackers, defenses=rows, votes=4).run(tmp_path)
+    name = "worst, draw unknown, mean of 4 draws"
+    assert report.unknown == name
+    draws = np.stack([report.drawn["random"][attack] for attack in ("clean", "PGD", "BPDA")])
+    means = draws.mean(1)
+    chosen = worst_iou(means)
+    worst = draws[chosen, :, np.arange(draws.shape[2])].swapaxes(0, 1)
+    assert np.array_equal(worst, report.worst_unknown("random"))
+    whole, each = mean_iou(worst.mean(0)), [mean_iou(draw).value for draw in worst]
+    estimate = report.table()["random"][name]
+    assert estimate.value == pytest.approx(whole.value)
+    assert estimate.standard_error == pytest.approx(np.hypot(whole.standard_error, np.std(each, ddof=1) / 2))
+    assert np.std(each) > 0
+    assert report.table()["none"][name].standard_error == mean_iou(report.worst_unknown("none")[0]).standard_error
+    apart = report.differences("none")["random"][name]
+    assert apart.value == pytest.approx(estimate.value - report.table()["none"][name].value)
+    assert name in str(report)
+    single = evaluation(attackers=attackers, defenses=rows).run(tmp_path / "single")
+    assert single.unknown == "worst, draw unknown"
+    among = np.stack([single.results["random"][attack] for attack in ("clean", "PGD", "BPDA")])
+    assert np.array_equal(single.worst_unknown("random")[0], among[worst_iou(among), np.arange(among.shape[1])])
+    assert evaluation(attackers=attackers[:2], defenses=rows).run(tmp_path / "two").unknown is None
+
+
+def test_over_draws() -> None:
+    rng = np.random.default_rng(0)
+    right = rng.random((3, 50)) < np.array([0.2, 0.5, 0.8])[:, None]  # draws differ by more than images tell
+    estimate = over_draws(right)
+    assert estimate.value == pytest.approx(100 * right.mean())
+    spread = 100 * np.std(right.mean(1), ddof=1) / 3**0.5
+    assert spread < estimate.standard_error == pytest.approx(np.hypot(average(right.mean(0)).standard_error, spread))
+    assert over_draws(right[:1]) == accuracy(right[0])
+    assert over_draws(right, right) == Estimate(0.0, 0.0)
+    assert over_draws(right, ~right).value == pytest.approx(200 * right.mean() - 100)
+    with pytest.raises(ValueError, match=r"a has shape \(3, 50\), b \(2, 50\); they must be"):
+        over_draws(right, right[:2])
 
 
 @pytest.mark.parametrize("model", [MODEL, cases.classifier().eval()])

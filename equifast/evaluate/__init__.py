@@ -12,6 +12,7 @@ from equifast.evaluate.metrics import (
     confusion,
     difference,
     mean_iou,
+    over_draws,
     separation,
 )
 from equifast.evaluate.profile import Rates, invariance, robustness
@@ -53,6 +54,7 @@ __all__ = [
     "mean_iou",
     "nothing",
     "open_data",
+    "over_draws",
     "profile_step",
     "robustness",
     "separation",

@@ -3,6 +3,7 @@
 Every metric is a function of one array per image, kept, so that differences between two methods are paired.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ __all__ = [
     "difference",
     "mean_auroc",
     "mean_iou",
+    "over_draws",
     "separation",
 ]
 
@@ -184,6 +186,41 @@ def difference(a: Array, b: Array, resamples: int = 1000) -> Estimate:
     if a.ndim == 3:
         return _estimate(lambda i: _iou(_totals(a, i)) - _iou(_totals(b, i)), len(a), resamples)
     return _estimate(lambda i: a[i].mean(-1) - b[i].mean(-1), len(a), resamples)
+
+
+def over_draws(a: Array, b: Array | None = None, resamples: int = 1000) -> Estimate:
+    """The figure of several draws of a defense together, or that of ``a`` minus that of ``b``.
+
+    Images share what a draw is for all of them, such as the sizes of views, and a bootstrap over images does not see
+    how much of a figure is due to that: the standard error is that of the images and that of the mean of the draws,
+    whose figures are taken one by one, as independent ones.
+
+    Args:
+        a: (D, N, C, C) confusion matrices or (D, N) bool of D draws on the same images.
+        b: of another method, of as many draws.
+        resamples: bootstrap samples of the images.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    draws, n = a.shape[:2]
+    if b is not None and b.shape != a.shape:
+        raise ValueError(f"a has shape {a.shape}, b {b.shape}; they must be as many draws' results on the same images")
+
+    def figure(results: Array, index: Array) -> Array:
+        if results.ndim == 3:
+            return _iou(_totals(results, index))
+        return np.asarray(results[index].mean(-1))
+
+    def apart(given: list[Array], index: Array) -> Array:
+        return figure(given[0], index) - (figure(given[1], index) if len(given) > 1 else 0.0)
+
+    both = [a] if b is None else [a, b]
+    whole = _estimate(functools.partial(apart, [part.mean(0) for part in both]), n, resamples)
+    if draws < 2:
+        return whole
+    each = [100 * float(apart([part[draw] for part in both], np.arange(n))) for draw in range(draws)]
+    return Estimate(whole.value, float(np.hypot(whole.standard_error, np.std(each, ddof=1) / draws**0.5)))
 
 
 def separation(clean: Array, anomalous: Array, resamples: int = 1000, paired: bool = False) -> Separation:

@@ -19,7 +19,7 @@ from equifast._cheap import has_fast_bfloat16
 from equifast._fingerprint import Known, describe
 from equifast.attacks import BPDA, Adaptive, Attack
 from equifast.defenses import RandomNoise
-from equifast.evaluate.metrics import Estimate, accuracy, average, class_iou, difference, mean_iou
+from equifast.evaluate.metrics import Estimate, accuracy, average, class_iou, difference, mean_iou, over_draws
 from equifast.evaluate.records import (
     CLEAN,
     Advance,
@@ -129,8 +129,8 @@ class Evaluation:
         norm: in which that is, ``"linf"`` or ``"l2"``.
         target: the class that attackers aim at, who must be targeted then; None for the true labels, which they flee.
             Images of which it is the one label are left out: there is nothing to turn.
-        votes: draws of each defense that vote on every image, label by label, beside the single one that counts; 0 for
-            no vote.
+        votes: draws of each defense that vote on every image, label by label, and whose figures have a mean, beside
+            the single one that counts; 0 for neither.
         score: whose similarity (:meth:`equifast.Purifier.score`) is recorded of every image that a model predicts from,
             purified where it purifies.
         batch: images at a time.
@@ -194,6 +194,7 @@ class Evaluation:
             **({} if norm == "linf" else {"norm": norm}),
             "target": target,
             "votes": votes,
+            **({"draws recorded": votes} if votes else {}),  # before, there was the majority alone
             "score": describe(score),
             "ignore_index": ignore_index,
         }
@@ -363,9 +364,11 @@ class Evaluation:
                 for note, similarity in zip(seen, self.score.score(shown, ids).tolist(), strict=True):
                     note["similarity"] = similarity
             if self.votes:
-                winners = self._vote(self.defenses[name], x, y, ids, logits)
-                for note, vote in zip(seen, judged(winners, y, logits.shape[1], self.ignore_index), strict=True):
-                    note["vote"] = vote
+                drawn = self._draws(self.defenses[name], x, y, ids, logits)
+                others = [judged(labels, y, logits.shape[1], self.ignore_index) for labels in drawn[1:]]
+                winners = judged(_majority(drawn, logits.shape[1]), y, logits.shape[1], self.ignore_index)
+                for i, note in enumerate(seen):
+                    note |= {"vote": winners[i], "draws": [each[i] for each in others]}
             records.add(
                 {
                     "image": image.key,
@@ -437,15 +440,19 @@ class Evaluation:
             raise ValueError(f"target is {self.target}; the model has {classes} classes")
         return logits
 
-    def _vote(self, defended: DefendedModel, x: Tensor, y: Tensor, ids: Tensor, logits: Tensor) -> Tensor:
-        """The label that most of the draws predict, of equals the first; the others are the last draws there are."""
-        votes = torch.zeros_like(logits, dtype=torch.int32)
-        for number in range(self.votes):
-            if number > 0:
-                logits = self._logits(defended, x, y, ids, rng.MAX_DRAW + 1 - number)
-            chosen = logits.argmax(1, keepdim=True)
-            votes.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=votes.dtype))
-        return votes.argmax(1)
+    def _draws(self, defended: DefendedModel, x: Tensor, y: Tensor, ids: Tensor, logits: Tensor) -> Tensor:
+        """(D, N) or (D, N, H, W): the labels of every draw that votes; the first is known, the others the last."""
+        others = [rng.MAX_DRAW + 1 - number for number in range(1, self.votes)]
+        return torch.stack([logits.argmax(1), *(self._logits(defended, x, y, ids, draw).argmax(1) for draw in others)])
+
+
+def _majority(labels: Tensor, classes: int) -> Tensor:
+    """(D, N, ...) -> (N, ...), the label that most of the draws have, of equals the first."""
+    votes = torch.zeros(labels.shape[1], classes, *labels.shape[2:], dtype=torch.int32, device=labels.device)
+    one = torch.ones_like(labels[0][:, None], dtype=votes.dtype)
+    for chosen in labels:
+        votes.scatter_add_(1, chosen[:, None], one)
+    return votes.argmax(1)
 
 
 def _probabilities(logits: Tensor) -> list[bool]:
@@ -461,7 +468,8 @@ class Report:
     """The figures of an evaluation: accuracy, or mean IoU from the totals, in percent, by bootstrap over images.
 
     ``results[defense][attack]`` are (N,) bool or (N, C, C) confusion matrices of each image, in the order of the
-    images' digests; ``voted`` the same of the majority of draws, where they vote; ``aimed``, where there is a target,
+    images' digests; ``voted`` the same of the majority of draws, where they vote, and ``drawn`` (D, N) or (D, N, C, C)
+    that of each of them; ``aimed``, where there is a target,
     with the target in place of the true labels. ``worst`` of a defense takes, image by image, the attack that leaves
     fewest labels right, or the image as it is; of dense labels the attacks that make the mean IoU least
     (:func:`equifast.evaluate.worst_iou`), but for the accuracy over all labels, which is that of the former.
@@ -480,6 +488,7 @@ class Report:
         self.attackers = {attacker.name: attacker for attacker in evaluation.attackers}
         self.results: dict[str, dict[str, Array]] = {}
         self.voted: dict[str, dict[str, Array]] = {}
+        self.drawn: dict[str, dict[str, Array]] = {}
         self.aimed: dict[str, dict[str, Array]] = {}
         self.seconds: dict[str, dict[str, tuple[float, float]]] = {}
         self.similarities: dict[str, dict[str, Array]] = {}
@@ -494,6 +503,8 @@ class Report:
             self.results.setdefault(defense, {})[attack] = np.stack([as_array(result) for result in results])
             if self.votes:
                 self.voted.setdefault(defense, {})[attack] = np.stack([as_array(line["vote"]) for line in lines])
+                drawn = [[as_array(each) for each in (line["result"], *line["draws"])] for line in lines]
+                self.drawn.setdefault(defense, {})[attack] = np.array(drawn).swapaxes(0, 1)
             if self.target is not None:
                 aimed = [as_aimed(result, self.target) for result in results]
                 self.aimed.setdefault(defense, {})[attack] = np.stack(aimed)
@@ -549,6 +560,24 @@ class Report:
         worst: Array = stacked[chosen, np.arange(stacked.shape[1])]
         return worst
 
+    def worst_unknown(self, defense: str) -> Array:
+        """(D, N) or (D, N, C, C): a defense's draws under the worst of the attackers who know none of them.
+
+        That is, image by image as in :meth:`worst`, what leaves least in their mean. D is 1 without a vote.
+        """
+        names = [CLEAN, *(name for name in self.attacks(defense) if not self.attackers[name].known_draw)]
+        single = {name: results[None] for name, results in self.results[defense].items()}
+        draws = np.stack([self.drawn.get(defense, single)[name] for name in names], axis=1)  # (D, A, N, ...)
+        worst: Array = draws[:, self._worst(draws.mean(0)), np.arange(draws.shape[2])]
+        return worst
+
+    @property
+    def unknown(self) -> str | None:
+        """What its row is called; None where it would say no more than that of the worst."""
+        known = any(attacker.known_draw and attacker.radius <= 1 for attacker in self.attackers.values())
+        words = (["draw unknown"] if known else []) + ([f"mean of {self.votes} draws"] if self.votes > 1 else [])
+        return ", ".join(["worst", *words]) if words else None
+
     def worst_attacks(self, defense: str) -> list[str]:
         """Which attack that is, of each image."""
         names = [CLEAN, *self.attacks(defense)]
@@ -565,7 +594,12 @@ class Report:
         return chosen
 
     def difference(self, defense: str, other: str, attack: str | None = None) -> Estimate:
-        """The figure of one defense minus that of another, paired; of the worst case where no attack is named."""
+        """The figure of one defense minus that of another, paired; of the worst case where no attack is named.
+
+        With :attr:`unknown` for the attack, of :meth:`worst_unknown`.
+        """
+        if attack is not None and attack == self.unknown:
+            return over_draws(self.worst_unknown(defense), self.worst_unknown(other))
         a, b = (self.worst(d) if attack is None else self.results[d][attack] for d in (defense, other))
         return difference(a, b)
 
@@ -583,10 +617,13 @@ class Report:
                 both = [attack for attack in self.results[defense] if attack in self.results[other]]
                 found[defense] = {attack: self.difference(defense, other, attack) for attack in both}
                 found[defense]["worst"] = self.difference(defense, other)
+                if self.unknown is not None:
+                    found[defense][self.unknown] = self.difference(defense, other, self.unknown)
         return found
 
     def table(self) -> dict[str, dict[str, Estimate]]:
-        """``[defense][attack]`` figures; the worst of several attackers as ``worst``, and its figure by vote."""
+        """``[defense][attack]`` figures; the worst of several attackers as ``worst``, its figure by vote, and that of
+        those who do not know the draw, the mean over draws where they vote."""
         return self._table
 
     @property
@@ -625,6 +662,8 @@ class Report:
                 rows[defense]["worst"] = self.estimate(self.worst(defense))
                 if self.votes:
                     rows[defense][f"worst, vote of {self.votes}"] = self.estimate(self.worst(defense, voted=True))
+                if self.unknown is not None:
+                    rows[defense][self.unknown] = over_draws(self.worst_unknown(defense))
         return rows
 
     def warnings(self) -> list[str]:
@@ -698,6 +737,7 @@ class Report:
                         cell["accuracy"] = _per_class(self.worst(defense, fewest=True))["accuracy"]
                 if attack in self.voted.get(defense, {}):
                     cell["vote"] = _values(self.estimate(self.voted[defense][attack]))
+                    cell["mean"] = _values(over_draws(self.drawn[defense][attack]))
                 if attack in self.aimed.get(defense, {}):
                     cell["target"] = _values(self.reached(defense, attack))
                 elif attack == "worst" and self.target is not None and not self.dense:
