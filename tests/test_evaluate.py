@@ -573,6 +573,7 @@ def test_a_black_box_that_sees_more_is_a_warning() -> None:
 
     report = Report.__new__(Report)
     report.dense, report.votes, report.losses, report.no_gradient, report.probabilities = False, 0, {}, {}, {}
+    report.drawn = {}
     report.nan = {}
     report.target = None
     right = np.ones(20, bool)

@@ -343,32 +343,7 @@ class Evaluation:
                         pairs = zip(x, map(dict, seen), strict=True)
                         attacked[attack_name] = dict(zip((image.key for image in left), pairs, strict=True))
                 spent = time.perf_counter() - started
-            begun = time.perf_counter()
-            logits = self._logits(self.defenses[name], x, y, ids)
-            seconds = time.perf_counter() - begun
-            results = judged(logits.argmax(1), y, logits.shape[1], self.ignore_index)
-            suspected = getattr(self.defenses[name], "suspected", None)
-            if suspected is not None:
-                for note, flag in zip(seen, suspected.tolist(), strict=True):
-                    note["purified"] = flag
-            for note, bad in zip(seen, logits.isnan().flatten(1).any(1).tolist(), strict=True):
-                note |= {"nan": True} if bad else {}
-            if attack is None:
-                for note, chances in zip(seen, _probabilities(logits), strict=True):
-                    note["probabilities"] = chances
-            if self.score is not None:
-                defended = self.defenses[name]
-                shown = defended.purifier(x, ids=ids, draw=0) if isinstance(defended, Defended) else x
-                if suspected is not None:
-                    shown = torch.where(suspected.view(-1, 1, 1, 1), shown, x)
-                for note, similarity in zip(seen, self.score.score(shown, ids).tolist(), strict=True):
-                    note["similarity"] = similarity
-            if self.votes:
-                drawn = self._draws(self.defenses[name], x, y, ids, logits)
-                others = [judged(labels, y, logits.shape[1], self.ignore_index) for labels in drawn[1:]]
-                winners = judged(_majority(drawn, logits.shape[1]), y, logits.shape[1], self.ignore_index)
-                for i, note in enumerate(seen):
-                    note |= {"vote": winners[i], "draws": [each[i] for each in others]}
+            results, notes, seconds = self._judge(self.defenses[name], x, y, ids, clean=attack is None)
             records.add(
                 {
                     "image": image.key,
@@ -376,13 +351,46 @@ class Evaluation:
                     "defense": name,
                     "attack": attack_name,
                     "result": result,
+                    **of_attack,
                     **note,
                     "seconds": round(seconds / len(left), 6),
                     "attack_seconds": round(spent / len(left), 6),
                 }
-                for image, result, note in zip(left, results, seen, strict=True)
+                for image, result, of_attack, note in zip(left, results, seen, notes, strict=True)
             )
             clock.done((name, attack_name), len(left), time.perf_counter() - started)
+
+    def _judge(
+        self, defended: DefendedModel, x: Tensor, y: Tensor, ids: Tensor, clean: bool
+    ) -> tuple[list[Any], list[dict[str, Any]], float]:
+        """What a defense predicts of images: the results, what else is recorded of each, the seconds they took."""
+        begun = time.perf_counter()
+        logits = self._logits(defended, x, y, ids)
+        seconds = time.perf_counter() - begun
+        classes = logits.shape[1]
+        notes: list[dict[str, Any]] = [{} for _ in x]
+        suspected = getattr(defended, "suspected", None)
+        if suspected is not None:
+            for note, flag in zip(notes, suspected.tolist(), strict=True):
+                note["purified"] = flag
+        for note, bad in zip(notes, logits.isnan().flatten(1).any(1).tolist(), strict=True):
+            note |= {"nan": True} if bad else {}
+        if clean:
+            for note, chances in zip(notes, _probabilities(logits), strict=True):
+                note["probabilities"] = chances
+        if self.score is not None:
+            shown = defended.purifier(x, ids=ids, draw=0) if isinstance(defended, Defended) else x
+            if suspected is not None:
+                shown = torch.where(suspected.view(-1, 1, 1, 1), shown, x)
+            for note, similarity in zip(notes, self.score.score(shown, ids).tolist(), strict=True):
+                note["similarity"] = similarity
+        if self.votes:
+            drawn = self._draws(defended, x, y, ids, logits)
+            others = [judged(labels, y, classes, self.ignore_index) for labels in drawn[1:]]
+            winners = judged(_majority(drawn, classes), y, classes, self.ignore_index)
+            for i, note in enumerate(notes):
+                note |= {"vote": winners[i], "draws": [each[i] for each in others]}
+        return judged(logits.argmax(1), y, classes, self.ignore_index), notes, seconds
 
     def _attack(self, attack: Attacked, x: Tensor, y: Tensor, ids: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
         """The attacked images, and of each the losses at every step, and how many steps had no gradient and no rise."""
