@@ -297,7 +297,7 @@ def detect(
     paths: Annotated[list[Path], typer.Argument(help="Image files, or folders of PNG, JPEG and WebP files.")],
     output: Output,
     model: Model,
-    fit: Annotated[
+    clean: Annotated[
         Path, typer.Option(help="Folder of clean images for the threshold; or a detector.json of an earlier run.")
     ],
     features: WhereFeatures = None,
@@ -306,7 +306,7 @@ def detect(
         str,
         typer.Option(
             help=f"One of {', '.join(DETECTORS)}, or combined: deviation, and a head that tells how images are turned, "
-            "trained on every second image of --fit."
+            "trained on every second image of --clean."
         ),
     ] = "deviation",
     rate: Annotated[
@@ -332,18 +332,18 @@ def detect(
         head = Rotation(network, features, seed=seed) if detector == "combined" else None
         if head is not None:
             chosen = Combined([chosen, Similarity(head)])
-        clean = [] if fit.is_file() else [source for source, _ in find_images([fit], output / "overlays")]
-        if not (clean or fit.is_file()):
-            raise ValueError(f"fit is {fit}, which has no PNG, JPEG or WebP file")
+        like = [] if clean.is_file() else [source for source, _ in find_images([clean], output / "overlays")]
+        if not (like or clean.is_file()):
+            raise ValueError(f"clean is {clean}, which has no PNG, JPEG or WebP file")
         (output / "overlays").mkdir(parents=True, exist_ok=True)
         with _progress() as progress:
-            if fit.is_file():
+            if clean.is_file():
                 if head is not None:
-                    head.load(fit.with_name(HEAD))
-                chosen.load(fit)
+                    head.load(clean.with_name(HEAD))
+                chosen.load(clean)
                 chosen = chosen if rate is None else chosen.at(rate)
             else:
-                _fit(chosen, head, clean, 0.05 if rate is None else rate, _device(device), progress)
+                _fit(chosen, head, like, 0.05 if rate is None else rate, _device(device), progress)
             chosen.save(output / "detector.json")
             if head is not None:
                 head.save(output / HEAD)
@@ -380,7 +380,7 @@ def _fit(
     least = needed(rate) * (1 if head is None else 2)
     if len(clean) < least:
         half = "" if head is None else ", every second one for the head"
-        raise ValueError(f"--fit has {len(clean)} images{half}; for --rate {rate} it must have at least {least}")
+        raise ValueError(f"--clean has {len(clean)} images{half}; for --rate {rate} it must have at least {least}")
 
     def opened(paths: Sequence[Path], what: str) -> Iterable[Tensor]:
         tensors = (_readable(path)[None].to(device) for path in paths)

@@ -277,7 +277,7 @@ def test_a_name_that_is_no_text(folder: Path) -> None:
         write_image(folder / "clean" / f"{i}.png", torch.rand(3, 20, 24))
     given = ["detect", folder / "odd", "-o", folder / "out", "--model", f"{folder / 'model.py'}:dense"]
     call = "from equifast.cli import app; app()"
-    command = [sys.executable, "-P", "-c", call, *map(str, given), "--fit", str(folder / "clean"), "--rate", "0.1"]
+    command = [sys.executable, "-P", "-c", call, *map(str, given), "--clean", str(folder / "clean"), "--rate", "0.1"]
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "utf-8", "COLUMNS": "300"}
     )

@@ -504,10 +504,10 @@ def test_heads_and_thresholds_for_several_runs(tmp_path: Path, spec: str) -> Non
         ),
         (
             "detect",
-            ("--fit", "DATA", "--detector", "variance", "--layer", "stem"),
+            ("--clean", "DATA", "--detector", "variance", "--layer", "stem"),
             "layer is given with detector 'variance'",
         ),
-        ("detect", ("--fit", "EMPTY"), "which has no PNG, JPEG or WebP file"),
+        ("detect", ("--clean", "EMPTY"), "which has no PNG, JPEG or WebP file"),
         ("evaluate", ("--preset", "strong"), "preset is given without a study; name it as a defense"),
         ("evaluate", ("--layer", "stem"), "layer is given without the detector 'deviation' or 'combined'"),
         ("evaluate", ("--defense", "detect", "--layer", "stem"), "layer is given without the detector 'deviation'"),
@@ -543,7 +543,7 @@ def test_an_output_is_no_class_of_the_data(tmp_path: Path, spec: str) -> None:
 def test_detect_fits_on_no_overlays_of_its_own(tmp_path: Path, spec: str) -> None:
     clean = write_data(tmp_path / "clean", 30, seed=5) / "images"
     write_image(tmp_path / "in" / "a.png", images(1, seed=20)[0])
-    given = ["detect", tmp_path / "in", "-o", clean / "out", "--model", spec, "--fit", clean]
+    given = ["detect", tmp_path / "in", "-o", clean / "out", "--model", spec, "--clean", clean]
     for _ in range(2):
         done = CliRunner().invoke(app, [str(a) for a in given])
         assert done.exit_code == 0, done.output
@@ -562,7 +562,7 @@ def test_detect(detector: str, tmp_path: Path, spec: str) -> None:
     write_image(tmp_path / "in" / "sub" / "noise [/x].png", torch.rand(3, 32, 40))
     (tmp_path / "in" / "0-broken.png").write_text("no image")  # the first
     out = tmp_path / "out"
-    given = ["detect", tmp_path / "in", "-o", out, "--model", spec, "--fit", clean, "--detector", detector]
+    given = ["detect", tmp_path / "in", "-o", out, "--model", spec, "--clean", clean, "--detector", detector]
     done = CliRunner().invoke(app, [str(a) for a in given], env={"COLUMNS": "300"})
     assert done.exit_code == 1, done.output  # one cannot be read, the others are done
     assert "0-broken.png" in done.output
@@ -580,7 +580,7 @@ def test_detect(detector: str, tmp_path: Path, spec: str) -> None:
         assert image.size == (40, 32)
     # the threshold of an earlier run
     (tmp_path / "in" / "0-broken.png").unlink()
-    again = [*given[:4], "--model", spec, "--fit", out / "detector.json", "--detector", detector]
+    again = [*given[:4], "--model", spec, "--clean", out / "detector.json", "--detector", detector]
     again[3] = tmp_path / "again"
     done = CliRunner().invoke(app, [str(a) for a in again])
     assert done.exit_code == 0, done.output
@@ -606,23 +606,23 @@ def test_what_detect_refuses(tmp_path: Path, spec: str) -> None:
     out = tmp_path / "out"
     for arguments, sentence in (
         ((tmp_path / "empty",), "no PNG, JPEG or WebP file in"),
-        ((clean,), "--fit has 4 images; for --rate 0.05 it must have at least 19"),
+        ((clean,), "--clean has 4 images; for --rate 0.05 it must have at least 19"),
         (
             (clean, "--detector", "magic"),
             "detector is 'magic'; it must be one of similarity, variance, guard, error, deviation, combined",
         ),
-        ((clean, "--fit", tmp_path / "model.py"), "is no JSON"),
-        ((clean, "--fit", tmp_path / "model.py", "--detector", "combined"), "rotation.safetensors"),
-        ((tmp_path / "broken", "--fit", many), "none of 1 images can be read"),
-        ((clean, "--fit", tmp_path / "bad"), "0.png: "),
+        ((clean, "--clean", tmp_path / "model.py"), "is no JSON"),
+        ((clean, "--clean", tmp_path / "model.py", "--detector", "combined"), "rotation.safetensors"),
+        ((tmp_path / "broken", "--clean", many), "none of 1 images can be read"),
+        ((clean, "--clean", tmp_path / "bad"), "0.png: "),
         (
-            (clean, "--fit", many, "--detector", "combined"),
-            "--fit has 20 images, every second one for the head; for",
+            (clean, "--clean", many, "--detector", "combined"),
+            "--clean has 20 images, every second one for the head; for",
         ),
-        ((clean, "--fit", many, "--detector", "combined", "--rate", "1.5"), "false_positive_rate is 1.5; it must"),
-        ((tmp_path / "broken", "--fit", many, "--features", "body"), "none of 1 images can be read"),
+        ((clean, "--clean", many, "--detector", "combined", "--rate", "1.5"), "false_positive_rate is 1.5; it must"),
+        ((tmp_path / "broken", "--clean", many, "--features", "body"), "none of 1 images can be read"),
     ):
-        given = ["detect", *arguments[:1], "-o", out, "--model", spec, "--fit", clean, *arguments[1:]]
+        given = ["detect", *arguments[:1], "-o", out, "--model", spec, "--clean", clean, *arguments[1:]]
         done = CliRunner().invoke(app, [str(a) for a in given])
         assert done.exit_code == 2, done.output
         assert sentence in done.output.replace("\n", " ")
