@@ -220,6 +220,11 @@ CANDIDATES: dict[str, Candidate] = {
     "strong, views of fast, radius x 4/3": smaller(radius=4 / 3),
     "fast, from the image": (purify, {"start": "origin"}),
     "fast, from the image, view gradient 0.5": (purify, {"start": "origin", "view_gradient": 0.5}),
+    "fast, from the image, view gradient 0.5, 6 steps of 1/4": (
+        purify,
+        {"start": "origin", "view_gradient": 0.5, "steps": 6, "relative_step": 0.25},
+    ),
+    "fast, from the image, view gradient 1": (purify, {"start": "origin", "view_gradient": 1}),
     "strong, one prediction": (purify, {"preset": "strong", "average": False}),
     "strong, then flip and enlarged less": (purify, {"preset": "strong", "average": SETS["flip and enlarged less"]}),
     "strong, then eight": (purify, {"preset": "strong", "average": SETS["eight"]}),
