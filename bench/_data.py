@@ -31,7 +31,8 @@ def spread(total: int, count: int) -> list[int]:
 def _held_out(paths: list[Path]) -> set[Path]:
     """Of the train split: all of one drive and the last quarter of each other, as the test split is to it."""
     drives = [list(group) for _, group in itertools.groupby(paths, key=lambda path: path.stem.partition("_")[0])]
-    return {path for drive in drives for path in drive[0 if drive[0].stem.startswith(UNSEEN) else -(len(drive) // 4) :]}
+    kept = (0 if drive[0].stem.startswith(UNSEEN) else len(drive) - len(drive) // 4 for drive in drives)
+    return {path for drive, first in zip(drives, kept, strict=True) for path in drive[first:]}
 
 
 def load_camvid(

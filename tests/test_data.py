@@ -41,7 +41,7 @@ def test_camvid_is_split_by_drives(tmp_path: Path) -> None:
     folder, shade = tmp_path / "camvid" / "train", 0
     for part in ("images", "labels"):
         (folder / part).mkdir(parents=True)
-    for drive, count in (("0001TP", 9), ("0006R0", 3), ("0016E5", 4)):
+    for drive, count in (("0001TP", 9), ("0006R0", 3), ("0016E5", 4), ("Seq05VD", 3)):
         for i in range(count):
             name, shade = f"{drive}_{i:05d}", shade + 10
             Image.new("RGB", (8, 6), (shade,) * 3).save(folder / "images" / f"{name}.jpg", quality=100)
@@ -51,7 +51,7 @@ def test_camvid_is_split_by_drives(tmp_path: Path) -> None:
         x, _ = load_camvid(tmp_path, split, size=(6, 8))
         shades[split] = (255 * x[:, 0, 0, 0] / 10).round().int().tolist()
     assert shades["drives"] == [8, 9, 10, 11, 12, 16]
-    assert sorted(shades["drives"] + shades["rest"]) == shades["train"] == list(range(1, 17))
+    assert sorted(shades["drives"] + shades["rest"]) == shades["train"] == list(range(1, 20))
     assert len(load_camvid(tmp_path, "drives", 2, size=(6, 8))[0]) == 2
 
 

@@ -1032,7 +1032,7 @@ def test_the_mean_of_draws(tmp_path: Path) -> None:
     rows = {"none": Defended(MODEL, nothing), "random": Defended(MODEL, defenses.RandomNoise(0.5))}
     report = evaluation(attackers=attackers, defenses=rows, votes=4).run(tmp_path)
     name = "worst, draw unknown, mean of 4 draws"
-    assert report.unknown == name
+    assert report.unknown_row == name
     draws = np.stack([report.drawn["random"][attack] for attack in ("clean", "PGD", "BPDA")])
     means = draws.mean(1)
     chosen = worst_iou(means)
@@ -1048,10 +1048,10 @@ def test_the_mean_of_draws(tmp_path: Path) -> None:
     assert apart.value == pytest.approx(estimate.value - report.table()["none"][name].value)
     assert name in str(report)
     single = evaluation(attackers=attackers, defenses=rows).run(tmp_path / "single")
-    assert single.unknown == "worst, draw unknown"
+    assert single.unknown_row == "worst, draw unknown"
     among = np.stack([single.results["random"][attack] for attack in ("clean", "PGD", "BPDA")])
     assert np.array_equal(single.worst_unknown("random")[0], among[worst_iou(among), np.arange(among.shape[1])])
-    assert evaluation(attackers=attackers[:2], defenses=rows).run(tmp_path / "two").unknown is None
+    assert evaluation(attackers=attackers[:2], defenses=rows).run(tmp_path / "two").unknown_row is None
 
 
 def test_over_draws() -> None:

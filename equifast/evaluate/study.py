@@ -580,7 +580,7 @@ class Report:
         return worst
 
     @property
-    def unknown(self) -> str | None:
+    def unknown_row(self) -> str | None:
         """What its row is called; None where it would say no more than that of the worst."""
         known = any(attacker.known_draw and attacker.radius <= 1 for attacker in self.attackers.values())
         words = (["draw unknown"] if known else []) + ([f"mean of {self.votes} draws"] if self.votes > 1 else [])
@@ -604,9 +604,9 @@ class Report:
     def difference(self, defense: str, other: str, attack: str | None = None) -> Estimate:
         """The figure of one defense minus that of another, paired; of the worst case where no attack is named.
 
-        With :attr:`unknown` for the attack, of :meth:`worst_unknown`.
+        With :attr:`unknown_row` for the attack, of :meth:`worst_unknown`.
         """
-        if attack is not None and attack == self.unknown:
+        if attack is not None and attack == self.unknown_row:
             return over_draws(self.worst_unknown(defense), self.worst_unknown(other))
         a, b = (self.worst(d) if attack is None else self.results[d][attack] for d in (defense, other))
         return difference(a, b)
@@ -625,8 +625,8 @@ class Report:
                 both = [attack for attack in self.results[defense] if attack in self.results[other]]
                 found[defense] = {attack: self.difference(defense, other, attack) for attack in both}
                 found[defense]["worst"] = self.difference(defense, other)
-                if self.unknown is not None:
-                    found[defense][self.unknown] = self.difference(defense, other, self.unknown)
+                if self.unknown_row is not None:
+                    found[defense][self.unknown_row] = self.difference(defense, other, self.unknown_row)
         return found
 
     def table(self) -> dict[str, dict[str, Estimate]]:
@@ -670,8 +670,8 @@ class Report:
                 rows[defense]["worst"] = self.estimate(self.worst(defense))
                 if self.votes:
                     rows[defense][f"worst, vote of {self.votes}"] = self.estimate(self.worst(defense, voted=True))
-                if self.unknown is not None:
-                    rows[defense][self.unknown] = over_draws(self.worst_unknown(defense))
+                if self.unknown_row is not None:
+                    rows[defense][self.unknown_row] = over_draws(self.worst_unknown(defense))
         return rows
 
     def warnings(self) -> list[str]:
