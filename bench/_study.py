@@ -24,7 +24,7 @@ from equifast.attacks import BPDA, CW, PGD, Attack, Houdini
 from equifast.defenses import Averaging, RandomNoise
 from equifast.evaluate import Estimate, Strength, difference, nothing
 from equifast.evaluate.protocol import patient_margin
-from equifast.rng import MAX_DRAW
+from equifast.evaluate.study import draws_that_judge
 
 Array = np.ndarray[Any, Any]
 
@@ -171,7 +171,7 @@ class Runner:
         self._strength = strength or (lambda name: (study.bpda_steps, study.eot))
         self._houdini = houdini
         self._patient = patient
-        self._draws = [0, *range(MAX_DRAW, MAX_DRAW + 1 - draws, -1)]  # attackers draw from 1 on
+        self._draws = draws_that_judge(draws)
         self._folder = CACHE / f"{study.name}-{_fingerprint(study)}"
         self._folder.mkdir(parents=True, exist_ok=True)
 

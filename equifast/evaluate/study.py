@@ -449,9 +449,14 @@ class Evaluation:
         return logits
 
     def _draws(self, defended: DefendedModel, x: Tensor, y: Tensor, ids: Tensor, logits: Tensor) -> Tensor:
-        """(D, N) or (D, N, H, W): the labels of every draw that votes; the first is known, the others the last."""
-        others = [rng.MAX_DRAW + 1 - number for number in range(1, self.votes)]
+        """(D, N) or (D, N, H, W): the labels of every draw that votes."""
+        others = draws_that_judge(self.votes)[1:]
         return torch.stack([logits.argmax(1), *(self._logits(defended, x, y, ids, draw).argmax(1) for draw in others)])
+
+
+def draws_that_judge(count: int) -> list[int]:
+    """The first is 0, which an attacker may be told, the others the last there are: attackers draw from 1 on."""
+    return [0, *(rng.MAX_DRAW + 1 - number for number in range(1, count))]
 
 
 def _majority(labels: Tensor, classes: int) -> Tensor:
