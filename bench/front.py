@@ -456,6 +456,8 @@ def camvid(data: Path, training: str, split: str, images: int | None) -> dict[st
 
 
 def cifar(data: Path, training: str, split: str, images: int | None) -> dict[str, Any]:
+    if split == "drives":
+        raise SystemExit("--split is 'drives', which are CamVid's; of cifar it must be val or test")
     robust = training == "robust"
     model, eps = cifar_network(data, robust), EPS[robust]
     x, y = load_cifar(data, "test")
