@@ -187,6 +187,11 @@ def smaller(**settings: Any) -> Candidate:
     return purify, {"preset": "strong", "views": views.fast(), "views_per_step": 1, **settings}
 
 
+def straight(**settings: Any) -> Candidate:
+    """`fast` from the image, in six steps, with more of the gradient through views."""
+    return purify, {"start": "origin", "view_gradient": 0.5, "steps": 6, "relative_step": 0.25, **settings}
+
+
 CANDIDATES: dict[str, Candidate] = {
     "none": (nothing, {}),
     "noise, 8 draws": (noise, {"draws": 8}),
@@ -216,10 +221,20 @@ CANDIDATES: dict[str, Candidate] = {
     "strong, views of fast, 2 per step": smaller(views_per_step=2),
     "fast, from the image": (purify, {"start": "origin"}),
     "fast, from the image, view gradient 0.5": (purify, {"start": "origin", "view_gradient": 0.5}),
-    "fast, from the image, view gradient 0.5, 6 steps of 1/4": (
-        purify,
-        {"start": "origin", "view_gradient": 0.5, "steps": 6, "relative_step": 0.25},
-    ),
+    "fast, from the image, view gradient 0.5, 6 steps of 1/4": straight(),
+    "straight, view gradient 0.3": straight(view_gradient=0.3),
+    "straight, view gradient 0.7": straight(view_gradient=0.7),
+    "straight, no momentum": straight(momentum=0),
+    "straight, 8 steps": straight(steps=8),
+    "straight, 8 steps, no momentum": straight(steps=8, momentum=0),
+    "straight, five views": straight(views_per_step="all", followed=1),
+    "straight, all followed": straight(followed="all"),
+    "straight, 2 per step": straight(views_per_step=2, followed=1),
+    "straight, 2 of eight": straight(sets="eight", views_per_step=2, followed=1),
+    "straight, 2 of eight, no momentum": straight(sets="eight", views_per_step=2, followed=1, momentum=0),
+    "straight, 3 of eight": straight(sets="eight", views_per_step=3, followed=1),
+    "straight, 1 of eight": straight(sets="eight", views_per_step=1),
+    "straight, 1 of eight, 8 steps, no momentum": straight(sets="eight", views_per_step=1, steps=8, momentum=0),
     "strong, then flip and enlarged less": (purify, {"preset": "strong", "average": SETS["flip and enlarged less"]}),
     "strong, then eight": (purify, {"preset": "strong", "average": SETS["eight"]}),
     "fast, five views": (purify, {"views_per_step": "all", "followed": 1}),

@@ -59,7 +59,15 @@ from equifast.evaluate.records import CLEAN, Advance, list_images
 from equifast.evaluate.studies import STUDIES, Make, Sweep, nothing
 from equifast.evaluate.tables import Grid, grid, markdown
 from equifast.features import Features, evaluating, suggest
-from equifast.models import find_images, first_line, load_model, read_image, write_image
+from equifast.models import (
+    find_images,
+    first_line,
+    function_in,
+    load_defense,
+    load_model,
+    read_image,
+    write_image,
+)
 from equifast.purifier import PRESETS, Defended, DefendedModel, Purifier
 from equifast.views import Flip, guard, paper
 
@@ -76,7 +84,10 @@ _out = Console()
 _err = Console(stderr=True)
 
 WITH_HEADS: dict[str, type[Rotation] | type[Contrastive]] = {"rotation": Rotation, "contrastive": Contrastive}
-DEFENSES = ("none", "random", "averaging", "averaging-N", "flip", "invariance", *WITH_HEADS, *PRESETS, "detect")
+DEFENSES = (
+    *("none", "random", "averaging", "averaging-N", "flip", "invariance", *WITH_HEADS, *PRESETS, "detect"),
+    "file.py:function",
+)
 
 Layers = Annotated[
     list[str] | None,
@@ -494,7 +505,8 @@ def evaluate(
         typer.Option(
             help=f"Any of {', '.join(DEFENSES)}; none, averaging and fast where not given "
             "(with a protocol averaging-12, of about as many passes as fast; averaging-N is over N views, the eight of "
-            "averaging and again from the first). "
+            "averaging and again from the first; a function in a file takes the model and returns a DefendedModel or a "
+            "purifier, and gives the row its name). "
             "With @SUBMODULE one takes its own features."
         ),
     ] = None,
@@ -587,6 +599,7 @@ def evaluate(
         _check_protocol(protocol, attack, norm, eps)
         _check_study(study, preset, workers)
         detects = study in DETECTION or "detect" in {name.partition("@")[0] for name in defense or ()}
+        titles = _titles(defense or ("none", "averaging" if protocol is None else "averaging-12", "fast"))
         looking = detector or ([] if study in DETECTION else ["guard"])  # of a study all, where none is named
         deviates = detects and (not looking or not {"deviation", "combined"}.isdisjoint(looking))
         if layer and not deviates:
@@ -635,8 +648,8 @@ def evaluate(
             rows = dict(sweep.defenses)
         else:
             rows = {
-                name: _defended(name, network, features, layer or (), purify_radius, seed, heads, looking[0])
-                for name in defense or ("none", "averaging" if protocol is None else "averaging-12", "fast")
+                title: _defended(name, network, features, layer or (), purify_radius, seed, heads, looking[0])
+                for title, name in titles.items()
             }
         if against is not None and against not in rows:
             raise ValueError(f"there is no defense {against!r}; it must be one of {', '.join(rows)}")
@@ -681,6 +694,17 @@ def evaluate(
     except _FAILURES as error:
         raise _fail(first_line(error)) from error
     _print(tables, warnings)
+
+
+def _titles(defenses: Sequence[str]) -> dict[str, str]:
+    """Defenses by the names of their rows: of one in a file that of its function."""
+    found: dict[str, str] = {}
+    for name in defenses:
+        place = function_in(name)
+        title = name if place is None else place[1]
+        if found.setdefault(title, name) != name:
+            raise ValueError(f"defenses {found[title]!r} and {name!r} are both named {title!r}; names must differ")
+    return found
 
 
 def _check_protocol(protocol: str | None, attack: Sequence[str] | None, norm: str, eps: str | None) -> None:
@@ -997,6 +1021,8 @@ def _defended(
     heads: _Heads,
     guard: str,
 ) -> DefendedModel:
+    if function_in(name) is not None:
+        return load_defense(name, network)
     whole = name
     name, own, where = name.partition("@")
     features = where if own else features

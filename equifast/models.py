@@ -1,4 +1,4 @@
-"""Models and images from outside: what the command line can load and read."""
+"""Models, defenses and images from outside: what the command line can load and read."""
 
 import difflib
 import importlib.util
@@ -17,8 +17,18 @@ from torch import Tensor, nn
 from equifast import demo
 from equifast._files import replacing
 from equifast.evaluate.data import SUFFIXES, first_line, upright
+from equifast.purifier import Defended, DefendedModel
 
-__all__ = ["SUFFIXES", "Normalized", "find_images", "first_line", "load_model", "read_image", "write_image"]
+__all__ = [
+    "SUFFIXES",
+    "Normalized",
+    "find_images",
+    "first_line",
+    "load_defense",
+    "load_model",
+    "read_image",
+    "write_image",
+]
 
 
 class Normalized(nn.Module):
@@ -57,10 +67,43 @@ def load_model(spec: str) -> nn.Module:
         return _torchvision(name, weights or "DEFAULT").eval()
     if kind == "timm" and rest:
         return _timm(rest).eval()
-    path, colon, function = spec.rpartition(":")
-    if colon and path.endswith(".py"):
-        return _from_file(Path(path), function).eval()
+    if (place := function_in(spec)) is not None:
+        path, function = place
+        model = _from_file("model", path, function)
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"{function!r} in {str(path)!r} returned a {type(model).__name__}; it must be a Module")
+        return model.eval()
     raise ValueError(f"model is {spec!r}; it must be demo, torchvision:NAME[:WEIGHTS], timm:NAME or file.py:function")
+
+
+def load_defense(spec: str, model: nn.Module) -> DefendedModel:
+    """A model with a defense of the user's inside.
+
+    Args:
+        spec: ``"file.py:function"``, a function that takes the model and returns a :class:`DefendedModel`, or what
+            :class:`Defended` takes for a purifier: ``(x, ids=None, draw=0) -> x``.
+        model: takes images in [0, 1].
+
+    Raises:
+        ValueError: if the defense cannot be had, in one sentence.
+    """
+    place = function_in(spec)
+    if place is None:
+        raise ValueError(f"defense is {spec!r}; it must be file.py:function")
+    path, function = place
+    found = _from_file("defense", path, function, model)
+    if isinstance(found, DefendedModel):
+        return found
+    if isinstance(found, nn.Module) or not callable(found):
+        kind = type(found).__name__
+        raise ValueError(f"{function!r} in {str(path)!r} returned a {kind}; it must be a DefendedModel or a purifier")
+    return Defended(model, found)
+
+
+def function_in(spec: str) -> tuple[Path, str] | None:
+    """The file and the name of ``file.py:function``; None where it is something else."""
+    path, _, function = spec.rpartition(":")
+    return (Path(path), function) if path.endswith(".py") else None
 
 
 def _torchvision(name: str, weights: str) -> nn.Module:
@@ -112,10 +155,11 @@ class _Source(SourceFileLoader):
         return code
 
 
-def _from_file(path: Path, function: str) -> nn.Module:
+def _from_file(what: str, path: Path, function: str, *arguments: object) -> object:
+    """What a function in a user's file returns."""
     if not path.is_file():
-        raise ValueError(f"model file {str(path)!r} does not exist")
-    name = f"_equifast_model_{path.stem}"
+        raise ValueError(f"{what} file {str(path)!r} does not exist")
+    name = f"_equifast_{what}_{path.stem}"
     specification = importlib.util.spec_from_file_location(name, path, loader=_Source(name, str(path)))
     assert specification is not None
     assert specification.loader is not None
@@ -124,17 +168,14 @@ def _from_file(path: Path, function: str) -> nn.Module:
     sys.path.insert(0, str(path.parent.resolve()))  # as if it were run: modules beside it can be imported
     try:
         specification.loader.exec_module(module)
-        build: Callable[[], Any] | None = getattr(module, function, None)
+        build: Callable[..., object] | None = getattr(module, function, None)
         if build is None:
             raise ValueError(f"it has no function {function!r}")
-        model = build()
+        return build(*arguments)
     except Exception as error:  # it is the user's code
-        raise ValueError(f"model file {str(path)!r} failed: {first_line(error)}") from error
+        raise ValueError(f"{what} file {str(path)!r} failed: {first_line(error)}") from error
     finally:
         sys.path.remove(str(path.parent.resolve()))
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"{function!r} in {str(path)!r} returned a {type(model).__name__}; it must be a Module")
-    return model
 
 
 def find_images(paths: list[Path], output: Path | None = None) -> Iterator[tuple[Path, Path]]:

@@ -1316,9 +1316,40 @@ def test_command(folder: Path) -> None:
     assert "6 images" in done.output
 
 
+MINE = """
+import equifast
+SHARE = {share}
+def mine(model):
+    return lambda x, ids=None, draw=0: x.detach() * SHARE
+def quicker(model):
+    return equifast.Defended(model, equifast.Purifier(model, steps=1))
+"""
+
+
+def test_command_with_a_defense_of_a_file(folder: Path) -> None:
+    """Its row has the function's name, all differences too; once its file says otherwise it is another."""
+    path = folder / "defenses.py"
+    path.write_text(MINE.format(share=1))
+    given = ["--defense", "none", "--defense", f"{path}:mine", "--defense", f"{path}:quicker", "--against", "mine"]
+    run = command(folder, "--attack", "PGD", "--attack", "unrolled", *given, "--workers", "2")
+    done = CliRunner().invoke(app, run)
+    assert done.exit_code == 0, done.output
+    rows = json.loads((folder / "out" / "table.json").read_text())["rows"]
+    assert set(rows) == {"none", "mine", "quicker"}
+    assert rows["mine"]["PGD"] == rows["none"]["PGD"]
+    assert "unrolled" not in rows["mine"]
+    assert "unrolled" in rows["quicker"]
+    path.write_text(MINE.format(share=0.5))
+    done = CliRunner().invoke(app, run)
+    assert done.exit_code == 2
+    assert "another defense mine (purifier.code" in done.output.replace("\n", " ")
+
+
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
+        (("--defense", "none.py:fast"), "defense file 'none.py' does not exist"),
+        (("--defense", "a.py:mine", "--defense", "b.py:mine"), "are both named 'mine'; names must differ"),
         (("--attack", "nuke"), "attack is 'nuke'; it must be one of FGSM; PGD"),
         (("--defense", "wall"), "defense is 'wall'; it must be one of none, random"),
         (("--protocol", "casual"), "protocol is 'casual'; it must be 'adaptive'"),

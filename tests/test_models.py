@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from equifast import Defended, Purifier
-from equifast.models import Normalized, find_images, load_model, read_image, write_image
+from equifast.models import Normalized, find_images, load_defense, load_model, read_image, write_image
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "jpeg", "webp", "PNG"])
@@ -139,6 +139,45 @@ def test_model_from_a_file(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(ValueError) as caught:
             load_model(spec)
+        assert sentence in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+DEFENSE_FILE = """
+import torch
+from equifast import Defended, Purifier
+def whole(model):
+    return Defended(model, Purifier(model, start="origin"))
+def half(model):
+    return lambda x, ids=None, draw=0: x.detach() / 2
+def network(model):
+    return model
+def number(model):
+    return 3
+def nothing():
+    return 3
+"""
+
+
+def test_defense_from_a_file(tmp_path: Path) -> None:
+    path, model, x = tmp_path / "mine.py", torch.nn.Conv2d(3, 4, 3, padding=1), torch.rand(1, 3, 8, 8)
+    path.write_text(DEFENSE_FILE)
+    found = load_defense(f"{path}:whole", model)
+    assert isinstance(found, Defended)
+    assert found.model is model
+    assert isinstance(found.purifier, Purifier)
+    assert found.purifier.ascent.start == "origin"
+    torch.testing.assert_close(load_defense(f"{path}:half", model)(x), model(x / 2))
+    for spec, sentence in {
+        f"{path}:number": f"'number' in '{path}' returned a int; it must be a DefendedModel or a purifier",
+        f"{path}:network": "returned a Conv2d; it must be a DefendedModel or a purifier",
+        f"{path}:nothing": "failed: nothing() takes 0 positional arguments but 1 was given",
+        f"{path}:missing": "it has no function 'missing'",
+        f"{tmp_path}/none.py:build": "defense file",
+        "fast": "defense is 'fast'; it must be file.py:function",
+    }.items():
+        with pytest.raises(ValueError) as caught:
+            load_defense(spec, model)
         assert sentence in str(caught.value)
         assert "\n" not in str(caught.value)
 

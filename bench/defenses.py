@@ -1,0 +1,12 @@
+"""Defenses of the studies for the command line: `--defense bench/defenses.py:straight` and the like."""
+
+from torch import nn
+
+import equifast
+
+EPS_PURIFY = 6 / 255
+
+
+def straight(model: nn.Module) -> equifast.Purifier:
+    """`fast` from the image, with half of the gradient through views."""
+    return equifast.Purifier(model, start="origin", view_gradient=0.5, eps=EPS_PURIFY)
