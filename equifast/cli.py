@@ -570,7 +570,9 @@ def evaluate(
     votes: Annotated[
         int | None,
         typer.Option(
-            min=0, help="How many draws vote, and have a mean, beside a single one; 5 with a protocol, else none."
+            min=0,
+            help="Over how many draws figures are a mean, where the attacker knows none, and which vote; 5 where not "
+            "given, of a --study 0, which is a single one.",
         ),
     ] = None,
     against: Annotated[
@@ -653,7 +655,7 @@ def evaluate(
             }
         if against is not None and against not in rows:
             raise ValueError(f"there is no defense {against!r}; it must be one of {', '.join(rows)}")
-        votes = votes if votes is not None else 0 if protocol is None else 5
+        votes = votes if votes is not None else 0 if sweep is not None else 5
         workers = min(workers, len(chosen))
         batch = min(batch, math.ceil(len(chosen) / workers))
         arguments = {"size": size, "spec": model}

@@ -584,13 +584,10 @@ def test_a_black_box_that_sees_more_is_a_warning() -> None:
     # who knows the draw has more than a gradient, and so does a black box that does
     report.attackers["PGD, known draw"] = attacker("PGD, known draw", known_draw=True)
     report.results["a"]["PGD, known draw"] = ~right
-    del report._table
     assert len(report.warnings()) == 1
     report.attackers["black box"] = attacker("black box", gradients=False, known_draw=True)
-    del report._table
     assert not report.warnings()
     report.results["a"]["PGD"] = ~right
-    del report._table
     assert not report.warnings()
 
 
@@ -1047,6 +1044,16 @@ def test_the_mean_of_draws(tmp_path: Path) -> None:
     apart = report.differences("none")["random"][name]
     assert apart.value == pytest.approx(estimate.value - report.table()["none"][name].value)
     assert name in str(report)
+    for attack in ("clean", "PGD", "BPDA"):
+        assert report.table()["random"][attack] == over_draws(report.drawn["random"][attack])
+        apart = report.differences("none")["random"][attack]
+        assert apart == over_draws(report.drawn["random"][attack], report.drawn["none"][attack])
+    told = report.document()["rows"]["random"]
+    assert told["PGD"]["one draw"]["value"] == mean_iou(report.results["random"]["PGD"]).value != told["PGD"]["value"]
+    assert np.nanmean(np.array(told["PGD"]["IoU"], dtype=float)) == pytest.approx(told["PGD"]["value"])
+    knows = "BPDA, known draw"  # who knows one is judged by that
+    assert told[knows]["value"] == mean_iou(report.results["random"][knows]).value == told[knows]["one draw"]["value"]
+    assert "4 draws, whose mean it is, where the draw is not known" in report.title
     single = evaluation(attackers=attackers, defenses=rows).run(tmp_path / "single")
     assert single.unknown_row == "worst, draw unknown"
     among = np.stack([single.results["random"][attack] for attack in ("clean", "PGD", "BPDA")])
@@ -1287,7 +1294,7 @@ def test_command(folder: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "minus none" in done.output
     against = json.loads((folder / "out" / "table.json").read_text())["differences"]["fast"]
-    assert set(against) == {"clean", "PGD", "worst"}
+    assert set(against) == {"clean", "PGD", "worst", "worst, mean of 5 draws"}
     single = [str(folder / "single") if a.endswith("out") else a for a in command(folder, *plain, "--against", "none")]
     done = CliRunner().invoke(app, [*single, "--images", "1"])
     assert done.exit_code == 0, done.output
@@ -1295,7 +1302,7 @@ def test_command(folder: Path) -> None:
     assert "│ PGD" in done.output
     document = json.loads((folder / "out" / "table.json").read_text())
     assert document["images"] == 4
-    assert set(document["rows"]["none"]) == {"clean", "PGD", "worst"}
+    assert set(document["rows"]["none"]) == {"clean", "PGD", "worst", "worst, vote of 5", "worst, mean of 5 draws"}
     assert set(json.loads((folder / "out" / "costs.json").read_text())) == {"none", "fast"}
     assert (folder / "out" / "comparison.svg").exists()
     lines = (folder / "out" / "table.md").read_text().splitlines()
@@ -1406,7 +1413,7 @@ def test_what_options_say(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
     pgd, fast = plain["attacks"]["PGD"], plain["rows"]["fast"].purifier
     assert (pgd.ascent.steps, pgd.ascent.ball.eps, pgd.seed) == (20, 4 / 255, 1)
     assert (fast.ascent.ball.eps, fast.seed) == (6 / 255, 0)
-    assert (plain["eps"], plain["norm"], plain["votes"], plain["images"]) == (4 / 255, "linf", 0, 6)
+    assert (plain["eps"], plain["norm"], plain["votes"], plain["images"]) == (4 / 255, "linf", 5, 6)
 
     whole = asked(monkeypatch, folder, "--protocol", "adaptive", "--seed", "3", "--purify-eps", "8/255")
     assert list(whole["rows"]) == ["none", "averaging-12", "fast"]

@@ -481,11 +481,12 @@ class Report:
     """The figures of an evaluation: accuracy, or mean IoU from the totals, in percent, by bootstrap over images.
 
     ``results[defense][attack]`` are (N,) bool or (N, C, C) confusion matrices of each image, in the order of the
-    images' digests; ``voted`` the same of the majority of draws, where they vote, and ``drawn`` (D, N) or (D, N, C, C)
-    that of each of them; ``aimed``, where there is a target,
-    with the target in place of the true labels. ``worst`` of a defense takes, image by image, the attack that leaves
-    fewest labels right, or the image as it is; of dense labels the attacks that make the mean IoU least
-    (:func:`equifast.evaluate.worst_iou`), but for the accuracy over all labels, which is that of the former.
+    images' digests, of the draw that attackers may know; ``voted`` the same of the majority of draws, where they vote,
+    and ``drawn`` (D, N) or (D, N, C, C) that of each of them, whose mean is the figure of an attack that knows none
+    (:meth:`judged`); ``aimed``, where there is a target, with the target in place of the true labels. ``worst`` of a
+    defense takes, image by image, the attack that leaves fewest labels right of the one draw, or the image as it is; of
+    dense labels the attacks that make the mean IoU least (:func:`equifast.evaluate.worst_iou`), but for the accuracy
+    over all labels, which is that of the former.
     """
 
     def __init__(
@@ -542,6 +543,16 @@ class Report:
         """The figure of results and its standard error."""
         return mean_iou(results) if self.dense else accuracy(results)
 
+    def judged(self, defense: str, attack: str) -> Array:
+        """(D, N) or (D, N, C, C): the draws of a defense whose mean is its figure under an attack.
+
+        All that vote; where there are none, or the attack knows one, that one.
+        """
+        known = attack in self.attackers and self.attackers[attack].known_draw
+        if known or not self.votes:
+            return self.results[defense][attack][None]
+        return self.drawn[defense][attack]
+
     def reached(self, defense: str, attack: str) -> Estimate:
         """How much of the labels that count is the target: accuracy, or the IoU of that class alone, and the error."""
         assert self.target is not None
@@ -579,8 +590,7 @@ class Report:
         That is, image by image as in :meth:`worst`, what leaves least in their mean. D is 1 without a vote.
         """
         names = [CLEAN, *(name for name in self.attacks(defense) if not self.attackers[name].known_draw)]
-        single = {name: results[None] for name, results in self.results[defense].items()}
-        draws = np.stack([self.drawn.get(defense, single)[name] for name in names], axis=1)  # (D, A, N, ...)
+        draws = np.stack([self.judged(defense, name) for name in names], axis=1)  # (D, A, N, ...)
         worst: Array = draws[:, self._worst(draws.mean(0)), np.arange(draws.shape[2])]
         return worst
 
@@ -613,8 +623,9 @@ class Report:
         """
         if attack is not None and attack == self.unknown_row:
             return over_draws(self.worst_unknown(defense), self.worst_unknown(other))
-        a, b = (self.worst(d) if attack is None else self.results[d][attack] for d in (defense, other))
-        return difference(a, b)
+        if attack is not None:
+            return over_draws(self.judged(defense, attack), self.judged(other, attack))
+        return difference(self.worst(defense), self.worst(other))
 
     def differences(self, other: str) -> dict[str, dict[str, Estimate]]:
         """``[defense][attack]``: what each defense has more than another, paired; of attacks that both were under.
@@ -643,7 +654,10 @@ class Report:
     def title(self) -> str:
         """Of the table: the figure, and of how many images."""
         without = f" ({self.left_out} labeled {self.target} left out)" if self.left_out else ""
-        return f"{self.figure}, {self.images} images{without}, ± standard error by bootstrap over images"
+        over = "images"
+        if self.votes > 1:
+            over += f", with the spread of {self.votes} draws, whose mean it is, where the draw is not known"
+        return f"{self.figure}, {self.images} images{without}, ± standard error by bootstrap over {over}"
 
     def cells(self) -> dict[str, dict[str, str]]:
         """``[defense][attack]`` the table as text, and what else was recorded."""
@@ -670,7 +684,7 @@ class Report:
     def _table(self) -> dict[str, dict[str, Estimate]]:
         rows = {}
         for defense, columns in self.results.items():
-            rows[defense] = {attack: self.estimate(results) for attack, results in columns.items()}
+            rows[defense] = {attack: over_draws(self.judged(defense, attack)) for attack in columns}
             if self.attacks(defense):
                 rows[defense]["worst"] = self.estimate(self.worst(defense))
                 if self.votes:
@@ -682,7 +696,8 @@ class Report:
     def warnings(self) -> list[str]:
         """Signs that an attack fails rather than the defense holds (Athalye et al. 2018, section 3.1; Carlini 2019)."""
         found = []
-        for defense, row in self.table().items():
+        for defense, columns in self.results.items():
+            row = {attack: self.estimate(results) for attack, results in columns.items()}  # of one draw, all
             within = self.attacks(defense)
             following = [attacker for name, attacker in self.attackers.items() if name in within and attacker.gradients]
             for name in within:
@@ -743,14 +758,14 @@ class Report:
         for defense, row in self.table().items():
             for attack, estimate in row.items():
                 cell = _values(estimate)
-                results = self.results[defense].get(attack, self.worst(defense) if attack == "worst" else None)
-                if results is not None and self.dense:
-                    cell.update(_per_class(results))
-                    if attack == "worst":
-                        cell["accuracy"] = _per_class(self.worst(defense, fewest=True))["accuracy"]
+                if self.dense and attack in self.results[defense]:
+                    cell.update(_per_class(self.judged(defense, attack).mean(0)))
+                elif self.dense and attack == "worst":
+                    fewest = _per_class(self.worst(defense, fewest=True))["accuracy"]
+                    cell.update(_per_class(self.worst(defense)) | {"accuracy": fewest})
                 if attack in self.voted.get(defense, {}):
                     cell["vote"] = _values(self.estimate(self.voted[defense][attack]))
-                    cell["mean"] = _values(over_draws(self.drawn[defense][attack]))
+                    cell["one draw"] = _values(self.estimate(self.results[defense][attack]))
                 if attack in self.aimed.get(defense, {}):
                     cell["target"] = _values(self.reached(defense, attack))
                 elif attack == "worst" and self.target is not None and not self.dense:
