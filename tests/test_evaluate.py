@@ -1028,7 +1028,7 @@ def test_the_mean_of_draws(tmp_path: Path) -> None:
     attackers = [PGD, known(strength)["BPDA"], known(strength)["BPDA, known draw"]]
     rows = {"none": Defended(MODEL, nothing), "random": Defended(MODEL, defenses.RandomNoise(0.5))}
     report = evaluation(attackers=attackers, defenses=rows, votes=4).run(tmp_path)
-    name = "worst, draw unknown, mean of 4 draws"
+    name = "worst, draw unknown"
     assert report.unknown_row == name
     draws = np.stack([report.drawn["random"][attack] for attack in ("clean", "PGD", "BPDA")])
     means = draws.mean(1)
@@ -1055,10 +1055,16 @@ def test_the_mean_of_draws(tmp_path: Path) -> None:
     assert told[knows]["value"] == mean_iou(report.results["random"][knows]).value == told[knows]["one draw"]["value"]
     assert "4 draws, whose mean it is, where the draw is not known" in report.title
     single = evaluation(attackers=attackers, defenses=rows).run(tmp_path / "single")
-    assert single.unknown_row == "worst, draw unknown"
+    assert single.unknown_row == name
     among = np.stack([single.results["random"][attack] for attack in ("clean", "PGD", "BPDA")])
     assert np.array_equal(single.worst_unknown("random")[0], among[worst_iou(among), np.arange(among.shape[1])])
-    assert evaluation(attackers=attackers[:2], defenses=rows).run(tmp_path / "two").unknown_row is None
+    two = evaluation(attackers=attackers[:2], defenses=rows, votes=4).run(tmp_path / "two")
+    assert two.unknown_row is None
+    assert two.table()["random"]["worst"] == over_draws(two.worst_unknown("random")) == estimate
+    assert two.difference("random", "none") == report.differences("none")["random"][name]
+    least = two.document()["rows"]["random"]["worst"]["accuracy"]
+    share = np.trace(draws.mean(1), axis1=2, axis2=3).min(0).sum() / draws.mean(1)[0].sum()
+    assert least == pytest.approx(100 * share)
 
 
 def test_over_draws() -> None:
@@ -1294,7 +1300,7 @@ def test_command(folder: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "minus none" in done.output
     against = json.loads((folder / "out" / "table.json").read_text())["differences"]["fast"]
-    assert set(against) == {"clean", "PGD", "worst", "worst, mean of 5 draws"}
+    assert set(against) == {"clean", "PGD", "worst"}
     single = [str(folder / "single") if a.endswith("out") else a for a in command(folder, *plain, "--against", "none")]
     done = CliRunner().invoke(app, [*single, "--images", "1"])
     assert done.exit_code == 0, done.output
@@ -1302,7 +1308,7 @@ def test_command(folder: Path) -> None:
     assert "│ PGD" in done.output
     document = json.loads((folder / "out" / "table.json").read_text())
     assert document["images"] == 4
-    assert set(document["rows"]["none"]) == {"clean", "PGD", "worst", "worst, vote of 5", "worst, mean of 5 draws"}
+    assert set(document["rows"]["none"]) == {"clean", "PGD", "worst", "worst, vote of 5"}
     assert set(json.loads((folder / "out" / "costs.json").read_text())) == {"none", "fast"}
     assert (folder / "out" / "comparison.svg").exists()
     lines = (folder / "out" / "table.md").read_text().splitlines()

@@ -129,8 +129,8 @@ class Evaluation:
         norm: in which that is, ``"linf"`` or ``"l2"``.
         target: the class that attackers aim at, who must be targeted then; None for the true labels, which they flee.
             Images of which it is the one label are left out: there is nothing to turn.
-        votes: draws of each defense that vote on every image, label by label, and whose figures have a mean, beside
-            the single one that counts; 0 for neither.
+        votes: over how many draws of a defense a figure is a mean, where the attacker knows none of them; they vote on
+            every image too, label by label. 0 for one draw, without a vote.
         score: whose similarity (:meth:`equifast.Purifier.score`) is recorded of every image that a model predicts from,
             purified where it purifies.
         batch: images at a time.
@@ -484,9 +484,9 @@ class Report:
     images' digests, of the draw that attackers may know; ``voted`` the same of the majority of draws, where they vote,
     and ``drawn`` (D, N) or (D, N, C, C) that of each of them, whose mean is the figure of an attack that knows none
     (:meth:`judged`); ``aimed``, where there is a target, with the target in place of the true labels. ``worst`` of a
-    defense takes, image by image, the attack that leaves fewest labels right of the one draw, or the image as it is; of
-    dense labels the attacks that make the mean IoU least (:func:`equifast.evaluate.worst_iou`), but for the accuracy
-    over all labels, which is that of the former.
+    defense takes, image by image, the attack that leaves fewest labels right, or the image as it is; of dense labels
+    the attacks that make the mean IoU least (:func:`equifast.evaluate.worst_iou`), but for the accuracy over all
+    labels, which is that of the former. It is of the one draw where an attack knows it.
     """
 
     def __init__(
@@ -584,22 +584,28 @@ class Report:
         worst: Array = stacked[chosen, np.arange(stacked.shape[1])]
         return worst
 
-    def worst_unknown(self, defense: str) -> Array:
+    def worst_unknown(self, defense: str, fewest: bool = False) -> Array:
         """(D, N) or (D, N, C, C): a defense's draws under the worst of the attackers who know none of them.
 
         That is, image by image as in :meth:`worst`, what leaves least in their mean. D is 1 without a vote.
         """
         names = [CLEAN, *(name for name in self.attacks(defense) if not self.attackers[name].known_draw)]
         draws = np.stack([self.judged(defense, name) for name in names], axis=1)  # (D, A, N, ...)
-        worst: Array = draws[:, self._worst(draws.mean(0)), np.arange(draws.shape[2])]
+        chosen = worst_accuracy(draws.mean(0)) if fewest else self._worst(draws.mean(0))
+        worst: Array = draws[:, chosen, np.arange(draws.shape[2])]
         return worst
 
     @property
     def unknown_row(self) -> str | None:
-        """What its row is called; None where it would say no more than that of the worst."""
+        """What its row is called; None where no attack knows a draw, and it is the worst."""
         known = any(attacker.known_draw and attacker.radius <= 1 for attacker in self.attackers.values())
-        words = (["draw unknown"] if known else []) + ([f"mean of {self.votes} draws"] if self.votes > 1 else [])
-        return ", ".join(["worst", *words]) if words else None
+        return "worst, draw unknown" if known else None
+
+    def _worst_judged(self, defense: str, fewest: bool = False) -> Array:
+        """The draws whose mean is the figure of the worst."""
+        if self.unknown_row is None:
+            return self.worst_unknown(defense, fewest)
+        return self.worst(defense, fewest=fewest)[None]
 
     def worst_attacks(self, defense: str) -> list[str]:
         """Which attack that is, of each image."""
@@ -625,7 +631,7 @@ class Report:
             return over_draws(self.worst_unknown(defense), self.worst_unknown(other))
         if attack is not None:
             return over_draws(self.judged(defense, attack), self.judged(other, attack))
-        return difference(self.worst(defense), self.worst(other))
+        return over_draws(self._worst_judged(defense), self._worst_judged(other))
 
     def differences(self, other: str) -> dict[str, dict[str, Estimate]]:
         """``[defense][attack]``: what each defense has more than another, paired; of attacks that both were under.
@@ -686,7 +692,7 @@ class Report:
         for defense, columns in self.results.items():
             rows[defense] = {attack: over_draws(self.judged(defense, attack)) for attack in columns}
             if self.attacks(defense):
-                rows[defense]["worst"] = self.estimate(self.worst(defense))
+                rows[defense]["worst"] = over_draws(self._worst_judged(defense))
                 if self.votes:
                     rows[defense][f"worst, vote of {self.votes}"] = self.estimate(self.worst(defense, voted=True))
                 if self.unknown_row is not None:
@@ -761,8 +767,8 @@ class Report:
                 if self.dense and attack in self.results[defense]:
                     cell.update(_per_class(self.judged(defense, attack).mean(0)))
                 elif self.dense and attack == "worst":
-                    fewest = _per_class(self.worst(defense, fewest=True))["accuracy"]
-                    cell.update(_per_class(self.worst(defense)) | {"accuracy": fewest})
+                    fewest = _per_class(self._worst_judged(defense, fewest=True).mean(0))["accuracy"]
+                    cell.update(_per_class(self._worst_judged(defense).mean(0)) | {"accuracy": fewest})
                 if attack in self.voted.get(defense, {}):
                     cell["vote"] = _values(self.estimate(self.voted[defense][attack]))
                     cell["one draw"] = _values(self.estimate(self.results[defense][attack]))
