@@ -187,7 +187,7 @@ def smaller(**settings: Any) -> Candidate:
     return purify, {"preset": "strong", "views": views.fast(), "views_per_step": 1, **settings}
 
 
-def straight(**settings: Any) -> Candidate:
+def six_steps(**settings: Any) -> Candidate:
     """`fast` from the image, in six steps, with more of the gradient through views."""
     return purify, {"start": "origin", "view_gradient": 0.5, "steps": 6, "relative_step": 0.25, **settings}
 
@@ -221,11 +221,11 @@ CANDIDATES: dict[str, Candidate] = {
     "strong, views of fast, 2 per step": smaller(views_per_step=2),
     "fast, from the image": (purify, {"start": "origin"}),
     "fast, from the image, view gradient 0.5": (purify, {"start": "origin", "view_gradient": 0.5}),
-    "six steps from the image": straight(),
-    "six steps from the image, view gradient 0.7": straight(view_gradient=0.7),
-    "six steps from the image, no momentum": straight(momentum=0),
-    "six steps from the image, 2 of eight": straight(sets="eight", views_per_step=2, followed=1),
-    "six steps from the image, 2 of eight, no momentum": straight(
+    "six steps from the image": six_steps(),
+    "six steps from the image, view gradient 0.7": six_steps(view_gradient=0.7),
+    "six steps from the image, no momentum": six_steps(momentum=0),
+    "six steps from the image, 2 of eight": six_steps(sets="eight", views_per_step=2, followed=1),
+    "six steps from the image, 2 of eight, no momentum": six_steps(
         sets="eight", views_per_step=2, followed=1, momentum=0
     ),
     "strong, then flip and enlarged less": (purify, {"preset": "strong", "average": SETS["flip and enlarged less"]}),

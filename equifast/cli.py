@@ -505,8 +505,8 @@ def evaluate(
         typer.Option(
             help=f"Any of {', '.join(DEFENSES)}; none, averaging and fast where not given "
             "(with a protocol averaging-12, of about as many passes as fast; averaging-N is over N views, the eight of "
-            "averaging and again from the first; a function in a file takes the model and returns a DefendedModel or a "
-            "purifier, and gives the row its name). "
+            "averaging and again from the first; a function in a file takes the model and returns Defended(model, "
+            "purifier) or a purifier, with a radius and a seed of its own, and gives the row its name). "
             "With @SUBMODULE one takes its own features."
         ),
     ] = None,
@@ -571,8 +571,8 @@ def evaluate(
         int | None,
         typer.Option(
             min=0,
-            help="Over how many draws figures are a mean, where the attacker knows none, and which vote; 5 where not "
-            "given, of a --study 0, which is a single one.",
+            help="How many draws a figure is the mean of, where the attacker knows none of them; they vote, too. 5 "
+            "where not given, with --study 0: one draw, and no vote.",
         ),
     ] = None,
     against: Annotated[
@@ -653,6 +653,7 @@ def evaluate(
                 title: _defended(name, network, features, layer or (), purify_radius, seed, heads, looking[0])
                 for title, name in titles.items()
             }
+        against = next((title for title, name in titles.items() if name == against), against)
         if against is not None and against not in rows:
             raise ValueError(f"there is no defense {against!r}; it must be one of {', '.join(rows)}")
         votes = votes if votes is not None else 0 if sweep is not None else 5

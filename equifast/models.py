@@ -96,7 +96,10 @@ def load_defense(spec: str, model: nn.Module) -> DefendedModel:
         return found
     if isinstance(found, nn.Module) or not callable(found):
         kind = type(found).__name__
-        raise ValueError(f"{function!r} in {str(path)!r} returned a {kind}; it must be a DefendedModel or a purifier")
+        raise ValueError(
+            f"{function!r} in {str(path)!r} returned a {kind}; it must be a DefendedModel, such as "
+            "equifast.Defended(model, purifier), or a purifier that is no Module"
+        )
     return Defended(model, found)
 
 

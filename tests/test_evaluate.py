@@ -607,6 +607,33 @@ def report_of(**columns: Any) -> Any:
     return report
 
 
+def test_the_accuracy_under_the_worst_is_that_of_the_fewest_right_labels() -> None:
+    """Which is not where the mean IoU is least; in the mean over draws too."""
+    clean, fewest, least = ([[90, 0], [0, 10]], [[60, 30], [0, 10]], [[90, 0], [10, 0]])
+    drawn = {
+        "clean": np.array([clean, clean])[:, None],
+        "p": np.array([fewest, clean])[:, None],
+        "q": np.array([least, least])[:, None],
+    }
+    report = report_of(
+        dense=True,
+        votes=2,
+        figure="mIoU in %",
+        images=1,
+        voted={"a": {name: draws[0] for name, draws in drawn.items()}},
+        aimed={},
+        similarities={},
+        purified={},
+        drawn={"a": drawn},
+        results={"a": {name: draws[0] for name, draws in drawn.items()}},
+        attackers={name: attacker(name) for name in ("p", "q")},
+    )
+    worst = report.document()["rows"]["a"]["worst"]
+    assert worst["accuracy"] == pytest.approx(85)  # of p: 70 and 100
+    assert worst["value"] == pytest.approx(45)  # of q: 90 and 0
+    assert worst["IoU"] == [pytest.approx(90), 0]
+
+
 def test_who_does_not_know_the_defense_and_does_more_damage_is_a_warning() -> None:
     """What a loss takes of a model alone it may take of defenses, which nobody has tried."""
     right = np.arange(20) < 10
@@ -1053,7 +1080,7 @@ def test_the_mean_of_draws(tmp_path: Path) -> None:
     assert np.nanmean(np.array(told["PGD"]["IoU"], dtype=float)) == pytest.approx(told["PGD"]["value"])
     knows = "BPDA, known draw"  # who knows one is judged by that
     assert told[knows]["value"] == mean_iou(report.results["random"][knows]).value == told[knows]["one draw"]["value"]
-    assert "4 draws, whose mean it is, where the draw is not known" in report.title
+    assert "4 draws, whose mean it is, where the draw is not known; the worst is of the draw that is" in report.title
     single = evaluation(attackers=attackers, defenses=rows).run(tmp_path / "single")
     assert single.unknown_row == name
     among = np.stack([single.results["random"][attack] for attack in ("clean", "PGD", "BPDA")])
@@ -1343,12 +1370,22 @@ def test_command_with_a_defense_of_a_file(folder: Path) -> None:
     """Its row has the function's name, all differences too; once its file says otherwise it is another."""
     path = folder / "defenses.py"
     path.write_text(MINE.format(share=1))
-    given = ["--defense", "none", "--defense", f"{path}:mine", "--defense", f"{path}:quicker", "--against", "mine"]
+    given = [
+        "--defense",
+        "none",
+        "--defense",
+        f"{path}:mine",
+        "--defense",
+        f"{path}:quicker",
+        "--against",
+        f"{path}:mine",
+    ]
     run = command(folder, "--attack", "PGD", "--attack", "unrolled", *given, "--workers", "2")
     done = CliRunner().invoke(app, run)
     assert done.exit_code == 0, done.output
     rows = json.loads((folder / "out" / "table.json").read_text())["rows"]
     assert set(rows) == {"none", "mine", "quicker"}
+    assert json.loads((folder / "out" / "table.json").read_text())["against"] == "mine"
     assert rows["mine"]["PGD"] == rows["none"]["PGD"]
     assert "unrolled" not in rows["mine"]
     assert "unrolled" in rows["quicker"]

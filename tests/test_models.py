@@ -169,8 +169,8 @@ def test_defense_from_a_file(tmp_path: Path) -> None:
     assert found.purifier.ascent.start == "origin"
     torch.testing.assert_close(load_defense(f"{path}:half", model)(x), model(x / 2))
     for spec, sentence in {
-        f"{path}:number": f"'number' in '{path}' returned a int; it must be a DefendedModel or a purifier",
-        f"{path}:network": "returned a Conv2d; it must be a DefendedModel or a purifier",
+        f"{path}:number": f"'number' in '{path}' returned a int; it must be a DefendedModel, such as equifast.Defended",
+        f"{path}:network": "returned a Conv2d; it must be a DefendedModel, such as equifast.Defended(model, purifier)",
         f"{path}:nothing": "failed: nothing() takes 0 positional arguments but 1 was given",
         f"{path}:missing": "it has no function 'missing'",
         f"{tmp_path}/none.py:build": "defense file",

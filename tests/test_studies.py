@@ -158,6 +158,7 @@ def test_command(tmp_path: Path) -> None:
     done = run("-o", str(tmp_path / "bounds"), "--study", "bounds", "--attack", "PGD", "--images", "1")
     assert done.exit_code == 0, done.output
     assert "2/255" in done.output
+    assert json.loads((tmp_path / "bounds" / "table.json").read_text())["votes"] == 0
     assert (tmp_path / "bounds" / "bounds.svg").exists()
     assert set(json.loads((tmp_path / "bounds" / "costs.json").read_text())) >= {"2/255", "12/255"}
     done = run("-o", str(tmp_path / "equivariance"), "--study", "equivariance", "--attack", "PGD", "--images", "1")

@@ -663,6 +663,7 @@ class Report:
         over = "images"
         if self.votes > 1:
             over += f", with the spread of {self.votes} draws, whose mean it is, where the draw is not known"
+            over += "; the worst is of the draw that is" if self.unknown_row else ""
         return f"{self.figure}, {self.images} images{without}, ± standard error by bootstrap over {over}"
 
     def cells(self) -> dict[str, dict[str, str]]:
