@@ -1045,6 +1045,8 @@ def test_votes(tmp_path: Path) -> None:
     assert np.array_equal(report.voted["random"]["clean"], confusion(counted, y, 5))
     assert not np.array_equal(report.voted["random"]["clean"], report.results["random"]["clean"])
     assert "worst, vote of 5" in report.table()["random"]
+    alone = evaluation(attackers=[PGD], defenses={"random": noise}, votes=1).run(tmp_path / "one").table()["random"]
+    assert list(alone) == ["clean", "PGD", "worst"]  # a vote of one says nothing else
     assert report.document()["rows"]["random"]["PGD"]["vote"]["value"] == mean_iou(report.voted["random"]["PGD"]).value
     assert np.array_equal(report.drawn["random"]["clean"], np.stack([confusion(label, y, 5) for label in labels]))
 
@@ -1390,6 +1392,33 @@ def test_command_with_a_defense_of_a_file(folder: Path) -> None:
     done = CliRunner().invoke(app, run)
     assert done.exit_code == 2
     assert "another defense mine (purifier.code" in done.output.replace("\n", " ")
+
+
+def test_what_fails_names_its_row(folder: Path) -> None:
+    """Of two defenses and two attacks the error tells which it was."""
+    path = folder / "fails.py"
+    path.write_text(
+        "import equifast\n"
+        "def late(model):\n"
+        "    def purify(x, ids=None, draw=0):\n"
+        "        if draw:\n"
+        "            raise RuntimeError('no more draws\\nof mine')\n"
+        "        return x\n"
+        "    return equifast.Defended(model, purify)\n"
+    )
+    given = ["--attack", "PGD", "--attack", "BPDA", "--defense", "none", "--defense", f"{path}:late", "--images", "2"]
+    done = CliRunner().invoke(app, command(folder, *given, "--votes", "0"))
+    assert done.exit_code == 2
+    assert done.output.splitlines()[-1] == "equifast: no more draws; it was 'late', under 'BPDA'"
+
+    def broken(x: Tensor, ids: Tensor | None = None, draw: int = 0) -> Tensor:
+        raise ValueError("broken")
+
+    made = evaluation(attackers=[PGD], defenses={"mine": Defended(MODEL, broken)})
+    with pytest.raises(ValueError, match="broken") as raised:  # in Python it is what it was, with a note
+        made.run(folder / "mine")
+    assert str(raised.value) == "broken"
+    assert raised.value.__notes__ == ["it was 'mine', on clean images"]
 
 
 @pytest.mark.parametrize(

@@ -30,9 +30,10 @@ def _pick(total: int, count: int | None, what: str) -> list[int]:
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, in one line."""
+    """What an exception says, and where it was, in one line."""
     said = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return f"{type(error).__name__}: {said}" if isinstance(error, LookupError) else said  # of which that is a key
+    said = f"{type(error).__name__}: {said}" if isinstance(error, LookupError) else said  # of which that is a key
+    return "; ".join([said, *(note.splitlines()[0] for note in getattr(error, "__notes__", []) if note)])
 
 
 @contextlib.contextmanager

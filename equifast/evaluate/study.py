@@ -1,9 +1,10 @@
 """Attackers against defenses, image by image: what is recorded, and what a table makes of it."""
 
+import contextlib
 import functools
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -331,19 +332,20 @@ class Evaluation:
             ids = torch.tensor([image.id for image in left], device=self._device)
             started, spent = time.perf_counter(), 0.0
             seen: list[dict[str, Any]] = [{} for _ in left]  # of the attack, on each image
-            if attack is not None:
-                kept = attacked.get(attack_name, {})
-                if all(image.key in kept for image in left):
-                    x, seen = torch.stack([kept[i.key][0] for i in left]), [dict(kept[i.key][1]) for i in left]
-                else:
-                    clean = x
-                    x, seen = self._attack(attack, clean, y, ids)
-                    self._check(clean, x, attack_name, radius[attack_name])
-                    if attack_name in shared:
-                        pairs = zip(x, map(dict, seen), strict=True)
-                        attacked[attack_name] = dict(zip((image.key for image in left), pairs, strict=True))
-                spent = time.perf_counter() - started
-            results, notes, seconds = self._judge(self.defenses[name], x, y, ids, clean=attack is None)
+            with _named(name, attack_name):
+                if attack is not None:
+                    kept = attacked.get(attack_name, {})
+                    if all(image.key in kept for image in left):
+                        x, seen = torch.stack([kept[i.key][0] for i in left]), [dict(kept[i.key][1]) for i in left]
+                    else:
+                        clean = x
+                        x, seen = self._attack(attack, clean, y, ids)
+                        self._check(clean, x, attack_name, radius[attack_name])
+                        if attack_name in shared:
+                            pairs = zip(x, map(dict, seen), strict=True)
+                            attacked[attack_name] = dict(zip((image.key for image in left), pairs, strict=True))
+                    spent = time.perf_counter() - started
+                results, notes, seconds = self._judge(self.defenses[name], x, y, ids, clean=attack is None)
             records.add(
                 {
                     "image": image.key,
@@ -452,6 +454,16 @@ class Evaluation:
         """(D, N) or (D, N, H, W): the labels of every draw that votes."""
         others = draws_that_judge(self.votes)[1:]
         return torch.stack([logits.argmax(1), *(self._logits(defended, x, y, ids, draw).argmax(1) for draw in others)])
+
+
+@contextlib.contextmanager
+def _named(defense: str, attack: str) -> Iterator[None]:
+    """What is raised tells of which cell it is."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"it was {defense!r}, " + ("on clean images" if attack == CLEAN else f"under {attack!r}"))
+        raise
 
 
 def draws_that_judge(count: int) -> list[int]:
@@ -694,7 +706,7 @@ class Report:
             rows[defense] = {attack: over_draws(self.judged(defense, attack)) for attack in columns}
             if self.attacks(defense):
                 rows[defense]["worst"] = over_draws(self._worst_judged(defense))
-                if self.votes:
+                if self.votes > 1:
                     rows[defense][f"worst, vote of {self.votes}"] = self.estimate(self.worst(defense, voted=True))
                 if self.unknown_row is not None:
                     rows[defense][self.unknown_row] = over_draws(self.worst_unknown(defense))
