@@ -1,6 +1,7 @@
 """The command line: ``equifast demo``, ``purify``, ``detect``, ``evaluate``, ``bench`` and ``doctor``."""
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -51,6 +52,7 @@ from equifast.evaluate import (
     cost,
     known,
     open_data,
+    open_images,
     profile_step,
 )
 from equifast.evaluate.detection import STUDIES as DETECTION
@@ -346,7 +348,6 @@ def detect(
         like = [] if clean.is_file() else [source for source, _ in find_images([clean], output / "overlays")]
         if not (like or clean.is_file()):
             raise ValueError(f"clean is {clean}, which has no PNG, JPEG or WebP file")
-        (output / "overlays").mkdir(parents=True, exist_ok=True)
         with _progress() as progress:
             if clean.is_file():
                 if head is not None:
@@ -355,6 +356,7 @@ def detect(
                 chosen = chosen if rate is None else chosen.at(rate)
             else:
                 _fit(chosen, head, like, 0.05 if rate is None else rate, _device(device), progress)
+            output.mkdir(parents=True, exist_ok=True)
             chosen.save(output / "detector.json")
             if head is not None:
                 head.save(output / HEAD)
@@ -365,6 +367,7 @@ def detect(
         _write(output / "scores.json", json.dumps(kept, indent=2) + "\n")
     except _FAILURES as error:
         raise _fail(first_line(error)) from error
+    shown = output / "overlays"
     table = Table(title=f"{detector}: threshold {chosen.threshold:.4g}")
     for heading in ("image", "score", "flagged"):
         table.add_column(heading, justify="right" if heading == "score" else "left")
@@ -373,15 +376,20 @@ def detect(
         table.add_row(escape(line["image"]), score, "yes" if line["flagged"] else "")
     _out.print(table)
     low, high = chosen.interval
+    about = "about " if detector in ("deviation", "combined") else ""  # whose threshold learned from the same images
     _out.print(
         f"{sum(line['flagged'] for line in lines)} of {len(lines)} images are suspicious; of clean ones like those of "
-        f"the threshold {100 * low:.1f}% to {100 * high:.1f}% would be. All scores are in {output / 'scores.json'}.",
+        f"the threshold {about}{100 * low:.1f}% to {100 * high:.1f}% would be. All scores are in "
+        f"{output / 'scores.json'}; " + (f"overlays are in {shown}." if shown.is_dir() else _NO_OVERLAYS),
         highlight=False,
         markup=False,
         soft_wrap=True,
     )
     if failed:
         raise typer.Exit(1)
+
+
+_NO_OVERLAYS = "there are no overlays, since this detector sees an image of this model as a whole."
 
 
 def _fit(
@@ -543,6 +551,7 @@ def evaluate(
     foreign: Annotated[
         list[Path] | None, typer.Option(help="Data that the model does not know, for --study ood; any number.")
     ] = None,
+    rate: Annotated[float, typer.Option(help="Part of clean images that detectors may flag.")] = 0.05,
     fit_images: Annotated[int, typer.Option(min=1, help="How many images of --fit and of --clean are used.")] = 256,
     kept: Annotated[
         Path | None,
@@ -626,12 +635,12 @@ def evaluate(
         if features is None:
             features = _find_features(network, chosen[0][0][None].to(_device(device)))
         make = Make(network, features, preset or "fast", purify_radius, seed)
-        heads = _Heads(kept or output, fit, clean, fit_images, shape, _device(device), chosen)
+        heads = _Heads(kept or output, fit, clean, rate, fit_images, shape, _device(device), chosen)
         if study is not None and study in DETECTION:
             given: dict[str, object] = {"target": target, "protocol": protocol, "votes": votes, "against": against}
             given |= {"defense": defense or None, "attack": attack or None, "panels": panels or None}
             _check_detection(study, given, foreign or ())
-            others = {_name(path): open_data(path, len(chosen)) for path in foreign or ()}
+            others = {_name(path): open_images(path, len(chosen)) for path in foreign or ()}
             anomalies = DETECTION[study](strength, make.purifier(), others)
             detectors = _detectors(network, features, layer or (), seed, heads, detector or ())
             told = {"size": size, "spec": model, "study": study}
@@ -863,7 +872,8 @@ def _detectors(
     for name in wanted:
         if name not in makes:
             raise ValueError(f"detector is {name!r}; it must be one of {', '.join(makes)}")
-    return {name: heads.fitted(makes[name](), name) for name in wanted or makes}
+    made = {name: makes[name]() for name in wanted or makes}  # all first: a head that is not there shows at once
+    return {name: heads.fitted(detector, name) for name, detector in made.items()}
 
 
 def _report_detection(study: str, detection: Detection, output: Path) -> None:
@@ -962,6 +972,7 @@ class _Heads:
     folder: Path
     data: Path | None
     clean: Path | None
+    rate: float  # of clean images that may be flagged
     images: int
     size: tuple[int, int] | None
     device: torch.device
@@ -971,26 +982,38 @@ class _Heads:
         """The detector with its threshold, fitted the first time; the file is named after what it was fitted on."""
         if self.clean is None:
             raise ValueError(f"detector {name} needs clean images; name data for it with --clean")
-        chosen, path = self._open(self.clean, f"detector-{name}", "json")
+        chosen, known = self._open(self.clean)
+        if len(chosen) < (least := needed(self.rate)):
+            raise ValueError(f"--clean has {len(chosen)} images; for --rate {self.rate} it must have at least {least}")
+        if self.data is not None and name in (*WITH_HEADS, "combined") and (both := len(known & self._trained)):
+            raise ValueError(
+                f"--clean has {both} of the images of --fit; a head knows those, and the threshold must be of others"
+            )
+        path = self.folder / f"detector-{name}-{_digest(sorted(known), detector.description())}.json"
         if path.exists():
-            return detector.load(path)
+            return detector.load(path).at(self.rate)
         with _progress() as progress:
             task = progress.add_task(f"the threshold of {name}", total=len(chosen))
             batches = (chosen[i][0][None].to(self.device) for i in range(len(chosen)))
-            detector.fit(progress.track(batches, task_id=task, total=len(chosen)))
+            detector.fit(progress.track(batches, task_id=task, total=len(chosen)), false_positive_rate=self.rate)
         self.folder.mkdir(parents=True, exist_ok=True)
         detector.save(path)
         return detector
 
-    def _open(self, data: Path, name: str, suffix: str) -> tuple[Any, Path]:
-        """The images, none of which may be one that is tested, and the file that is named after them."""
-        chosen = open_data(data, min(self.images, len(open_data(data, None, self.size))), self.size)
-        known = sorted(image.digest for image in list_images(chosen))
-        if both := set(known) & {image.digest for image in list_images(self.tested)}:
+    def _open(self, data: Path) -> tuple[Any, set[str]]:
+        """The images, none of which may be one that is tested, and their digests."""
+        chosen = open_images(data, min(self.images, len(open_images(data, None, self.size))), self.size)
+        known = {image.digest for image in list_images(chosen)}
+        if both := known & {image.digest for image in list_images(self.tested)}:
             raise ValueError(
                 f"{data} has {len(both)} of the images that are tested; a threshold, or a head, is of others"
             )
-        return chosen, self.folder / f"{name}-{hashlib.sha256(repr(known).encode()).hexdigest()[:8]}.{suffix}"
+        return chosen, known
+
+    @functools.cached_property
+    def _trained(self) -> set[str]:
+        """The images of heads."""
+        return set() if self.data is None else self._open(self.data)[1]
 
     def give(self, purifier: Rotation | Contrastive, name: str) -> Purifier:
         """The purifier with its head, trained the first time; the file is named after what it was trained on."""
@@ -1000,7 +1023,8 @@ class _Heads:
                 where = f"{self.folder} has {len(found)}"
                 raise ValueError(f"{name} needs one trained head, of which {where}; name data for it with --fit")
             return purifier.load(found[0])
-        chosen, path = self._open(self.data, name, "safetensors")
+        chosen, known = self._open(self.data)
+        path = self.folder / f"{name}-{_digest(sorted(known))}.safetensors"
         if path.exists():
             return purifier.load(path)
         with _progress() as progress:
@@ -1012,6 +1036,10 @@ class _Heads:
         self.folder.mkdir(parents=True, exist_ok=True)
         purifier.save(path)
         return purifier
+
+
+def _digest(*things: object) -> str:
+    return hashlib.sha256(repr(things).encode()).hexdigest()[:8]
 
 
 def _defended(

@@ -243,6 +243,8 @@ class Detector:
     def load(self, path: str | Path) -> Self:
         """Read what :meth:`save` wrote.
 
+        A model is known by its parameters and buffers: what it has as plain numbers, or as code, may differ unnoticed.
+
         Raises:
             ValueError: if the file is none of such, or of another detector, of other settings or of other weights.
         """
@@ -269,11 +271,26 @@ class Detector:
                 raise ValueError(f"{path} is of a model or detector with {what} {was!r}; it must be {now!r}")
         if not keys <= found.keys():
             raise ValueError(f"{path} lacks {', '.join(sorted(keys - found.keys()))}")
+        for key, many in (("threshold", 0), ("interval", 2), ("scores", None)):
+            _check_numbers(f"{path} has {key}", found[key], many)
         self._take(found, self._state())  # whose fingerprint is that of the file
         return self
 
     def _take(self, fitted: dict[str, Any], state: object) -> None:
         self._fitted, self._stamp = fitted, state
+
+
+def _check_numbers(what: str, value: Any, many: int | None) -> None:
+    """ValueError where it is no number (``many`` is 0), or no list of so many; None for any number but none."""
+    numbers = [value] if many == 0 else value
+    if (
+        not isinstance(numbers, list)
+        or (many and len(numbers) != many)
+        or not numbers
+        or any(isinstance(n, bool) or not isinstance(n, int | float) or math.isnan(n) for n in numbers)
+    ):
+        must = "a number" if many == 0 else f"{many or 'some'} numbers"
+        raise ValueError(f"{what} {str(value)[:40]}; it must be {must}")
 
 
 def _apart(name: str, was: Any, now: Any) -> tuple[str, Any, Any]:
@@ -301,8 +318,11 @@ def needed(false_positive_rate: float, confidence: float = 0.95) -> int:
 def _threshold(scores: Tensor, rate: float, confidence: float) -> dict[str, Any]:
     """The threshold of clean scores (n,), and between which rates of false positives it lies."""
     scores, n = scores.sort().values, len(scores)
-    if n < needed(rate, confidence):
-        raise ValueError(f"false_positive_rate is {rate}; of {n} clean images it must be at least {1 / (n + 1):.3g}")
+    if n < (least := needed(rate, confidence)):
+        raise ValueError(
+            f"false_positive_rate is {rate}, which takes {least} clean images; of {n} it must be at least "
+            f"{1 / (n + 1):.3g}"
+        )
     place = min(n, math.ceil((n + 1) * (1 - rate) - 1e-9))
     # the part of all images above the place-th smallest of n is Beta(n + 1 - place, place)
     from scipy.stats import beta  # here, since it takes its time
@@ -320,7 +340,8 @@ def _threshold(scores: Tensor, rate: float, confidence: float) -> dict[str, Any]
 class Similarity(Detector):
     """One minus the mean agreement of a purifier's views with the image: 1 - :meth:`equifast.Purifier.score`.
 
-    A forward pass for the image and for each view, and nothing else. With ``equifast.defenses.Invariance``,
+    A forward pass for the image and for each view, and nothing else, once a folded copy of the model has been tried at
+    the first call. With ``equifast.defenses.Invariance``,
     ``Rotation`` and ``Contrastive`` in the place of the purifier it is the detector of theirs.
 
     Args:

@@ -26,6 +26,7 @@ from equifast.evaluate import (
     Detection,
     Evaluation,
     Strength,
+    adaptive,
     corrupt,
     corruptions,
     known,
@@ -309,6 +310,9 @@ def test_studies() -> None:
         *(f"evading 8/255, rate {rate}%" for rate in (5, 10, 20, 50)),
     ]
     assert corrupted("fog", 3).group == "severity 3"
+    euclidean = Strength(eps=0.5, norm="l2", steps=2)
+    assert [make(euclidean).name for make in (attacked, patient)] == ["PGD 0.5 in l2", "CW 0.5 in l2, 10 steps"]
+    assert evading(euclidean, 0.1).name == "evading 0.5 in l2, rate 10%"
 
 
 def test_the_protocol_against_a_model_that_purifies_what_it_suspects() -> None:
@@ -317,6 +321,7 @@ def test_the_protocol_against_a_model_that_purifies_what_it_suspects() -> None:
     attackers = {name: made.make(MODEL, guarded) for name, made in known(STRENGTH).items()}
     assert attackers["BPDA, trajectory"] is None
     evades = attackers["Evading"]
+    assert "Evading" in {attacker.name for attacker in adaptive(STRENGTH)}
     assert evades is not None
     assert evades._attack.detector is detector  # type: ignore[attr-defined]
     assert attackers["unrolled"]._attack.model.detector is detector  # type: ignore[union-attr]
@@ -348,7 +353,8 @@ def spec(tmp_path: Path) -> str:
 def test_studies_from_the_command_line(study: str, tmp_path: Path, spec: str) -> None:
     data, clean = write_data(tmp_path / "data", 3), write_data(tmp_path / "clean", 20, seed=5)
     fixed = ["evaluate", data, "-o", tmp_path / "out", "--model", spec, "--study", study, "--steps", "1"]
-    given = ["--fit", clean, "--clean", clean, *(["--foreign", clean] if study == "ood" else [])]
+    fit = write_data(tmp_path / "fit", 20, seed=9)
+    given = ["--fit", fit, "--clean", clean, *(["--foreign", clean] if study == "ood" else [])]
     few = ["variance", "combined"]
     given += [] if study == "detection" else [part for name in few for part in ("--detector", name)]
     done = CliRunner().invoke(app, [str(a) for a in (*fixed, *given)])
@@ -385,6 +391,12 @@ def test_studies_from_the_command_line(study: str, tmp_path: Path, spec: str) ->
     assert "detector is 'magic'; it must be one of similarity" in done.output
     for more, sentence in (
         (("--target", "1", "--defense", "fast"), f"study '{study}' is of detectors; it takes no --target, --defense"),
+        (("--fit", clean, "--detector", "combined"), "--clean has 20 of the images of --fit; a head knows those, and"),
+        (
+            ("--fit-images", "9", "--detector", "error"),
+            "--clean has 9 images; for --rate 0.05 it must have at least 19",
+        ),
+        (("--rate", "0.01", "--detector", "error"), "--clean has 20 images; for --rate 0.01 it must have at least 99"),
         *(
             (
                 ("-o", tmp_path / "overlap", option, data, "--detector", "rotation"),
@@ -406,8 +418,9 @@ def test_a_study_of_corruptions_from_the_command_line(
     few = [corrupted(name, severity) for name in ("fog", "contrast") for severity in (1, 3)]
     monkeypatch.setattr(equifast.cli, "DETECTION", {"corruptions": lambda strength, purifier, others: few})
     data, clean = write_data(tmp_path / "data", 3), write_data(tmp_path / "clean", 20, seed=5)
-    given = ["evaluate", data, "-o", tmp_path / "out", "--model", spec, "--study", "corruptions"]
-    done = CliRunner().invoke(app, [str(a) for a in (*given, "--fit", clean, "--clean", clean, "--layer", "stem")])
+    given = ["evaluate", data, "-o", tmp_path / "out", "--model", spec, "--study", "corruptions", "--clean", clean]
+    fit = write_data(tmp_path / "fit", 20, seed=9)
+    done = CliRunner().invoke(app, [str(a) for a in (*given, "--fit", fit, "--layer", "stem")])
     assert done.exit_code == 0, done.output
     text = (tmp_path / "out" / "table.md").read_text()
     for row in ("| fog 1 |", "| fog 3 |", "| contrast 3 |", "| mean, severity 1 |", "| mean, severity 3 |"):
@@ -476,7 +489,8 @@ def test_a_model_that_purifies_what_it_suspects_from_the_command_line(tmp_path: 
 
 def test_heads_and_thresholds_for_several_runs(tmp_path: Path, spec: str) -> None:
     data, clean = write_data(tmp_path / "data", 3), write_data(tmp_path / "clean", 20, seed=5)
-    fixed = ["evaluate", data, "--model", spec, "--steps", "1", "--fit", clean, "--clean", clean]
+    fixed = ["evaluate", data, "--model", spec, "--steps", "1", "--fit", write_data(tmp_path / "fit", 20, seed=9)]
+    fixed += ["--clean", clean]
     fixed += ["--heads", tmp_path / "heads", "--detector", "combined"]
     made: list[set[tuple[str, int]]] = []
     for study in ("detection", "ood"):
@@ -487,6 +501,42 @@ def test_heads_and_thresholds_for_several_runs(tmp_path: Path, spec: str) -> Non
         assert not list(out.glob("*.safetensors"))
     assert made[0] == made[1]
     assert len(made[0]) == 2  # a head and a threshold, of the first run
+    fixed[fixed.index("combined")] = "variance"
+    for seed in ("0", "3"):  # a threshold of another seed is another file
+        out = tmp_path / f"seed {seed}"
+        done = CliRunner().invoke(app, [str(a) for a in (*fixed, "-o", out, "--study", "ood", "--seed", seed)])
+        assert done.exit_code == 0, done.output
+    assert len(list((tmp_path / "heads").glob("detector-variance-*"))) == 2
+
+
+def test_clean_images_without_labels(tmp_path: Path, spec: str) -> None:
+    """A folder of image files does for thresholds, heads and foreign images; and a rate is that of the thresholds."""
+    data, clean = write_data(tmp_path / "data", 3), write_data(tmp_path / "clean", 20, seed=5)
+    fixed = ["evaluate", data, "--model", spec, "--study", "ood", "--heads", tmp_path / "heads"]
+    fixed += ["--detector", "variance", "--detector", "rotation"]
+    without = ["--clean", clean / "images", "--foreign", clean / "images"]
+    without += ["--fit", write_data(tmp_path / "fit", 20, seed=9) / "images"]
+    documents = []
+    for name, given in (
+        ("none", without),
+        ("labels", [*without, "--clean", clean]),
+        ("rate", [*without, "--rate", "0.5"]),
+    ):
+        done = CliRunner().invoke(app, [str(a) for a in (*fixed, *given, "-o", tmp_path / name)])
+        assert done.exit_code == 0, done.output
+        documents.append(json.loads((tmp_path / name / "table.json").read_text()))
+    assert documents[0]["rows"] == documents[1]["rows"]
+    assert documents[0]["false positive rate"] == {"variance": 0.05, "rotation": 0.05}
+    assert documents[2]["false positive rate"] == {"variance": 0.5, "rotation": 0.5}
+    kept = [
+        json.loads((tmp_path / name / "study.json").read_text())["defenses"]["variance"] for name in ("none", "rate")
+    ]
+    assert kept[1]["threshold"] < kept[0]["threshold"]
+    assert kept[1]["scores"] == kept[0]["scores"]
+    done = CliRunner().invoke(app, [str(a) for a in (*fixed, "--clean", clean, "-o", tmp_path / "e", "--heads", data)])
+    assert done.exit_code == 2
+    assert "rotation needs one trained head" in done.output
+    assert not list(data.glob("detector-*"))  # which showed before any threshold was sought
 
 
 @pytest.mark.parametrize(
@@ -627,6 +677,26 @@ def test_what_detect_refuses(tmp_path: Path, spec: str) -> None:
         assert done.exit_code == 2, done.output
         assert sentence in done.output.replace("\n", " ")
         assert not (out / "scores.json").exists()
+        assert not (out / "overlays").exists()
+
+
+def test_no_overlays_where_an_image_is_seen_as_a_whole(tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text(
+        MODEL_FILE.format(path=str(Path(__file__).parent)).replace("dense()", "classifier()")
+    )
+    clean = write_data(tmp_path / "clean", 20, seed=5) / "images"
+    given = ["detect", clean, "-o", tmp_path / "out", "--model", f"{tmp_path / 'model.py'}:build", "--clean", clean]
+    given += ["--features", "features", "--detector"]
+    done = CliRunner().invoke(app, [str(a) for a in (*given, "guard")])
+    assert done.exit_code == 0, done.output
+    assert "there are no overlays, since this detector sees an image of this model as a whole" in " ".join(
+        done.output.split()
+    )
+    assert not (tmp_path / "out" / "overlays").exists()
+    done = CliRunner().invoke(app, [str(a) for a in (*given, "similarity")])  # of features, which are dense
+    assert done.exit_code == 0, done.output
+    assert "overlays are in" in " ".join(done.output.split())
+    assert len(list((tmp_path / "out" / "overlays").iterdir())) == 20
 
 
 def test_a_score_of_nan_comes_first(tmp_path: Path) -> None:

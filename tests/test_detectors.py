@@ -62,6 +62,24 @@ def test_a_score_does_not_depend_on_the_batch(detector: Detector) -> None:
     assert torch.equal(detector.score(x, ids, draw=1), together) == fixed
 
 
+@pytest.mark.parametrize("kind", ["similarity", "variance", "deviation"])
+def test_a_score_is_one_pass_for_each_view_without_a_graph(kind: str) -> None:
+    """Views of one size are a batch; the similarity's image has a call of its own."""
+    model, calls = cases.dense(), list[tuple[tuple[int, ...], bool]]()
+    chosen = [views.Flip(), views.Resize(0.5), views.Flip(vertical=True)]
+    made: dict[str, Callable[[], Detector]] = {
+        "similarity": lambda: Similarity(Purifier(model, views=chosen, fold=False)),
+        "variance": lambda: OutputVariance(model, chosen),
+        "deviation": lambda: Deviation(model, None, chosen),
+    }
+    detector, x = made[kind]().fit(clean()), torch.cat(clean(3))
+    model.register_forward_pre_hook(lambda _, given: calls.append((tuple(given[0].shape), torch.is_grad_enabled())))
+    detector.score(x)
+    whole = [(3, 3, 20, 28), (6, 3, 20, 28)] if kind == "similarity" else [(9, 3, 20, 28)]
+    assert sorted(calls) == [((n, c, h, w), False) for n, c, h, w in sorted([*whole, (3, 3, 10, 14)])]
+    model._forward_pre_hooks.clear()
+
+
 def test_similarity_is_the_purifiers_own_score() -> None:
     purifier, x = Purifier(cases.dense()), cases.images()
     ids = torch.arange(2)
@@ -550,7 +568,7 @@ def test_the_threshold_of_another_rate() -> None:
     assert other.threshold < detector.threshold
     assert other.predict(torch.cat(clean(39))).sum() > detector.predict(torch.cat(clean(39))).sum()
     with pytest.raises(
-        ValueError, match=r"false_positive_rate is 0\.01; of 39 clean images it must be at least 0\.025"
+        ValueError, match=r"rate is 0\.01, which takes 99 clean images; of 39 it must be at least 0\.025"
     ):
         detector.at(0.01)
     with pytest.raises(RuntimeError, match="has no threshold yet"):
@@ -838,3 +856,23 @@ def test_an_attack_goes_through_both_branches() -> None:
         next(defended.trajectory(x))
     with pytest.raises(TypeError, match="detector is a Purifier"):
         Defended(model, Purifier(model), detector=Purifier(model))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ("threshold", None, "has threshold None; it must be a number"),
+        ("threshold", "abc", "has threshold abc; it must be a number"),
+        ("threshold", float("nan"), "has threshold nan; it must be a number"),
+        ("threshold", True, "has threshold True; it must be a number"),
+        ("interval", [0.1], r"has interval \[0\.1\]; it must be 2 numbers"),
+        ("scores", [], r"has scores \[\]; it must be some numbers"),
+        ("scores", [0.1, "b"], r"has scores .*; it must be some numbers"),
+    ],
+)
+def test_a_file_that_holds_no_threshold(key: str, value: object, sentence: str, tmp_path: Path) -> None:
+    detector, path = OutputVariance(cases.dense()), tmp_path / "detector.json"
+    detector.fit(clean()).save(path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(ValueError, match=sentence):
+        OutputVariance(cases.dense()).load(path)

@@ -2,7 +2,7 @@
 
 from equifast.evaluate.corruptions import CORRUPTIONS, corrupt
 from equifast.evaluate.cost import Cost, cost
-from equifast.evaluate.data import Arrays, ClassFolders, LabelFolders, open_data
+from equifast.evaluate.data import Arrays, ClassFolders, Images, LabelFolders, open_data, open_images
 from equifast.evaluate.detection import Anomaly, Detection, DetectionReport
 from equifast.evaluate.metrics import (
     Estimate,
@@ -35,6 +35,7 @@ __all__ = [
     "DetectionReport",
     "Estimate",
     "Evaluation",
+    "Images",
     "Interval",
     "LabelFolders",
     "Part",
@@ -54,6 +55,7 @@ __all__ = [
     "mean_iou",
     "nothing",
     "open_data",
+    "open_images",
     "over_draws",
     "profile_step",
     "robustness",

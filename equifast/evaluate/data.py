@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-__all__ = ["SUFFIXES", "Arrays", "ClassFolders", "LabelFolders", "first_line", "open_data"]
+__all__ = ["SUFFIXES", "Arrays", "ClassFolders", "Images", "LabelFolders", "first_line", "open_data", "open_images"]
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
 
@@ -115,6 +115,20 @@ def _images_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
 
 
+class Images(_Files):
+    """The image files of a folder, without labels: each has 0.
+
+    Args:
+        folder, images, size: as for :class:`LabelFolders`.
+    """
+
+    def __init__(self, folder: Path, images: int | None = None, size: tuple[int, int] | None = None) -> None:
+        super().__init__(_images_in(folder), folder, images, size)
+
+    def __getitem__(self, index: int) -> Item:
+        return self._image(self._paths[index]), torch.tensor(0)
+
+
 class LabelFolders(_Files):
     """A folder with ``images`` and ``labels``: PNG files of the same names, a pixel's class its gray value, 255 none.
 
@@ -193,3 +207,11 @@ def open_data(
     if (path / "images").is_dir() and (path / "labels").is_dir():
         return LabelFolders(path, images, size)
     return ClassFolders(path, images, size)
+
+
+def open_images(
+    path: str | Path, images: int | None = None, size: tuple[int, int] | None = None
+) -> Arrays | Images | LabelFolders | ClassFolders:
+    """Images whose labels do not count: a folder of image files (:class:`Images`), or what :func:`open_data` takes."""
+    path = Path(path)
+    return Images(path, images, size) if path.is_dir() and _images_in(path) else open_data(path, images, size)

@@ -88,7 +88,7 @@ class Anomaly:
 def attacked(strength: Strength, purifier: Purifier | None = None) -> Anomaly:
     """PGD on the model; or what a purifier makes of it, which is to look clean again."""
     _check_untargeted(strength)
-    level = f"PGD {255 * strength.eps:g}/255"
+    level = f"PGD {_radius(strength)}"
 
     def make(model: nn.Module, detector: Detector) -> Changed:
         attack = attacks.PGD(model, **strength.settings())
@@ -117,7 +117,7 @@ def evading(strength: Strength, rate: float) -> Anomaly:
         attack = attacks.Evading(model, detector.at(rate), **strength.patient(keep="best"))
         return lambda x, y, ids, places: attack(x, y, ids)
 
-    name = f"evading {255 * strength.eps:g}/255, rate {100 * rate:g}%"
+    name = f"evading {_radius(strength)}, rate {100 * rate:g}%"
     settings = {"attack": describe(strength), "by": "Evading", "rate": rate}
     return Anomaly(name, make, settings, knows=True, group="evading", rate=rate)
 
@@ -130,8 +130,12 @@ def patient(strength: Strength) -> Anomaly:
         attack = patient_margin(strength, model, keep="best")
         return lambda x, y, ids, places: attack(x, y, ids)
 
-    name = f"CW {255 * strength.eps:g}/255, {strength.patient()['steps']} steps"
+    name = f"CW {_radius(strength)}, {strength.patient()['steps']} steps"
     return Anomaly(name, make, {"attack": describe(strength), "by": "CW"})
+
+
+def _radius(strength: Strength) -> str:
+    return f"{255 * strength.eps:g}/255" if strength.norm == "linf" else f"{strength.eps:g} in l2"
 
 
 def _check_untargeted(strength: Strength) -> None:
