@@ -1,9 +1,9 @@
-"""By which view a detector should look at images before they are purified: mirror images of several sizes.
+"""By which views a detector should look at images: mirror images of several sizes, and how many views it takes.
 
     python bench/halves.py
     python bench/guard.py --output bench/results/guard.json
 
-Of each size the area under the characteristic of the output's variance, of `Deviation` and of the similarity of
+Of each the area under the characteristic of the output's variance, of `Deviation` and of the similarity of
 features, for attacked images against clean ones, and what of clean ones lies above the threshold of 5%. On images that
 other figures do not use: CamVid's val split, the first 40 for the thresholds and the others for the figures, and the
 first half of CIFAR-10's test images (bench/halves.py). "Through averaging" follows the mean prediction over the paper's
@@ -27,9 +27,15 @@ from torch import Tensor, nn
 from equifast import Defended, Purifier
 from equifast.detectors import Detector, Deviation, OutputVariance, Similarity
 from equifast.evaluate import Strength, known, open_data, separation
-from equifast.views import Compose, Flip, Resize, View
+from equifast.views import Compose, Flip, Resize, View, fast, paper
 
 SCALES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+SETS: dict[str, tuple[View, ...]] = {
+    **{f"mirror image of {scale:g}": (Compose(Flip(), Resize(scale)) if scale < 1 else Flip(),) for scale in SCALES},
+    "five of fast": fast(),
+    "six that do not enlarge": tuple(view for view in paper() if not view.enlarges),
+    "the paper's eight": paper(),
+}
 HALVES = Path(__file__).parent / "cache" / "halves"
 
 
@@ -65,19 +71,18 @@ def detectors(model: nn.Module, features: str | None, chosen: Sequence[View]) ->
 def measure(
     purifier: Purifier, features: str | None, fit: Tensor, x: Tensor, y: Tensor, eps: float, batch: int
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """``[detector][scale]``: areas in % by attack, and what is flagged of clean images."""
+    """``[detector][views]``: areas in % by attack, and what is flagged of clean images."""
     sets, model = attacked(purifier, x, y, eps, batch), purifier.model
     assert isinstance(model, nn.Module)
     rows: dict[str, dict[str, dict[str, float]]] = {}
-    for scale in SCALES:
-        chosen = (Flip(),) if scale == 1 else (Compose(Flip(), Resize(scale)),)
+    for views, chosen in SETS.items():
         for name, detector in detectors(model, features, chosen).items():
             detector.fit(fit.split(batch))
             clean = detector.score(x)
             row = {"clean flagged": 100 * float((clean.double() > detector.threshold).double().mean())}
             for kind, images in sets.items():
                 row[kind] = separation(clean.numpy(), detector.score(images).numpy()).auroc.value
-            rows.setdefault(name, {})[f"{scale:g}"] = row
+            rows.setdefault(name, {})[views] = row
     return rows
 
 
@@ -95,13 +100,13 @@ def main(
     fit, (x, y) = stack(half, places)[0], stack(half, few)
     document["CIFAR-10"] = measure(Purifier(cifar.network(), "layer3", eps=4 / 255), "layer3", fit, x, y, 2 / 255, 64)
     for title, rows in document.items():
-        kinds = list(rows["variance"]["1"])
+        kinds = list(next(iter(rows["variance"].values())))
         table = Table(title=f"{title}: area under the characteristic in %")
-        for heading in ("", "mirror image of", *kinds):
+        for heading in ("", "views", *kinds):
             table.add_column(heading, justify="right" if heading else "left")
-        for name, scales in rows.items():
-            for scale, row in scales.items():
-                table.add_row(name, scale, *(f"{row[kind]:.1f}" for kind in kinds))
+        for name, sets in rows.items():
+            for views, row in sets.items():
+                table.add_row(name, views, *(f"{row[kind]:.1f}" for kind in kinds))
         Console().print(table)
     if output is not None:
         write_json(output, {"areas": document, "settings": {"images": images}})

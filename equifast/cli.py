@@ -311,7 +311,10 @@ def detect(
     output: Output,
     model: Model,
     clean: Annotated[
-        Path, typer.Option(help="Folder of clean images for the threshold; or a detector.json of an earlier run.")
+        Path,
+        typer.Option(
+            "--clean", "--fit", help="Folder of clean images for the threshold; or a detector.json of an earlier run."
+        ),
     ],
     features: WhereFeatures = None,
     layer: Layers = None,

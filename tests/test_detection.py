@@ -630,7 +630,7 @@ def test_detect(detector: str, tmp_path: Path, spec: str) -> None:
         assert image.size == (40, 32)
     # the threshold of an earlier run
     (tmp_path / "in" / "0-broken.png").unlink()
-    again = [*given[:4], "--model", spec, "--clean", out / "detector.json", "--detector", detector]
+    again = [*given[:4], "--model", spec, "--fit", out / "detector.json", "--detector", detector]  # or --clean
     again[3] = tmp_path / "again"
     done = CliRunner().invoke(app, [str(a) for a in again])
     assert done.exit_code == 0, done.output
