@@ -588,7 +588,11 @@ def evaluate(
         ),
     ] = None,
     against: Annotated[
-        str | None, typer.Option(help="A defense of which all others' differences are told, paired over images.")
+        str | None,
+        typer.Option(
+            help="A defense of which all others' differences are told, paired over images; or of --study corruptions a "
+            "detector, of means."
+        ),
     ] = None,
     panels: Annotated[int, typer.Option(min=0, help="Images of the worst cases to show, of each defense.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 4,
@@ -640,15 +644,18 @@ def evaluate(
         make = Make(network, features, preset or "fast", purify_radius, seed)
         heads = _Heads(kept or output, fit, clean, rate, fit_images, shape, _device(device), chosen)
         if study is not None and study in DETECTION:
-            given: dict[str, object] = {"target": target, "protocol": protocol, "votes": votes, "against": against}
+            given: dict[str, object] = {"target": target, "protocol": protocol, "votes": votes}
+            given |= {"against": against if study != "corruptions" else None}
             given |= {"defense": defense or None, "attack": attack or None, "panels": panels or None}
             _check_detection(study, given, foreign or ())
             others = {_name(path): open_images(path, len(chosen)) for path in foreign or ()}
             anomalies = DETECTION[study](strength, make.purifier(), others)
             detectors = _detectors(network, features, layer or (), seed, heads, detector or ())
             told = {"size": size, "spec": model, "study": study}
+            if against is not None and against not in detectors:
+                raise ValueError(f"against is {against!r}; it must be one of {', '.join(detectors)}")
             detection = Detection(network, chosen, detectors, anomalies, batch=batch, arguments=told)
-            _report_detection(study, detection, output)
+            _report_detection(study, detection, output, against)
             return
         if foreign:
             raise ValueError("foreign is given without the study 'ood', which it is for")
@@ -879,7 +886,7 @@ def _detectors(
     return {name: heads.fitted(detector, name) for name, detector in made.items()}
 
 
-def _report_detection(study: str, detection: Detection, output: Path) -> None:
+def _report_detection(study: str, detection: Detection, output: Path, against: str | None) -> None:
     with _progress() as progress:
         task = progress.add_task("starting", total=1.0)
         report = detection.run(
@@ -887,7 +894,7 @@ def _report_detection(study: str, detection: Detection, output: Path) -> None:
             lambda what, done, total: progress.update(task, description=what, completed=done, total=total),
         )
         progress.update(task, description="figures")
-        document = report.document()
+        document = report.document(against)
         _write(output / "table.json", json.dumps(document, indent=2) + "\n")
         from equifast.evaluate import plots  # here, since matplotlib takes its time
 
@@ -900,8 +907,12 @@ def _report_detection(study: str, detection: Detection, output: Path) -> None:
         curve = plots.evasion(report)
         if curve is not None:
             plots.save(curve, output / "evasion")
-        _write(output / "table.md", markdown(_detection_tables(study, report, every=True)))
-    _print(_detection_tables(study, report), (), "")
+        apart = []
+        if against is not None:
+            title = f"mean area minus that of {against}, in points, ± standard error, paired over images"
+            apart = [(title, *grid(_signed(document["differences"])))]
+        _write(output / "table.md", markdown([*_detection_tables(study, report, every=True), *apart]))
+    _print([*_detection_tables(study, report), *apart], (), "")
 
 
 _SEPARATION = {

@@ -36,7 +36,7 @@ from equifast.evaluate import (
 )
 from equifast.evaluate.corruptions import _deformation
 from equifast.evaluate.detection import STUDIES, Anomaly, attacked, corrupted, evading, foreign, noise, patient
-from equifast.evaluate.metrics import _separations, mean_auroc
+from equifast.evaluate.metrics import Estimate, _separations, mean_auroc, mean_auroc_difference
 from equifast.models import write_image
 
 MODEL = cases.dense().eval()
@@ -110,6 +110,22 @@ def test_separation_is_that_of_scikit_learn() -> None:
         separation(np.arange(2.0), np.arange(3.0), paired=True)
     kinds = np.stack([np.arange(10.0), np.arange(10.0) + 20])
     assert mean_auroc(np.arange(10.0), kinds).value == pytest.approx(75)
+
+
+def test_the_difference_of_mean_areas() -> None:
+    """Of two detectors, images drawn together: what both share cancels."""
+    generator = np.random.default_rng(0)
+    clean, made = generator.normal(size=40), generator.normal(0.5, size=(3, 40))
+    other = clean + 0.1 * generator.normal(size=40), made + 0.1 * generator.normal(size=(3, 40))
+    apart = mean_auroc_difference((clean, made), other)
+    means = [mean_auroc(clean, made), mean_auroc(*other)]
+    assert apart.value == pytest.approx(means[0].value - means[1].value)
+    assert 0 < apart.standard_error < (means[0].high - means[0].low) / 8
+    swapped = mean_auroc_difference(other, (clean, made))
+    assert (swapped.value, swapped.standard_error) == pytest.approx((-apart.value, apart.standard_error))
+    assert mean_auroc_difference(other, other) == Estimate(0.0, 0.0)
+    with pytest.raises(ValueError, match=r"a has scores \(3, 40\), b \(2, 40\); they must be of the same images"):
+        mean_auroc_difference((clean, made), (clean, made[:2]))
 
 
 def test_scores_are_of_images_that_a_model_in_place_has_not_changed(tmp_path: Path) -> None:
@@ -429,6 +445,17 @@ def test_a_study_of_corruptions_from_the_command_line(
     assert "severity 3" in printed
     assert "fog 1" not in printed
     assert (tmp_path / "out" / "corruptions-deviation.png").exists()
+    few_of_them = ["--detector", "variance", "--detector", "error", "--against", "error", "-o", tmp_path / "few"]
+    done = CliRunner().invoke(app, [str(a) for a in (*given, *few_of_them)])
+    assert done.exit_code == 0, done.output
+    assert "minus that of error, in points" in " ".join(done.output.split())
+    document = json.loads((tmp_path / "few" / "table.json").read_text())
+    means, apart = document["means"], document["differences"]["variance"]["severity 3"]
+    expected = means["variance"]["severity 3"]["value"] - means["error"]["severity 3"]["value"]
+    assert apart["value"] == pytest.approx(expected)
+    done = CliRunner().invoke(app, [str(a) for a in (*given, *few_of_them, "--against", "guard")])
+    assert done.exit_code == 2
+    assert "against is 'guard'; it must be one of variance, error" in done.output.replace("\n", " ")
     assert json.loads((tmp_path / "out" / "study.json").read_text())["defenses"]["deviation"]["settings"][
         "features"
     ] == [

@@ -26,6 +26,7 @@ from equifast.evaluate.metrics import (
     accuracy,
     average,
     mean_auroc,
+    mean_auroc_difference,
     mean_iou,
     separation,
 )
@@ -361,16 +362,41 @@ class DetectionReport:
     def means(self) -> dict[str, dict[str, Interval]]:
         """``[detector][group]``: the mean area under the characteristic over the kinds of a group of several."""
         found: dict[str, dict[str, Interval]] = {}
-        for name, scores in self.scores.items():
-            for group in dict.fromkeys(group for group in self.groups.values() if group is not None):
-                kinds = [kind for kind, other in self.groups.items() if other == group]
-                if len(kinds) > 1 and group.startswith("severity"):
-                    made = np.stack([scores[kind] for kind in kinds])
-                    found.setdefault(name, {})[group] = mean_auroc(scores[CLEAN], made)
+        for group in self._severities:
+            for name in self.scores:
+                found.setdefault(name, {})[group] = mean_auroc(*self._of_group(name, group))
         return found
 
-    def document(self) -> dict[str, Any]:
-        """All figures as values that JSON can hold."""
+    def differences(self, against: str) -> dict[str, dict[str, Estimate]]:
+        """``[detector][group]``: those means minus those of one detector, paired over images.
+
+        Raises:
+            ValueError: if there is no such detector.
+        """
+        if against not in self.scores:
+            raise ValueError(f"there is no detector {against!r}; it must be one of {', '.join(self.scores)}")
+        others = [name for name in self.scores if name != against]
+        return {
+            name: {
+                group: mean_auroc_difference(self._of_group(name, group), self._of_group(against, group))
+                for group in self._severities
+            }
+            for name in others
+        }
+
+    @property
+    def _severities(self) -> list[str]:
+        """The groups of several kinds, over which a mean is told."""
+        groups = [group for group in self.groups.values() if group is not None and group.startswith("severity")]
+        return [group for group in dict.fromkeys(groups) if groups.count(group) > 1]
+
+    def _of_group(self, name: str, group: str) -> tuple[Array, Array]:
+        """A detector's scores of clean images (N,), and of those of every kind of a group (G, N)."""
+        scores = self.scores[name]
+        return scores[CLEAN], np.stack([scores[kind] for kind, other in self.groups.items() if other == group])
+
+    def document(self, against: str | None = None) -> dict[str, Any]:
+        """All figures, and differences of means from one detector where it is named, as values that JSON can hold."""
         rows: dict[str, Any] = {}
         for name, kinds in self.separations.items():
             row = rows.setdefault(name, {})
@@ -382,7 +408,7 @@ class DetectionReport:
                 }
                 if self.groups[kind] != "foreign":  # whose labels nobody knows
                     row[kind]["model"] = _values(self.damage(name, kind))
-        return {
+        document = {
             "figure": self.figure,
             "images": self.images,
             "false positive rate": self.rates,
@@ -390,6 +416,11 @@ class DetectionReport:
             "means": {name: {g: vars(m) for g, m in row.items()} for name, row in self.means().items()},
             "rows": rows,
         }
+        if against is not None:
+            apart = self.differences(against)
+            document["against"] = against
+            document["differences"] = {name: {g: _values(e) for g, e in row.items()} for name, row in apart.items()}
+        return document
 
 
 def _values(estimate: Estimate) -> dict[str, Any]:

@@ -24,6 +24,7 @@ __all__ = [
     "confusion",
     "difference",
     "mean_auroc",
+    "mean_auroc_difference",
     "mean_iou",
     "over_draws",
     "separation",
@@ -291,9 +292,28 @@ def mean_auroc(clean: Array, anomalous: Array, resamples: int = 1000) -> Interva
         anomalous: (G, N) scores of what was made of these images, kind by kind.
         resamples: bootstrap samples of the images, which clean ones and all kinds share.
     """
+    value, drawn = _mean_aurocs(clean, anomalous, resamples)
+    return _interval(value, drawn, len(clean))
+
+
+def mean_auroc_difference(a: tuple[Array, Array], b: tuple[Array, Array], resamples: int = 1000) -> Estimate:
+    """The mean area of one detector minus that of another, in percent, paired over images.
+
+    Args:
+        a, b: of each detector the scores of :func:`mean_auroc`, clean ones and others, of the same images.
+        resamples: bootstrap samples of the images, which both share.
+    """
+    if a[1].shape != b[1].shape:
+        raise ValueError(f"a has scores {a[1].shape}, b {b[1].shape}; they must be of the same images and kinds")
+    (one, drawn), (other, others) = (_mean_aurocs(*scores, resamples) for scores in (a, b))
+    spread = float("nan") if len(a[0]) < 2 else 100 * float((drawn - others).std(ddof=1))
+    return Estimate(100 * (one - other), spread)
+
+
+def _mean_aurocs(clean: Array, anomalous: Array, resamples: int) -> tuple[float, Array]:
+    """The mean area, and that of bootstrap samples (R,)."""
     clean, anomalous = np.nan_to_num(clean, nan=np.inf), np.nan_to_num(anomalous, nan=np.inf)
     above = (anomalous[:, :, None] > clean).mean(0) + (anomalous[:, :, None] == clean).mean(0) / 2  # (N, N)
     n = len(clean)
     weights = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=resamples) / n
-    drawn = ((weights @ above) * weights).sum(1)
-    return _interval(float(above.mean()), drawn, n)
+    return float(above.mean()), ((weights @ above) * weights).sum(1)
