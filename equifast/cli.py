@@ -363,14 +363,13 @@ def detect(
             chosen.save(output / "detector.json")
             if head is not None:
                 head.save(output / HEAD)
-            lines, failed = _scored(chosen, targets, output, _device(device), progress)
+            lines, failed, drawn = _scored(chosen, targets, output, _device(device), progress)
             if not lines:
                 raise ValueError(f"none of {failed} images can be read, {str(targets[0][0])!r} the first")
         kept = {"threshold": chosen.threshold, "interval": chosen.interval, "images": lines}
         _write(output / "scores.json", json.dumps(kept, indent=2) + "\n")
     except _FAILURES as error:
         raise _fail(first_line(error)) from error
-    shown = output / "overlays"
     table = Table(title=f"{detector}: threshold {chosen.threshold:.4g}")
     for heading in ("image", "score", "flagged"):
         table.add_column(heading, justify="right" if heading == "score" else "left")
@@ -383,7 +382,7 @@ def detect(
     _out.print(
         f"{sum(line['flagged'] for line in lines)} of {len(lines)} images are suspicious; of clean ones like those of "
         f"the threshold {about}{100 * low:.1f}% to {100 * high:.1f}% would be. All scores are in "
-        f"{output / 'scores.json'}; " + (f"overlays are in {shown}." if shown.is_dir() else _NO_OVERLAYS),
+        f"{output / 'scores.json'}; " + (f"overlays are in {output / 'overlays'}." if drawn else _NO_OVERLAYS),
         highlight=False,
         markup=False,
         soft_wrap=True,
@@ -430,12 +429,12 @@ def _first_readable(targets: Sequence[tuple[Path, Path]]) -> Tensor:
 
 def _scored(
     detector: Detector, found: Sequence[tuple[Path, Path]], output: Path, device: torch.device, progress: Progress
-) -> tuple[list[dict[str, Any]], int]:
-    """What is told of each image, the suspicious first, and how many could not be read; overlays are written."""
+) -> tuple[list[dict[str, Any]], int, int]:
+    """What is told of each image, the suspicious first, how many could not be read, and how many overlays there are."""
     from equifast.evaluate.plots import overlay  # here, since matplotlib takes its time
 
     scored: list[tuple[float, str]] = []
-    failed = 0
+    failed = drawn = 0
     for source, name in progress.track(found, description="images"):
         try:
             x = read_image(source)[None].to(device)
@@ -445,6 +444,7 @@ def _scored(
                 heat = detector.map(x)[0]
             if heat is not None:
                 write_image(output / "overlays" / name, overlay(x[0], heat, detector.most))
+                drawn += 1
             scored.append((score, str(source)))
         except Exception as error:  # one bad file: report it, do the rest
             failed += 1
@@ -455,7 +455,7 @@ def _scored(
         {"image": name, "score": None if math.isnan(score) else score, "flagged": not score <= detector.threshold}
         for score, name in scored
     ]
-    return lines, failed
+    return lines, failed, drawn
 
 
 @app.command()
@@ -554,7 +554,9 @@ def evaluate(
     foreign: Annotated[
         list[Path] | None, typer.Option(help="Data that the model does not know, for --study ood; any number.")
     ] = None,
-    rate: Annotated[float, typer.Option(help="Part of clean images that detectors may flag.")] = 0.05,
+    rate: Annotated[
+        float | None, typer.Option(help="Part of clean images that detectors may flag, 0.05 where not given.")
+    ] = None,
     fit_images: Annotated[int, typer.Option(min=1, help="How many images of --fit and of --clean are used.")] = 256,
     kept: Annotated[
         Path | None,
@@ -622,6 +624,8 @@ def evaluate(
         deviates = detects and (not looking or not {"deviation", "combined"}.isdisjoint(looking))
         if layer and not deviates:
             raise ValueError("layer is given without the detector 'deviation' or 'combined', which it is for")
+        if rate is not None and not detects:
+            raise ValueError("rate is given without a detector, whose threshold it is for")
         if data.resolve() in (output.resolve(), *output.resolve().parents) and not (data / "labels").is_dir():
             raise ValueError(f"output {str(output)!r} is in the data, whose folders are classes; choose another")
         network = load_model(model).to(_device(device))
@@ -642,7 +646,8 @@ def evaluate(
         if features is None:
             features = _find_features(network, chosen[0][0][None].to(_device(device)))
         make = Make(network, features, preset or "fast", purify_radius, seed)
-        heads = _Heads(kept or output, fit, clean, rate, fit_images, shape, _device(device), chosen)
+        flagged = 0.05 if rate is None else rate
+        heads = _Heads(kept or output, fit, clean, flagged, fit_images, shape, _device(device), chosen)
         if study is not None and study in DETECTION:
             given: dict[str, object] = {"target": target, "protocol": protocol, "votes": votes}
             given |= {"against": against if study != "corruptions" else None}

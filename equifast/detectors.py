@@ -271,8 +271,15 @@ class Detector:
                 raise ValueError(f"{path} is of a model or detector with {what} {was!r}; it must be {now!r}")
         if not keys <= found.keys():
             raise ValueError(f"{path} lacks {', '.join(sorted(keys - found.keys()))}")
-        for key, many in (("threshold", 0), ("interval", 2), ("scores", None)):
-            _check_numbers(f"{path} has {key}", found[key], many)
+        given = found["threshold"], found["interval"], found["scores"]
+        right = (
+            ("threshold", _are_numbers([given[0]]), "a number"),
+            ("interval", _are_numbers(given[1]) and len(given[1]) == 2, "two numbers"),
+            ("scores", _are_numbers(given[2]) and len(given[2]) > 0, "numbers, at least one"),
+        )
+        for key, good, must in right:
+            if not good:
+                raise ValueError(f"{path} has {key} {str(found[key])[:40]}; it must be {must}")
         self._take(found, self._state())  # whose fingerprint is that of the file
         return self
 
@@ -280,17 +287,11 @@ class Detector:
         self._fitted, self._stamp = fitted, state
 
 
-def _check_numbers(what: str, value: Any, many: int | None) -> None:
-    """ValueError where it is no number (``many`` is 0), or no list of so many; None for any number but none."""
-    numbers = [value] if many == 0 else value
-    if (
-        not isinstance(numbers, list)
-        or (many and len(numbers) != many)
-        or not numbers
-        or any(isinstance(n, bool) or not isinstance(n, int | float) or math.isnan(n) for n in numbers)
-    ):
-        must = "a number" if many == 0 else f"{many or 'some'} numbers"
-        raise ValueError(f"{what} {str(value)[:40]}; it must be {must}")
+def _are_numbers(value: Any) -> bool:
+    """Whether it is a list of numbers, and none of them NaN."""
+    return isinstance(value, list) and all(
+        isinstance(n, int | float) and not isinstance(n, bool) and not math.isnan(n) for n in value
+    )
 
 
 def _apart(name: str, was: Any, now: Any) -> tuple[str, Any, Any]:

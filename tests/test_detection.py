@@ -587,6 +587,7 @@ def test_clean_images_without_labels(tmp_path: Path, spec: str) -> None:
         ("detect", ("--clean", "EMPTY"), "which has no PNG, JPEG or WebP file"),
         ("evaluate", ("--preset", "strong"), "preset is given without a study; name it as a defense"),
         ("evaluate", ("--layer", "stem"), "layer is given without the detector 'deviation' or 'combined'"),
+        ("evaluate", ("--rate", "0.1"), "rate is given without a detector, whose threshold it is for"),
         ("evaluate", ("--defense", "detect", "--layer", "stem"), "layer is given without the detector 'deviation'"),
         (
             "evaluate",
@@ -738,7 +739,7 @@ def test_a_score_of_nan_comes_first(tmp_path: Path) -> None:
     values = iter(detector.values)
     detector.score = lambda x: torch.tensor([next(values)])
     found = [(tmp_path / f"{i}.png", Path(f"{i}.png")) for i in range(3)]
-    lines, failed = _scored(detector, found, tmp_path, torch.device("cpu"), Progress(disable=True))
+    lines, failed, _ = _scored(detector, found, tmp_path, torch.device("cpu"), Progress(disable=True))
     assert [Path(line["image"]).name for line in lines] == ["1.png", "2.png", "0.png"]
     assert (lines[0]["score"], lines[0]["flagged"], failed) == (None, True, 0)
 

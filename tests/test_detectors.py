@@ -865,9 +865,9 @@ def test_an_attack_goes_through_both_branches() -> None:
         ("threshold", "abc", "has threshold abc; it must be a number"),
         ("threshold", float("nan"), "has threshold nan; it must be a number"),
         ("threshold", True, "has threshold True; it must be a number"),
-        ("interval", [0.1], r"has interval \[0\.1\]; it must be 2 numbers"),
-        ("scores", [], r"has scores \[\]; it must be some numbers"),
-        ("scores", [0.1, "b"], r"has scores .*; it must be some numbers"),
+        ("interval", [0.1], r"has interval \[0\.1\]; it must be two numbers"),
+        ("scores", [], r"has scores \[\]; it must be numbers, at least one"),
+        ("scores", [0.1, "b"], r"has scores .*; it must be numbers, at least one"),
     ],
 )
 def test_a_file_that_holds_no_threshold(key: str, value: object, sentence: str, tmp_path: Path) -> None:
