@@ -574,7 +574,7 @@ def test_a_black_box_that_sees_more_is_a_warning() -> None:
     report = Report.__new__(Report)
     report.dense, report.votes, report.losses, report.no_gradient, report.probabilities = False, 0, {}, {}, {}
     report.drawn = {}
-    report.nan = {}
+    report.nan, report.changes = {}, {}
     report.target = None
     right = np.ones(20, bool)
     report.attackers = {"PGD": attacker("PGD"), "black box": attacker("black box", gradients=False)}
@@ -598,7 +598,7 @@ def report_of(**columns: Any) -> Any:
     report: Any = Report.__new__(Report)
     report.dense, report.votes, report.probabilities, report.target = False, 0, {"a": False}, None
     report.losses, report.no_gradient = {"a": {}}, {"a": {}}
-    report.nan = {}
+    report.nan, report.changes = {}, {}
     right = np.arange(20) < 10
     report.results = {"a": {"clean": right, "PGD": right & (np.arange(20) < 5)}}
     report.attackers = {"PGD": attacker("PGD"), "far": attacker("far", radius=16.0)}
@@ -1401,7 +1401,7 @@ def test_what_fails_names_its_row(folder: Path) -> None:
         "import equifast\n"
         "def late(model):\n"
         "    def purify(x, ids=None, draw=0):\n"
-        "        if draw:\n"
+        "        if draw > 1:\n"
         "            raise RuntimeError('no more draws\\nof mine')\n"
         "        return x\n"
         "    return equifast.Defended(model, purify)\n"
@@ -1622,3 +1622,16 @@ def test_a_worker_that_fails(folder: Path) -> None:
     assert "Traceback" not in done.stderr
     assert all("this model does not work" in line for line in done.stderr.splitlines() if line.startswith("equifast: "))
     assert not (folder / "out" / "table.json").exists()
+
+
+@pytest.mark.parametrize("model", [MODEL, cases.classifier().eval()])
+def test_a_defense_with_random_numbers_of_its_own_is_a_warning(tmp_path: Path, model: nn.Module) -> None:
+    features, own = None if model is MODEL else "features", torch.Generator().manual_seed(0)
+    rows = {
+        "own": Defended(model, lambda x, ids=None, draw=0: (x + 0.3 * torch.randn(x.shape, generator=own)).clamp(0, 1)),
+        "random": Defended(model, defenses.RandomNoise(0.3)),
+        "fast": Defended(model, Purifier(model, features, steps=1)),
+        "none": Defended(model, nothing),
+    }
+    warnings = Evaluation(model, scenes(3, model=model), [PGD], rows, eps=EPS).run(tmp_path).warnings()
+    assert [line.partition(":")[0] for line in warnings if "gives another output" in line] == ["own"]

@@ -377,7 +377,9 @@ class Evaluation:
                 note["purified"] = flag
         for note, bad in zip(notes, logits.isnan().flatten(1).any(1).tolist(), strict=True):
             note |= {"nan": True} if bad else {}
-        if clean:
+        if clean:  # some once more, and at another draw
+            again = [self._logits(defended, x[:4], y[:4], ids[:4], draw) for draw in (0, 1)]
+            notes[0] |= {"changes": True} if _changes(logits[:4], *again) else {}
             for note, chances in zip(notes, _probabilities(logits), strict=True):
                 note["probabilities"] = chances
         if self.score is not None:
@@ -466,6 +468,12 @@ def _named(defense: str, attack: str) -> Iterator[None]:
         raise
 
 
+def _changes(logits: Tensor, again: Tensor, other: Tensor) -> bool:
+    """Whether the output for the same image, ids and draw is as another draw's, and differs by more than rounding."""
+    apart, drawn = (float((each.float() - logits.float()).abs().mean()) for each in (again, other))
+    return apart > 0.5 * drawn + 0.02 * float(logits.float().std(correction=0))
+
+
 def draws_that_judge(count: int) -> list[int]:
     """The first is 0, which an attacker may be told, the others the last there are: attackers draw from 1 on."""
     return [0, *(rng.MAX_DRAW + 1 - number for number in range(1, count))]
@@ -520,6 +528,7 @@ class Report:
         self.similarities: dict[str, dict[str, Array]] = {}
         self.losses: dict[str, dict[str, Array]] = {}  # (N, runs, steps)
         self.no_gradient: dict[str, dict[str, Array]] = {}  # (N,) steps
+        self.changes: dict[str, bool] = {}  # whether a defense gives another output for the same images, ids and draw
         self.probabilities: dict[str, bool] = {}
         self.nan: dict[str, dict[str, int]] = {}  # on how many images a defense gives NaN, where it does
         self.purified: dict[str, dict[str, Array]] = {}  # (N,) bool, of defenses that purify what a detector suspects
@@ -546,6 +555,7 @@ class Report:
             if nan := sum(line.get("nan", False) for line in lines):
                 self.nan.setdefault(defense, {})[attack] = nan
             if attack == CLEAN:
+                self.changes[defense] = any(line.get("changes", False) for line in lines)
                 self.probabilities[defense] = all(line["probabilities"] for line in lines)
             times = [(line["seconds"], line["attack_seconds"]) for line in lines]
             mean = (sum(t[0] for t in times) / len(times), sum(t[1] for t in times) / len(times))
@@ -762,6 +772,11 @@ class Report:
                 found.append(
                     f"{defense}: outputs have NaN on images ({on} of {self.images} each), so that their labels are "
                     "no predictions"
+                )
+            if self.changes.get(defense):
+                found.append(
+                    f"{defense}: gives another output for the same image, ids and draw; its random numbers must be "
+                    "functions of these, or nobody can repeat its figures"
                 )
             if self.probabilities.get(defense):
                 found.append(f"{defense}: its outputs look like probabilities; losses are made for logits")
