@@ -887,6 +887,7 @@ def _detectors(
     for name in wanted:
         if name not in makes:
             raise ValueError(f"detector is {name!r}; it must be one of {', '.join(makes)}")
+    heads.check(list(wanted or makes))
     made = {name: makes[name]() for name in wanted or makes}  # all first: a head that is not there shows at once
     return {name: heads.fitted(detector, name) for name, detector in made.items()}
 
@@ -999,15 +1000,7 @@ class _Heads:
 
     def fitted(self, detector: Detector, name: str) -> Detector:
         """The detector with its threshold, fitted the first time; the file is named after what it was fitted on."""
-        if self.clean is None:
-            raise ValueError(f"detector {name} needs clean images; name data for it with --clean")
-        chosen, known = self._open(self.clean)
-        if len(chosen) < (least := needed(self.rate)):
-            raise ValueError(f"--clean has {len(chosen)} images; for --rate {self.rate} it must have at least {least}")
-        if self.data is not None and name in (*WITH_HEADS, "combined") and (both := len(known & self._trained)):
-            raise ValueError(
-                f"--clean has {both} of the images of --fit; a head knows those, and the threshold must be of others"
-            )
+        chosen, known = self._calibrating
         path = self.folder / f"detector-{name}-{_digest(sorted(known), detector.description())}.json"
         if path.exists():
             return detector.load(path).at(self.rate)
@@ -1028,6 +1021,27 @@ class _Heads:
                 f"{data} has {len(both)} of the images that are tested; a threshold, or a head, is of others"
             )
         return chosen, known
+
+    def check(self, names: Sequence[str]) -> None:
+        """ValueError where detectors of these names can have no threshold, before anything is trained or fitted."""
+        if self.clean is None:
+            raise ValueError(f"detector {names[0]} needs clean images; name data for it with --clean")
+        if not 0 < self.rate < 1:
+            raise ValueError(f"--rate is {self.rate}; it must be above 0 and below 1")
+        chosen, known = self._calibrating
+        if len(chosen) < (least := needed(self.rate)):
+            raise ValueError(f"--clean has {len(chosen)} images; for --rate {self.rate} it must have at least {least}")
+        headed = not {*WITH_HEADS, "combined"}.isdisjoint(names)
+        if self.data is not None and headed and (both := len(known & self._trained)):
+            raise ValueError(
+                f"--clean has {both} of the images of --fit; a head knows those, and the threshold must be of others"
+            )
+
+    @functools.cached_property
+    def _calibrating(self) -> tuple[Any, set[str]]:
+        """Clean images, and their digests."""
+        assert self.clean is not None
+        return self._open(self.clean)
 
     @functools.cached_property
     def _trained(self) -> set[str]:

@@ -31,6 +31,7 @@ from equifast.evaluate import (
     corruptions,
     known,
     mean_iou,
+    open_images,
     plots,
     separation,
 )
@@ -412,6 +413,7 @@ def test_studies_from_the_command_line(study: str, tmp_path: Path, spec: str) ->
             ("--fit-images", "9", "--detector", "error"),
             "--clean has 9 images; for --rate 0.05 it must have at least 19",
         ),
+        (("--rate", "2", "--detector", "rotation"), "--rate is 2.0; it must be above 0 and below 1"),
         (("--rate", "0.01", "--detector", "error"), "--clean has 20 images; for --rate 0.01 it must have at least 99"),
         *(
             (
@@ -759,3 +761,16 @@ def test_an_overlay() -> None:
     torch.testing.assert_close(painted[:, 0, 0], torch.full((3,), 0.5))
     assert float(painted[0, 1, 2]) > float(painted[2, 1, 2])  # yellow
     assert torch.equal(plots.overlay(torch.full((3, 4, 6), 0.5), torch.zeros(4, 6)), torch.full((3, 4, 6), 0.5))
+
+
+def test_images_whose_labels_do_not_count(tmp_path: Path) -> None:
+    """Of a folder of files alone; a file that lies beside folders is none of its data."""
+    data = write_data(tmp_path / "data", 3)
+    assert len(open_images(data / "images")) == 3
+    assert float(open_images(data / "images", size=(8, 12))[1][0].mean()) > 0
+    write_image(data / "stray.png", images(1)[0])
+    assert len(open_images(data)) == 3
+    (tmp_path / "classes" / "a").mkdir(parents=True)
+    for name in ("a/0.png", "a/1.png", "stray.png"):
+        write_image(tmp_path / "classes" / name, images(1)[0])
+    assert len(open_images(tmp_path / "classes")) == 2

@@ -115,6 +115,10 @@ def _images_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
 
 
+def _folders_in(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))
+
+
 class Images(_Files):
     """The image files of a folder, without labels: each has 0.
 
@@ -169,7 +173,7 @@ class ClassFolders(_Files):
     """
 
     def __init__(self, folder: Path, images: int | None = None, size: tuple[int, int] | None = None) -> None:
-        names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))
+        names = _folders_in(folder)
         found = {name: _images_in(folder / name) for name in names}
         for name, paths in found.items():
             if not paths:
@@ -212,6 +216,7 @@ def open_data(
 def open_images(
     path: str | Path, images: int | None = None, size: tuple[int, int] | None = None
 ) -> Arrays | Images | LabelFolders | ClassFolders:
-    """Images whose labels do not count: a folder of image files (:class:`Images`), or what :func:`open_data` takes."""
+    """Images whose labels do not count: a folder of image files alone (:class:`Images`), or as :func:`open_data`."""
     path = Path(path)
-    return Images(path, images, size) if path.is_dir() and _images_in(path) else open_data(path, images, size)
+    plain = path.is_dir() and bool(_images_in(path)) and not _folders_in(path)
+    return Images(path, images, size) if plain else open_data(path, images, size)

@@ -302,8 +302,11 @@ def mean_auroc_difference(a: tuple[Array, Array], b: tuple[Array, Array], resamp
     Args:
         a, b: of each detector the scores of :func:`mean_auroc`, clean ones and others, of the same images.
         resamples: bootstrap samples of the images, which both share.
+
+    Raises:
+        ValueError: if the shapes differ.
     """
-    if a[1].shape != b[1].shape:
+    if a[1].shape != b[1].shape or a[0].shape != b[0].shape:
         raise ValueError(f"a has scores {a[1].shape}, b {b[1].shape}; they must be of the same images and kinds")
     (one, drawn), (other, others) = (_mean_aurocs(*scores, resamples) for scores in (a, b))
     spread = float("nan") if len(a[0]) < 2 else 100 * float((drawn - others).std(ddof=1))

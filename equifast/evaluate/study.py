@@ -377,9 +377,10 @@ class Evaluation:
                 note["purified"] = flag
         for note, bad in zip(notes, logits.isnan().flatten(1).any(1).tolist(), strict=True):
             note |= {"nan": True} if bad else {}
-        if clean:  # some once more, and at another draw
+        if clean and self.images[0].id in ids.tolist():  # once: some again, and at another draw
             again = [self._logits(defended, x[:4], y[:4], ids[:4], draw) for draw in (0, 1)]
             notes[0] |= {"changes": True} if _changes(logits[:4], *again) else {}
+        if clean:
             for note, chances in zip(notes, _probabilities(logits), strict=True):
                 note["probabilities"] = chances
         if self.score is not None:
