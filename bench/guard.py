@@ -3,11 +3,11 @@
     python bench/halves.py
     python bench/guard.py --output bench/results/guard.json
 
-Of each the area under the characteristic of the output's variance, of `Deviation` and of the similarity of
-features, for attacked images against clean ones, and what of clean ones lies above the threshold of 5%. On images that
-other tables of attacks do not use: CamVid's val split, the first 40 for the thresholds and the others for the figures,
-and the first half of CIFAR-10's test images (bench/halves.py). "Through averaging" follows the mean prediction over the paper's
-eight views, "BPDA, margin" the preset `fast`, not the detector.
+Of each the area under the characteristic of the output's variance, of `Deviation` and of the similarity of features,
+for attacked images against clean ones, and what of clean ones lies above the threshold of 5%. On images that other
+tables of attacks do not use: CamVid's val split, the first 40 for the thresholds and the others for the figures, and
+the first half of CIFAR-10's test images (bench/halves.py). "Through averaging" follows the mean prediction over the
+paper's eight views, "BPDA, margin" the preset `fast`, not the detector.
 """
 
 from collections.abc import Sequence
