@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import partial
@@ -311,9 +311,12 @@ def detect(
     output: Output,
     model: Model,
     clean: Annotated[
-        Path,
+        list[Path],
         typer.Option(
-            "--clean", "--fit", help="Folder of clean images for the threshold; or a detector.json of an earlier run."
+            "--clean",
+            "--fit",
+            help="Clean images for the threshold, any number of files and folders; or a detector.json of an earlier "
+            "run, alone.",
         ),
     ],
     features: WhereFeatures = None,
@@ -348,14 +351,15 @@ def detect(
         head = Rotation(network, features, seed=seed) if detector == "combined" else None
         if head is not None:
             chosen = Combined([chosen, Similarity(head)])
-        like = [] if clean.is_file() else [source for source, _ in find_images([clean], output / "overlays")]
-        if not (like or clean.is_file()):
-            raise ValueError(f"clean is {clean}, which has no PNG, JPEG or WebP file")
+        kept = clean[0] if len(clean) == 1 and clean[0].suffix.lower() == ".json" else None
+        like = [] if kept is not None else [source for source, _ in find_images(clean, output / "overlays")]
+        if not (like or kept is not None):
+            raise ValueError(f"clean is {', '.join(map(str, clean))}, which has no PNG, JPEG or WebP file")
         with _progress() as progress:
-            if clean.is_file():
+            if kept is not None:
                 if head is not None:
-                    head.load(clean.with_name(HEAD))
-                chosen.load(clean)
+                    head.load(kept.with_name(HEAD))
+                chosen.load(kept)
                 chosen = chosen if rate is None else chosen.at(rate)
             else:
                 _fit(chosen, head, like, 0.05 if rate is None else rate, _device(device), progress)
@@ -366,8 +370,8 @@ def detect(
             lines, failed, drawn = _scored(chosen, targets, output, _device(device), progress)
             if not lines:
                 raise ValueError(f"none of {failed} images can be read, {str(targets[0][0])!r} the first")
-        kept = {"threshold": chosen.threshold, "interval": chosen.interval, "images": lines}
-        _write(output / "scores.json", json.dumps(kept, indent=2) + "\n")
+        scores = {"threshold": chosen.threshold, "interval": chosen.interval, "images": lines}
+        _write(output / "scores.json", json.dumps(scores, indent=2) + "\n")
     except _FAILURES as error:
         raise _fail(first_line(error)) from error
     table = Table(title=f"{detector}: threshold {chosen.threshold:.4g}")
@@ -537,11 +541,18 @@ def evaluate(
         str | None, typer.Option(help="The preset of which a --study changes one setting; fast where not given.")
     ] = None,
     fit: Annotated[
-        Path | None, typer.Option(exists=True, help="Data on which the heads of rotation and contrastive are trained.")
+        Path | None,
+        typer.Option(
+            exists=True,
+            help="Data, or a folder of image files, on which the heads of rotation and contrastive are trained.",
+        ),
     ] = None,
     clean: Annotated[
         Path | None,
-        typer.Option(exists=True, help="Clean data, like those that are to come, for the thresholds of detectors."),
+        typer.Option(
+            exists=True,
+            help="Clean data, or a folder of image files, like those to come, for the thresholds of detectors.",
+        ),
     ] = None,
     layer: Layers = None,
     detector: Annotated[
@@ -552,7 +563,10 @@ def evaluate(
         ),
     ] = None,
     foreign: Annotated[
-        list[Path] | None, typer.Option(help="Data that the model does not know, for --study ood; any number.")
+        list[Path] | None,
+        typer.Option(
+            help="Data, or a folder of image files, that the model does not know, for --study ood; any number."
+        ),
     ] = None,
     rate: Annotated[
         float | None, typer.Option(help="Part of clean images that detectors may flag, 0.05 where not given.")
@@ -655,10 +669,8 @@ def evaluate(
             _check_detection(study, given, foreign or ())
             others = {_name(path): open_images(path, len(chosen)) for path in foreign or ()}
             anomalies = DETECTION[study](strength, make.purifier(), others)
-            detectors = _detectors(network, features, layer or (), seed, heads, detector or ())
+            detectors = _detectors(network, features, layer or (), seed, heads, detector or (), against)
             told = {"size": size, "spec": model, "study": study}
-            if against is not None and against not in detectors:
-                raise ValueError(f"against is {against!r}; it must be one of {', '.join(detectors)}")
             detection = Detection(network, chosen, detectors, anomalies, batch=batch, arguments=told)
             _report_detection(study, detection, output, against)
             return
@@ -670,6 +682,8 @@ def evaluate(
                 f"detector is given; it is for the defense 'detect', which has one, or for a study, one of {studies}"
             )
         sweep = _sweep(study, defense, make)
+        against = next((title for title, name in titles.items() if name == against), against)
+        _check_against(against, titles if sweep is None else sweep.defenses)
         if sweep is not None:
             rows = dict(sweep.defenses)
         else:
@@ -677,9 +691,6 @@ def evaluate(
                 title: _defended(name, network, features, layer or (), purify_radius, seed, heads, looking[0])
                 for title, name in titles.items()
             }
-        against = next((title for title, name in titles.items() if name == against), against)
-        if against is not None and against not in rows:
-            raise ValueError(f"there is no defense {against!r}; it must be one of {', '.join(rows)}")
         votes = votes if votes is not None else 0 if sweep is not None else 5
         workers = min(workers, len(chosen))
         batch = min(batch, math.ceil(len(chosen) / workers))
@@ -752,6 +763,13 @@ def _check_study(study: str | None, preset: str | None, workers: int) -> None:
         raise ValueError("preset is given without a study; name it as a defense")
     if preset is not None and study in _OF_NO_PRESET:
         raise ValueError(f"preset is given with study {study!r}, which does not depend on it")
+
+
+def _check_against(against: str | None, rows: Collection[str]) -> None:
+    if against is not None and against not in rows:
+        raise ValueError(f"against is {against!r}; it must be one of {', '.join(rows)}")
+    if against is not None and len(rows) == 1:
+        raise ValueError(f"against is {against!r}, the only one there is; differences are between two")
 
 
 def _check_detection(study: str, given: Mapping[str, object], foreign: Sequence[Path]) -> None:
@@ -871,8 +889,9 @@ def _detectors(
     seed: int,
     heads: "_Heads",
     wanted: Sequence[str],
+    against: str | None,
 ) -> dict[str, Detector]:
-    """Detectors with their thresholds."""
+    """Detectors with their thresholds; `against` is one of them."""
 
     def turned(kind: type[Rotation] | type[Contrastive], name: str) -> Detector:
         return Similarity(heads.give(kind(network, features, seed=seed), name))
@@ -887,6 +906,7 @@ def _detectors(
     for name in wanted:
         if name not in makes:
             raise ValueError(f"detector is {name!r}; it must be one of {', '.join(makes)}")
+    _check_against(against, dict.fromkeys(wanted or makes))
     heads.check(list(wanted or makes))
     made = {name: makes[name]() for name in wanted or makes}  # all first: a head that is not there shows at once
     return {name: heads.fitted(detector, name) for name, detector in made.items()}
@@ -1107,7 +1127,7 @@ def _defended(
     if name in PRESETS:
         return Defended(network, Purifier(network, features, name, eps, seed))
     if name == "detect":
-        detector = _detectors(network, features, layers, seed, heads, [guard])[guard]
+        detector = _detectors(network, features, layers, seed, heads, [guard], None)[guard]
         # in the arithmetic of the detector, whose passes give the predictions of what is not suspected
         return Defended(network, Purifier(network, features, "fast", eps, seed), detector=detector, dtype="auto")
     raise ValueError(f"defense is {whole!r}; it must be one of {', '.join(DEFENSES)}")

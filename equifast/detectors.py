@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -252,6 +253,12 @@ class Detector:
             found = json.loads(Path(path).read_text())
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is no JSON: {error}") from None
+        self._check_fitted(found, str(path))
+        self._take(found, self._state())  # whose fingerprint is that of the file
+        return self
+
+    def _check_fitted(self, found: Any, where: str) -> None:
+        """ValueError where what was read is not of this detector, or not whole."""
         own = json.loads(json.dumps(self._origin()))
         keys = {
             *own,
@@ -264,33 +271,37 @@ class Detector:
             *self._LEARNED,
         }
         if not isinstance(found, dict) or not own.keys() <= found.keys():
-            raise ValueError(f"{path} is not of a detector; it must have {', '.join(sorted(keys))}")
+            raise ValueError(f"{where} is not of a detector; it must have {', '.join(sorted(keys))}")
         for key, value in own.items():
             if found[key] != value:
                 what, was, now = _apart("weights" if key == "model" else key, found[key], value)
-                raise ValueError(f"{path} is of a model or detector with {what} {was!r}; it must be {now!r}")
+                raise ValueError(f"{where} is of a model or detector with {what} {was!r}; it must be {now!r}")
         if not keys <= found.keys():
-            raise ValueError(f"{path} lacks {', '.join(sorted(keys - found.keys()))}")
+            raise ValueError(f"{where} lacks {', '.join(sorted(keys - found.keys()))}")
         given = found["threshold"], found["interval"], found["scores"]
         right = (
             ("threshold", _are_numbers([given[0]]), "a number"),
-            ("interval", _are_numbers(given[1]) and len(given[1]) == 2, "two numbers"),
+            ("interval", _are_numbers(given[1], 2), "two numbers"),
             ("scores", _are_numbers(given[2]) and len(given[2]) > 0, "numbers, at least one"),
         )
-        for key, good, must in right:
+        for key, good, must in itertools.chain(right, self._right(found, where)):  # the latter after the keys before
             if not good:
-                raise ValueError(f"{path} has {key} {str(found[key])[:40]}; it must be {must}")
-        self._take(found, self._state())  # whose fingerprint is that of the file
-        return self
+                raise ValueError(f"{where} has {key} {str(found[key])[:40]}; it must be {must}")
+
+    def _right(self, found: dict[str, Any], where: str) -> Iterator[tuple[str, bool, str]]:
+        """Of each key of what it learned, whether its value is as it must be, and how that is."""
+        yield from ()
 
     def _take(self, fitted: dict[str, Any], state: object) -> None:
         self._fitted, self._stamp = fitted, state
 
 
-def _are_numbers(value: Any) -> bool:
-    """Whether it is a list of numbers, and none of them NaN."""
-    return isinstance(value, list) and all(
-        isinstance(n, int | float) and not isinstance(n, bool) and not math.isnan(n) for n in value
+def _are_numbers(value: Any, count: int | None = None) -> bool:
+    """Whether it is a list of numbers, so many where that is given, and none of them NaN."""
+    return (
+        isinstance(value, list)
+        and count in (None, len(value))
+        and all(isinstance(n, int | float) and not isinstance(n, bool) and not math.isnan(n) for n in value)
     )
 
 
@@ -711,6 +722,12 @@ class Deviation(_OfViews):
         with torch.no_grad(), evaluating(x, *self._modules(), lean=True):
             return _enlarged(self._measured(x, numbers, draw, how=apart), x)
 
+    def _right(self, found: dict[str, Any], where: str) -> Iterator[tuple[str, bool, str]]:
+        mean, rows = found["mean"], found["precision"]
+        yield "mean", _are_numbers(mean) and len(mean) > 0, "numbers, at least one"
+        square = isinstance(rows, list) and len(rows) == len(mean) and all(_are_numbers(row, len(mean)) for row in rows)
+        yield "precision", square, f"{len(mean)} rows of as many numbers"
+
     def _judge(self, measured: Tensor) -> Tensor:
         mean, precision = (
             torch.tensor(self._known(key), dtype=torch.float64, device=measured.device) for key in self._LEARNED
@@ -892,6 +909,14 @@ class Combined(Detector):
         for detector in self.detectors:
             detector._note(fitted_on)
         self._fitted["parts"] = [detector.description() for detector in self.detectors]
+
+    def _right(self, found: dict[str, Any], where: str) -> Iterator[tuple[str, bool, str]]:
+        count = len(self.detectors)
+        for key in ("centers", "units"):
+            yield key, _are_numbers(found[key], count), f"{count} numbers"
+        yield "parts", isinstance(found["parts"], list) and len(found["parts"]) == count, f"{count} detectors"
+        for number, (detector, part) in enumerate(zip(self.detectors, found["parts"], strict=True), start=1):
+            detector._check_fitted(part, f"{where}, part {number}")
 
     def _take(self, fitted: dict[str, Any], state: object) -> None:
         super()._take(fitted, state)

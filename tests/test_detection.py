@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -458,6 +459,10 @@ def test_a_study_of_corruptions_from_the_command_line(
     done = CliRunner().invoke(app, [str(a) for a in (*given, *few_of_them, "--against", "guard")])
     assert done.exit_code == 2
     assert "against is 'guard'; it must be one of variance, error" in done.output.replace("\n", " ")
+    alone = ["--detector", "error", "--against", "error", "--clean", data, "-o", tmp_path / "alone"]
+    done = CliRunner().invoke(app, [str(a) for a in (*given, *alone)])  # shows before clean images are looked at
+    assert done.exit_code == 2
+    assert "against is 'error', the only one there is; differences are between two" in " ".join(done.output.split())
     assert json.loads((tmp_path / "out" / "study.json").read_text())["defenses"]["deviation"]["settings"][
         "features"
     ] == [
@@ -658,6 +663,15 @@ def test_detect(detector: str, tmp_path: Path, spec: str) -> None:
     assert overlays == ["a0.png", "a1.png", "a2.png", "sub/noise [/x].png"]
     with Image.open(out / "overlays" / "a0.png") as image:
         assert image.size == (40, 32)
+    if detector == "error":  # the same clean images, by two folders
+        parts = [tmp_path / "part", tmp_path / "rest"]
+        for place, path in enumerate(sorted(clean.iterdir())):
+            folder = parts[place >= 12]
+            folder.mkdir(exist_ok=True)
+            shutil.copy(path, folder / path.name)
+        both = [*given[:3], tmp_path / "both", *given[4:6], "--fit", parts[0], "--clean", parts[1], *given[8:]]
+        done = CliRunner().invoke(app, [str(a) for a in both])
+        assert json.loads((tmp_path / "both" / "scores.json").read_text()) == scores
     # the threshold of an earlier run
     (tmp_path / "in" / "0-broken.png").unlink()
     again = [*given[:4], "--model", spec, "--fit", out / "detector.json", "--detector", detector]  # or --clean
@@ -683,6 +697,7 @@ def test_what_detect_refuses(tmp_path: Path, spec: str) -> None:
     for i in range(19):
         (tmp_path / "bad" / f"{i}.png").write_text("no image")
     many = write_data(tmp_path / "many", 20, seed=6) / "images"
+    (tmp_path / "none.json").write_text("no JSON")
     out = tmp_path / "out"
     for arguments, sentence in (
         ((tmp_path / "empty",), "no PNG, JPEG or WebP file in"),
@@ -691,8 +706,10 @@ def test_what_detect_refuses(tmp_path: Path, spec: str) -> None:
             (clean, "--detector", "magic"),
             "detector is 'magic'; it must be one of similarity, variance, guard, error, deviation, combined",
         ),
-        ((clean, "--clean", tmp_path / "model.py"), "is no JSON"),
-        ((clean, "--clean", tmp_path / "model.py", "--detector", "combined"), "rotation.safetensors"),
+        ((clean, "--clean", tmp_path / "none.json"), "is no JSON"),
+        ((clean, "--clean", tmp_path / "none.json", "--detector", "combined"), "rotation.safetensors"),
+        ((clean, "--clean", tmp_path / "model.py"), "for --rate 0.05 it must have at least 19"),
+        ((clean, "--clean", tmp_path / "none.json", "--clean", many), "none.json: "),  # alone, or it is no image
         ((tmp_path / "broken", "--clean", many), "none of 1 images can be read"),
         ((clean, "--clean", tmp_path / "bad"), "0.png: "),
         (
@@ -702,7 +719,8 @@ def test_what_detect_refuses(tmp_path: Path, spec: str) -> None:
         ((clean, "--clean", many, "--detector", "combined", "--rate", "1.5"), "false_positive_rate is 1.5; it must"),
         ((tmp_path / "broken", "--clean", many, "--features", "body"), "none of 1 images can be read"),
     ):
-        given = ["detect", *arguments[:1], "-o", out, "--model", spec, "--clean", clean, *arguments[1:]]
+        given = ["detect", *arguments[:1], "-o", out, "--model", spec, *arguments[1:]]
+        given += [] if "--clean" in given else ["--clean", clean]
         done = CliRunner().invoke(app, [str(a) for a in given])
         assert done.exit_code == 2, done.output
         assert sentence in done.output.replace("\n", " ")

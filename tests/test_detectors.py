@@ -212,7 +212,7 @@ def test_deviation_of_several_kinds_of_features(tmp_path: Path) -> None:
     torch.testing.assert_close(found, torch.cat((output[:, :1], stem[:, :1], output[:, 1:]), 1))
     several.fit(clean()).save(tmp_path / "fit.json")
     fitted = json.loads((tmp_path / "fit.json").read_text())
-    (tmp_path / "fit.json").write_text(json.dumps({**fitted, "mean": fitted["mean"] + [0.0, 0.0]}))
+    (tmp_path / "fit.json").write_text(json.dumps({**fitted, "mean": [0.0] * 7, "precision": [[0.0] * 7] * 7}))
     with pytest.raises(ValueError, match="fitted are 7 numbers of an image, here are 5; call fit again"):
         several.load(tmp_path / "fit.json").score(x)
 
@@ -876,3 +876,33 @@ def test_a_file_that_holds_no_threshold(key: str, value: object, sentence: str, 
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
     with pytest.raises(ValueError, match=sentence):
         OutputVariance(cases.dense()).load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"mean": None}, "part 1 has mean None; it must be numbers, at least one"),
+        ({"mean": [0.0]}, "part 1 has precision .*; it must be 1 rows of as many numbers"),
+        ({"precision": [[0.0]]}, "part 1 has precision .*; it must be 4 rows of as many numbers"),
+        ({"settings": {}}, "part 1 is of a model or detector with settings"),
+        ({"threshold": "a"}, "part 1 has threshold a; it must be a number"),
+        ({"parts": []}, r"has parts \[\]; it must be 2 detectors"),
+        ({"centers": [0.0]}, r"has centers \[0\.0\]; it must be 2 numbers"),
+        ({"units": [0.0, float("nan")]}, "has units .*; it must be 2 numbers"),
+    ],
+)
+def test_a_file_of_parts_that_are_not_whole(change: dict[str, object], sentence: str, tmp_path: Path) -> None:
+    def made() -> Combined:
+        model = cases.dense()
+        return Combined([Deviation(model), OutputVariance(model)])
+
+    path = tmp_path / "detector.json"
+    made().fit(clean()).save(path)
+    whole = json.loads(path.read_text())
+    (whole if change.keys() <= {"parts", "centers", "units"} else whole["parts"][0]).update(change)
+    path.write_text(json.dumps(whole))
+    detector = made()
+    with pytest.raises(ValueError, match=sentence):
+        detector.load(path)
+    with pytest.raises(RuntimeError, match="Combined has no threshold yet"):  # nothing of it was taken
+        _ = detector.threshold
