@@ -127,7 +127,7 @@ def _fingerprint(study: Study) -> str:
     for tensor in (*study.model.state_dict().values(), study.images, study.labels):
         state.update(tensor.contiguous().numpy().tobytes())
     package, bench = Path(equifast.__file__).parent, Path(__file__).parent
-    sources = [path for path in package.glob("*.py") if path.name not in ("cli.py", "models.py")]
+    sources = [path for path in package.glob("*.py") if path.name != "models.py"]
     for source in sorted([*sources, *package.glob("evaluate/*.py"), *(bench / name for name in _SOURCES)]):
         state.update(source.read_bytes())
     for library in sorted(package.glob("_ops*.so")):

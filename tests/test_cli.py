@@ -13,8 +13,8 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from equifast import Purifier, __version__, cli
-from equifast.cli import app
+from equifast import Purifier, __version__
+from equifast.cli import _tables, app, evaluate
 from equifast.demo import load_model, load_scenes
 from equifast.evaluate import Cost
 from equifast.models import read_image, write_image
@@ -56,9 +56,9 @@ def lines(folder: Path) -> list[dict[str, object]]:
 def test_wide_tables_lose_nothing(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file has lines of any length; on a terminal cells go on below."""
     file = io.StringIO()
-    monkeypatch.setattr(cli, "_out", Console(file=file, force_terminal=terminal, width=80, color_system=None))
+    monkeypatch.setattr(_tables, "stdout", Console(file=file, force_terminal=terminal, width=80, color_system=None))
     cells = [f"{i}9.5 (65.5-73.{i})" for i in range(10)]
-    cli._print([("areas", ["", *(f"detector {i}" for i in range(10))], [["camvid/train", *cells]])], [], "")
+    _tables.show([("areas", ["", *(f"detector {i}" for i in range(10))], [["camvid/train", *cells]])], [], "")
     rows = [line.split("│")[1:-1] for line in file.getvalue().splitlines() if "│" in line]
     assert (len(rows) == 1) is not terminal
     whole = ["".join(parts).replace(" ", "") for parts in zip(*rows, strict=True)]
@@ -351,8 +351,8 @@ def test_doctor() -> None:
 
 def test_costs_of_a_busy_machine_are_told() -> None:
     quiet = {"none": Cost(1.0, 1.0, 1.0, 1.0), "fast": Cost(24.0, 20.0, 20.0, 1.0)}
-    assert cli._busy(quiet) == []
-    (warning,) = cli._busy({**quiet, "averaging": Cost(20.0, 10.0, 10.0, 1.0)})
+    assert evaluate._busy(quiet) == []
+    (warning,) = evaluate._busy({**quiet, "averaging": Cost(20.0, 10.0, 10.0, 1.0)})
     assert "took 2 s beside averaging and 1 s beside none" in warning
 
 

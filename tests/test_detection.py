@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 from typer.testing import CliRunner
 
-from equifast import Defended, Purifier, attacks, cli, views
-from equifast.cli import app
+from equifast import Defended, Purifier, attacks, views
+from equifast.cli import app, evaluate
 from equifast.detectors import Deviation, OutputVariance, Similarity
 from equifast.evaluate import (
     CORRUPTIONS,
@@ -47,7 +47,7 @@ MODEL = cases.dense().eval()
 @pytest.fixture(autouse=True)
 def _one_round(monkeypatch: pytest.MonkeyPatch) -> None:
     """Costs are measured once, which takes a third of the time."""
-    monkeypatch.setattr(cli, "_ROUNDS", 1)
+    monkeypatch.setattr(evaluate, "_ROUNDS", 1)
 
 
 def images(n: int, seed: int = 0) -> Tensor:
@@ -432,10 +432,8 @@ def test_studies_from_the_command_line(study: str, tmp_path: Path, spec: str) ->
 def test_a_study_of_corruptions_from_the_command_line(
     tmp_path: Path, spec: str, monkeypatch: pytest.MonkeyPatch, opencv: None
 ) -> None:
-    import equifast.cli
-
     few = [corrupted(name, severity) for name in ("fog", "contrast") for severity in (1, 3)]
-    monkeypatch.setattr(equifast.cli, "DETECTION", {"corruptions": lambda strength, purifier, others: few})
+    monkeypatch.setattr(evaluate, "DETECTION", {"corruptions": lambda strength, purifier, others: few})
     data, clean = write_data(tmp_path / "data", 3), write_data(tmp_path / "clean", 20, seed=5)
     given = ["evaluate", data, "-o", tmp_path / "out", "--model", spec, "--study", "corruptions", "--clean", clean]
     fit = write_data(tmp_path / "fit", 20, seed=9)
@@ -750,7 +748,7 @@ def test_no_overlays_where_an_image_is_seen_as_a_whole(tmp_path: Path) -> None:
 def test_a_score_of_nan_comes_first(tmp_path: Path) -> None:
     from rich.progress import Progress
 
-    from equifast.cli import _scored
+    from equifast.cli.detect import _scored
 
     detector = detectors()["variance"]
     for i, value in enumerate((0.2, math.nan, 0.4)):

@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from typer.testing import CliRunner
 
-from equifast import Defended, Purifier, attacks, cli, defenses, views
+from equifast import Defended, Purifier, attacks, defenses, views
 from equifast._fingerprint import describe
 from equifast.attacks import BPDA
 from equifast.cli import app
+from equifast.cli import evaluate as command_evaluate
 from equifast.evaluate import (
     Attacker,
     Estimate,
@@ -67,7 +68,7 @@ def scenes(n: int = 6, model: nn.Module = MODEL, size: tuple[int, int] = (20, 28
 @pytest.fixture(autouse=True)
 def _one_round(monkeypatch: pytest.MonkeyPatch) -> None:
     """Costs are measured once, which takes a third of the time."""
-    monkeypatch.setattr(cli, "_ROUNDS", 1)
+    monkeypatch.setattr(command_evaluate, "_ROUNDS", 1)
 
 
 PGD = Attacker("PGD", lambda model, defended: attacks.PGD(model, steps=2), knows=False)
@@ -1469,7 +1470,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, folder: Path, *more: str) -> dict[str
         seen.update(images=len(data), attacks=attacks, rows=rows, **settings)
         raise ValueError("that is enough")
 
-    monkeypatch.setattr(cli, "Evaluation", stop)
+    monkeypatch.setattr(command_evaluate, "Evaluation", stop)
     plain = ["evaluate", str(folder / "dense"), "-o", str(folder / "out"), "--model", f"{folder / 'model.py'}:dense"]
     done = CliRunner().invoke(app, [*plain, *more])
     assert "that is enough" in done.output
@@ -1554,7 +1555,7 @@ def test_workers_share_the_images(folder: Path, monkeypatch: pytest.MonkeyPatch)
     assert records(folder / "out") == records(folder / "alone")
     assert [path.name for path in (folder / "out").glob("records*")] == ["records.jsonl"]
     # with nothing left to do none is started
-    monkeypatch.setattr(cli, "_share", None)
+    monkeypatch.setattr(command_evaluate, "share", None)
     before = (folder / "out" / "records.jsonl").read_bytes()
     done = CliRunner().invoke(app, [*arguments, "--workers", "64"])
     assert done.exit_code == 0, done.output

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from typer.testing import CliRunner
 
-from equifast import Defended, Purifier, attacks, cli
-from equifast.cli import app
+from equifast import Defended, Purifier, attacks
+from equifast.cli import app, evaluate
 from equifast.evaluate import Attacker, Evaluation, plots
 from equifast.evaluate.studies import STUDIES, Constrained, Make
 from equifast.purifier import DefendedModel
@@ -26,7 +26,7 @@ EPS = 6 / 255
 @pytest.fixture(autouse=True)
 def _one_round(monkeypatch: pytest.MonkeyPatch) -> None:
     """Costs are measured once, which takes a third of the time."""
-    monkeypatch.setattr(cli, "_ROUNDS", 1)
+    monkeypatch.setattr(evaluate, "_ROUNDS", 1)
 
 
 def make(**changed: Any) -> Make:
