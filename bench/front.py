@@ -160,6 +160,9 @@ def purify(
     return Draws(defended, draws) if draws > 1 else defended
 
 
+# Images and mirror images, and the same at three quarters of the size.
+TWO_SIZES = (views.Flip(), views.Resize(0.75), views.Compose(views.Flip(), views.Resize(0.75)))
+
 Candidate = tuple[Callable[..., nn.Module], dict[str, Any]]
 
 
@@ -244,6 +247,11 @@ CANDIDATES: dict[str, Candidate] = {
     "fast, 6 steps of 0.2": (purify, {"steps": 6, "relative_step": 0.2}),
     "fast, steps of 0.3": (purify, {"relative_step": 0.3}),
     "fast, one prediction": (purify, {"average": False}),
+    "fast, averaging at 3/4 too": (purify, {"average": TWO_SIZES}),
+    "fast, averaging at 3/4 too, radius x 5/6": (purify, {"average": TWO_SIZES, "radius": 5 / 6}),
+    "six steps from the image, view gradient 0.7, averaging at 3/4 too": six_steps(
+        view_gradient=0.7, average=TWO_SIZES
+    ),
     "fast, then flip and enlarged less": (purify, {"average": (views.Flip(), *SETS["enlarged less"])}),
     "fast, palette 8": (purify, {"palette": 8}),
     "fast, view gradient 0.5": (purify, {"view_gradient": 0.5}),
