@@ -247,6 +247,7 @@ CANDIDATES: dict[str, Candidate] = {
     "fast, 6 steps of 0.2": (purify, {"steps": 6, "relative_step": 0.2}),
     "fast, steps of 0.3": (purify, {"relative_step": 0.3}),
     "fast, one prediction": (purify, {"average": False}),
+    "fast, radius x 5/6": (purify, {"radius": 5 / 6}),
     "fast, averaging at 3/4 too": (purify, {"average": TWO_SIZES}),
     "fast, averaging at 3/4 too, radius x 5/6": (purify, {"average": TWO_SIZES, "radius": 5 / 6}),
     "six steps from the image, view gradient 0.7, averaging at 3/4 too": six_steps(

@@ -707,7 +707,11 @@ def test_what_detect_refuses(tmp_path: Path, spec: str) -> None:
         ((clean, "--clean", tmp_path / "none.json"), "is no JSON"),
         ((clean, "--clean", tmp_path / "none.json", "--detector", "combined"), "rotation.safetensors"),
         ((clean, "--clean", tmp_path / "model.py"), "for --rate 0.05 it must have at least 19"),
-        ((clean, "--clean", tmp_path / "none.json", "--clean", many), "none.json: "),  # alone, or it is no image
+        ((clean, "--clean", tmp_path / "none.json", "--clean", many), "none.json of an earlier run is given alone"),
+        (  # an image counts once
+            (clean, *(a for _ in range(5) for a in ("--clean", clean)), "--clean", clean / "0.png"),
+            "--clean has 4 images; for",
+        ),
         ((tmp_path / "broken", "--clean", many), "none of 1 images can be read"),
         ((clean, "--clean", tmp_path / "bad"), "0.png: "),
         (

@@ -14,6 +14,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
+from equifast.cli._by_name import DETECTORS
 from equifast.cli._common import (
     FAILURES,
     Device,
@@ -32,7 +33,6 @@ from equifast.cli._common import (
     stdout,
     write_text,
 )
-from equifast.cli._rows import DETECTORS
 from equifast.defenses import Rotation
 from equifast.detectors import Combined, Detector, Similarity, needed
 from equifast.models import find_images, first_line, load_model, read_image, write_image
@@ -41,8 +41,6 @@ __all__ = ["detect"]
 
 HEAD = "rotation.safetensors"
 """Beside the detector.json of combined."""
-
-
 _NO_OVERLAYS = "there are no overlays, since this detector sees an image of this model as a whole."
 
 
@@ -92,8 +90,10 @@ def detect(
         head = Rotation(network, features, seed=seed) if detector == "combined" else None
         if head is not None:
             chosen = Combined([chosen, Similarity(head)])
-        kept = clean[0] if len(clean) == 1 and clean[0].suffix.lower() == ".json" else None
-        like = [] if kept is not None else [source for source, _ in find_images(clean, output / "overlays")]
+        kept = next((path for path in clean if path.suffix.lower() == ".json"), None)
+        like = [] if kept is not None else _once(source for source, _ in find_images(clean, output / "overlays"))
+        if kept is not None and len(clean) > 1:
+            raise ValueError(f"clean is {', '.join(map(str, clean))}; {kept.name} of an earlier run is given alone")
         if not (like or kept is not None):
             raise ValueError(f"clean is {', '.join(map(str, clean))}, which has no PNG, JPEG or WebP file")
         with progress_bar() as progress:
@@ -153,6 +153,11 @@ def _fit(
         head.fit(opened(clean[::2], "a head"))
         clean = clean[1::2]
     detector.fit(opened(clean, "clean images"), false_positive_rate=rate)
+
+
+def _once(paths: Iterable[Path]) -> list[Path]:
+    """Without those that are there again: folders may lie in each other, and an image counts once."""
+    return list({path.resolve(): path for path in paths}.values())
 
 
 def _readable(path: Path) -> Tensor:

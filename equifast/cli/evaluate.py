@@ -11,6 +11,7 @@ import torch
 import typer
 from torch import nn
 
+from equifast.cli._by_name import DEFENSES, ByName, Heads, check_against, titles_of
 from equifast.cli._common import (
     FAILURES,
     Device,
@@ -28,7 +29,6 @@ from equifast.cli._common import (
     progress_bar,
     write_text,
 )
-from equifast.cli._rows import DEFENSES, Heads, Rows, check_against, titles_of
 from equifast.cli._tables import FOOTNOTE, cells, detection_tables, show, signed
 from equifast.cli._workers import current, share
 from equifast.evaluate import Attacker, Cost, Evaluation, Strength, adaptive, cost, known, open_data, open_images
@@ -178,7 +178,8 @@ def evaluate(
         titles = titles_of(defense or ("none", "averaging" if protocol is None else "averaging-12", "fast"))
         if data.resolve() in (output.resolve(), *output.resolve().parents) and not (data / "labels").is_dir():
             raise ValueError(f"output {str(output)!r} is in the data, whose folders are classes; choose another")
-        network = load_model(model).to(parse_device(device))
+        place = parse_device(device)
+        network = load_model(model).to(place)
         check_layers(network, layer or ())
         shape = None if size is None else parse_size(size)
         if quick and images is None:
@@ -189,12 +190,10 @@ def evaluate(
         strength = strength.quick if quick else strength
         attackers = adaptive(strength) if protocol is not None else _named(attack, strength)
         if features is None:
-            features = find_features(network, chosen[0][0][None].to(parse_device(device)))
+            features = find_features(network, chosen[0][0][None].to(place))
         make = Make(network, features, preset or "fast", purify_radius, seed)
-        heads = Heads(
-            kept or output, fit, clean, 0.05 if rate is None else rate, fit_images, shape, parse_device(device), chosen
-        )
-        makes = Rows(network, features, layer or (), purify_radius, seed, heads)
+        heads = Heads(kept or output, fit, clean, 0.05 if rate is None else rate, fit_images, shape, place, chosen)
+        by_name = ByName(network, features, layer or (), purify_radius, seed, heads)
         if study is not None and study in DETECTION:
             given: dict[str, object] = {"target": target, "protocol": protocol, "votes": votes}
             given |= {"against": against if study != "corruptions" else None}
@@ -203,7 +202,7 @@ def evaluate(
             others = {_name(path): open_images(path, len(chosen)) for path in foreign or ()}
             anomalies = DETECTION[study](strength, make.purifier(), others)
             told = {"size": size, "spec": model, "study": study}
-            detectors = makes.detectors(detector or (), against)
+            detectors = by_name.detectors(detector or (), against)
             detection = Detection(network, chosen, detectors, anomalies, batch=batch, arguments=told)
             _report_detection(study, detection, output, against)
             return
@@ -213,7 +212,7 @@ def evaluate(
         against = next((title for title, name in titles.items() if name == against), against)
         check_against(against, titles if sweep is None else sweep.defenses)
         if sweep is None:
-            rows = {title: makes.defended(name, looking[0]) for title, name in titles.items()}
+            rows = {title: by_name.defended(name, looking[0]) for title, name in titles.items()}
         else:
             rows = dict(sweep.defenses)
         votes = votes if votes is not None else 0 if sweep is not None else 5
@@ -239,7 +238,7 @@ def evaluate(
             document = report.document(against)
             write_text(output / "table.json", json.dumps(document, indent=2) + "\n")
             progress.update(task, description="figures and costs")
-            costs = {name: _cost(network, defended, chosen, parse_device(device)) for name, defended in rows.items()}
+            costs = {name: _cost(network, defended, chosen, place) for name, defended in rows.items()}
             write_text(output / "costs.json", json.dumps({k: asdict(v) for k, v in costs.items()}, indent=2) + "\n")
             tables = [(report.title, *cells(report, costs))]
             if against is not None:

@@ -23,17 +23,13 @@ from equifast.models import function_in, load_defense
 from equifast.purifier import PRESETS, Defended, DefendedModel, Purifier
 from equifast.views import Flip, guard, paper
 
-__all__ = ["DEFENSES", "DETECTORS", "WITH_HEADS", "Heads", "Rows", "check_against", "titles_of"]
+__all__ = ["DEFENSES", "DETECTORS", "ByName", "Heads", "check_against", "titles_of"]
 
 WITH_HEADS: dict[str, type[Rotation] | type[Contrastive]] = {"rotation": Rotation, "contrastive": Contrastive}
-
-
 DEFENSES = (
     *("none", "random", "averaging", "averaging-N", "flip", "invariance", *WITH_HEADS, *PRESETS, "detect"),
     "file.py:function",
 )
-
-
 DETECTORS: Mapping[str, Callable[[nn.Module, str | None, Sequence[str], int], Detector]] = {
     "similarity": lambda model, features, layers, seed: Similarity(
         Purifier(model, features, seed=seed, views=[Flip()])
@@ -154,7 +150,7 @@ def _digest(*things: object) -> str:
 
 
 @dataclass(frozen=True)
-class Rows:
+class ByName:
     """Makes detectors and defenses of a model."""
 
     network: nn.Module
@@ -189,8 +185,8 @@ class Rows:
         made = {name: makes[name]() for name in names}  # all first: a head that is not there shows at once
         return {name: self.heads.fitted(detector, name) for name, detector in made.items()}
 
-    def defended(self, whole: str, guard: str) -> DefendedModel:
-        """A defense by its name; ``guard`` is the name of the detector of ``detect``."""
+    def defended(self, whole: str, looking: str) -> DefendedModel:
+        """A defense by its name; ``looking`` is that of the detector of ``detect``."""
         if function_in(whole) is not None:
             return load_defense(whole, self.network)
         name, own, where = whole.partition("@")
@@ -213,7 +209,7 @@ class Rows:
         if name in PRESETS:
             return Defended(network, Purifier(network, features, name, self.eps, seed))
         if name == "detect":
-            detector = replace(self, features=features).detectors([guard])[guard]
+            detector = replace(self, features=features).detectors([looking])[looking]
             # in the arithmetic of the detector, whose passes give the predictions of what is not suspected
             purifier = Purifier(network, features, "fast", self.eps, seed)
             return Defended(network, purifier, detector=detector, dtype="auto")
